@@ -1,0 +1,28 @@
+"""RETRO, the Retrieval-Enhanced Transformer (Borgeaud et al., 2021, arXiv:2112.04426), in PyTorch.
+
+A language model that looks things up while it writes. The text is cut into chunks. A frozen BERT
+turns each chunk into a vector, a FAISS index finds the chunks that are nearest to it, and the
+transformer reads those neighbors, with the text that followed them, while it predicts the next
+chunk::
+
+    text --> tokens --> chunks --> frozen BERT --> FAISS: key -> chunk + continuation
+                          |                                        |
+                          |        nearest neighbors, precomputed  |
+                          v                                        v
+                     decoder  <--- chunked cross-attention --- encoder of neighbors
+
+The modules, in reading order:
+
+* `retro.corpus` documents with boundaries, as one array of tokens (`retro.tokenizer` makes them)
+* `retro.bert_embeddings` chunks of text to vectors
+* `retro.database` vectors to nearest chunks
+* `retro.model` the transformer
+* `retro.dataset` samples with precomputed neighbors
+* `retro.sample` text from the model, retrieving as it writes
+* `retro.train` the loop, and the script that does the main job
+
+Around them, `retro.artifacts` writes files that know what made them, `retro.presets` holds two
+complete set-ups, and `retro.commands` the command lines. Importing `retro` imports none of these.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,446 @@
+r"""RETRO: a causal transformer that also reads retrieved text.
+
+Borgeaud et al., 2021 (arXiv:2112.04426), section 2. A sequence is $l$ chunks $C_1 \dots C_l$ of $m$
+tokens; $\text{RET}(C_u)$ are the $k$ neighbors that were retrieved for chunk $C_u$, each with its
+continuation. The model predicts each token from the tokens before it and from the neighbors of the
+chunks before its own (equation 1):
+
+$$\log p(X) = \sum_{u=1}^{l} \sum_{i=1}^{m}
+\log p\big(x_{(u-1)m+i} \mid (x_j)_{j<(u-1)m+i},\ (\text{RET}(C_{u'}))_{u'<u}\big)$$
+
+$\text{RET}(C_u)$ depends on all of $C_u$, so no token of $C_u$ may be predicted with it. The last
+token of $C_u$, whose output predicts the first token of $C_{u+1}$, is the first to read it.
+Chunked cross-attention therefore works on chunks that are shifted to the left by $m - 1$ tokens.
+With $m = 4$ and tokens numbered from 0::
+
+    token      0  1  2 | 3  4  5  6 | 7  8  9 10 | 11
+    in chunk   C_1 ......  | C_2 .......  | C_3 ......
+    reads      nothing | RET(C_1)   | RET(C_2)   | RET(C_3)
+
+Where this differs from the paper it follows the tutorial: LayerNorm in place of RMSNorm, rotary
+positions in self-attention, no positions in cross-attention, one embedding for the decoder and the
+encoder, and neighbors encoded with the decoder's states at its first reading layer.
+
+Shapes: B batch, T tokens, C chunks, m `chunk_len`, K neighbors, R tokens of a neighbor (2m), D
+`d_model`, H heads. In a neighbor tensor -1 means "no token": it is masked wherever it could be
+read, and a chunk all of whose neighbors are missing reads nothing at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retro.artifacts import FORMAT_VERSION, read_json
+
+
+@dataclass(frozen=True)
+class RetroConfig:
+    """Shape of a model; the defaults are the tutorial's."""
+
+    n_vocab: int  # no default: it belongs to the tokenizer
+    d_model: int = 128
+    n_layers: int = 6  # L, decoder layers
+    ca_layers: tuple[int, ...] = (3, 5)  # P, decoder layers that read neighbors, from 0
+    chunk_len: int = 16  # m, tokens of a chunk (64 in the paper)
+    n_heads: int = 16
+    d_k: int = 16  # features of a head
+    d_ff: int = 512
+    n_encoder_layers: int = 6  # L_enc
+    encoder_ca_layers: tuple[int, ...] = (3,)  # P_enc, encoder layers that read the decoder, from 0
+
+    def __post_init__(self) -> None:
+        _check_layers("ca_layers", self.ca_layers, self.n_layers)
+        _check_layers("encoder_ca_layers", self.encoder_ca_layers, self.n_encoder_layers)
+        if self.d_k % 2:
+            raise ValueError(f"d_k={self.d_k} is odd, but rotary embeddings turn pairs of features; use an even d_k")
+
+
+def _check_layers(name: str, ca_layers: Collection[int], n_layers: int) -> None:
+    if missing := [p for p in ca_layers if not 0 <= p < n_layers]:
+        raise ValueError(f"{name} {missing} do not exist; use 0..{n_layers - 1}")
+
+
+class RotaryPositionalEmbeddings(nn.Module):
+    r"""Rotary position embeddings (RoPE, arXiv:2104.09864).
+
+    Features $i$ and $i + d/2$ of the head at position $n$ are turned by the angle $n \theta_i$, with
+    $\theta_i = \text{base}^{-2i/d}$ for $i$ from 0, so that a product of query and key depends on the
+    distance of their positions only.
+
+    * `d` is the number of features of a head
+    * `base` is the constant of $\theta_i$
+    """
+
+    def __init__(self, d: int, base: int = 10_000) -> None:
+        super().__init__()
+        # A parameter, though it never learns: the tutorial's checkpoints have it.
+        self.theta = nn.Parameter(base ** -(torch.arange(0, d, 2).float() / d), requires_grad=False)
+
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        """Turn `x` of shape `[batch, seq_len, n_heads, d]`, whose first position is `start`."""
+        positions = torch.arange(start, start + x.shape[1], device=x.device)
+        angles = torch.outer(positions.to(self.theta.dtype), self.theta)  # (T, d/2)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (T, 1, d/2)
+        left, right = x.chunk(2, dim=-1)
+        turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+        return turned.type_as(x)
+
+
+class Attention(nn.Module):
+    r"""What the three kinds of attention share: pre-norm, projections, $\text{softmax}(QK^T/\sqrt{d_k})V$.
+
+    * `d_model` is the number of features of an embedding
+    * `n_heads` is the number of heads
+    * `d_k` is the number of features of a head
+    """
+
+    def __init__(self, d_model: int, n_heads: int, d_k: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.d_k = d_k
+        self.query = nn.Linear(d_model, n_heads * d_k)
+        self.key = nn.Linear(d_model, n_heads * d_k)
+        self.value = nn.Linear(d_model, n_heads * d_k)
+        self.norm = nn.LayerNorm(d_model)  # RMSNorm in the paper
+        self.output = nn.Linear(n_heads * d_k, d_model)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(N, L, H*d_k) -> (N, L, H, d_k)."""
+        return x.unflatten(-1, (self.n_heads, self.d_k))
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """What a context (N, S, D) offers to be read: keys and values, both (N, H, S, d_k)."""
+        keys, values = self.split_heads(self.key(context)), self.split_heads(self.value(context))
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def attend(
+        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Queries (N, L, H, d_k) read keys and values (N, H, S, d_k) where the mask is true -> (N, L, D)."""
+        read = F.scaled_dot_product_attention(
+            queries.transpose(1, 2), keys, values, attn_mask=mask, is_causal=is_causal
+        )  # (N, H, L, d_k)
+        return self.output(read.transpose(1, 2).flatten(2))
+
+
+class KeyValueCache:
+    """Keys and values of the positions that a layer has seen, (B, H, length, d_k) each.
+
+    The room doubles when it is used up, so appending costs the same at any length.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._room: tuple[Tensor, Tensor] | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add positions; returns the keys and values of all positions so far."""
+        end = self.length + keys.shape[2]
+        if self._room is None or self._room[0].shape[2] < end:
+            old = self._room
+            room = [new.new_empty(*new.shape[:2], max(64, 2 * end), new.shape[3]) for new in (keys, values)]
+            self._room = (room[0], room[1])
+            if old is not None:
+                for new_room, old_room in zip(self._room, old, strict=True):
+                    new_room[:, :, : self.length] = old_room[:, :, : self.length]
+        self._room[0][:, :, self.length : end] = keys
+        self._room[1][:, :, self.length : end] = values
+        self.length = end
+        return self._room[0][:, :, :end], self._room[1][:, :, :end]
+
+
+class SelfAttention(Attention):
+    r"""Self-attention $\text{ATTN}$ with rotary positions, causal in the decoder and not in the encoder.
+
+    * `is_causal` bars each position from the positions after it
+    """
+
+    def __init__(self, d_model: int, n_heads: int, d_k: int, is_causal: bool) -> None:
+        super().__init__(d_model, n_heads, d_k)
+        self.is_causal = is_causal
+        self.rotary_pe = RotaryPositionalEmbeddings(d_k)
+
+    def forward(self, h: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        """`h` (N, T, D) reads itself -> (N, T, D), residual included.
+
+        * `mask` (N, 1, 1, T), if given, is true where there is a token to read
+        * `cache`, if given, holds the positions before `h` and takes up those of `h`
+        """
+        x = self.norm(h)
+        start = cache.length if cache else 0
+        queries = self.rotary_pe(self.split_heads(self.query(x)), start)
+        keys = self.rotary_pe(self.split_heads(self.key(x)), start).transpose(1, 2)
+        values = self.split_heads(self.value(x)).transpose(1, 2)
+        if cache is None:
+            return h + self.attend(queries, keys, values, mask, self.is_causal)
+        keys, values = cache.append(keys, values)
+        # Row i of the new positions reads all before them and the new ones up to itself.
+        seen = torch.ones(h.shape[1], cache.length, dtype=torch.bool, device=h.device).tril(start)
+        return h + self.attend(queries, keys, values, seen)
+
+
+class CrossAttention(Attention):
+    r"""Cross-attention $\text{CA}$ of the encoder: neighbors read the chunk that retrieved them.
+
+    There are no explicit positions: the states on both sides carry them.
+    """
+
+    def forward(self, e: Tensor, h: Tensor) -> Tensor:
+        """`e` (B, C, K, R, D) reads `h` (B, C, m, D), already normalized -> (B, C, K, R, D)."""
+        # All neighbors of a chunk read the same m states, so they are one long row of queries.
+        queries = self.split_heads(self.query(self.norm(e)).flatten(2, 3).flatten(0, 1))  # (B*C, K*R, H, d_k)
+        keys, values = self.keys_values(h.flatten(0, 1))  # (B*C, H, m, d_k)
+        return e + self.attend(queries, keys, values).view(e.shape)
+
+
+class ChunkedCrossAttention(Attention):
+    r"""Chunked cross-attention $\text{CCA}$ of the decoder: tokens read the neighbors of the chunk before.
+
+    * `chunk_len` is the length of a chunk, $m$
+    """
+
+    def __init__(self, d_model: int, n_heads: int, d_k: int, chunk_len: int) -> None:
+        super().__init__(d_model, n_heads, d_k)
+        self.chunk_len = chunk_len
+
+    def forward(self, h: Tensor, e: Tensor, present: Tensor | None = None) -> Tensor:
+        """Decoder states `h` (B, T, D) read encoded neighbors `e` (B, C, K, R, D) -> (B, T, D).
+
+        * `present` (B, C, K, R), if given, is true where `e` encodes a token
+
+        Token $i$ reads the neighbors of chunk $\\lfloor (i + 1) / m \\rfloor$ (counted from 1); the first
+        $m - 1$ tokens, and those whose chunk has no neighbors, come out as they went in.
+        """
+        (B, T, D), C, m = h.shape, e.shape[1], self.chunk_len
+        if C == 0:
+            return h
+        # Row 0 becomes the last token of C_1, the first that may know RET(C_1). What exceeds
+        # the last chunk's m readers is cut off, what is short of them is filled up.
+        shifted = F.pad(h, (0, 0, -(m - 1), C * m - (T - (m - 1))))  # (B, C*m, D)
+        context = e.flatten(2, 3).flatten(0, 1)  # (B*C, K*R, D)
+        mask, has_neighbor = readable(None if present is None else present.flatten(2).flatten(0, 1))
+        read = self.read(shifted.reshape(B * C, m, D), *self.keys_values(context), mask)
+        if has_neighbor is not None:
+            read = torch.where(has_neighbor[:, None, None], read, 0.0)
+        # Each row back in its place, zeros for those who read nothing.
+        return h + F.pad(read.reshape(B, C * m, D), (0, 0, m - 1, T - (m - 1) - C * m))
+
+    def read(self, h: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What states `h` (N, L, D), of tokens with the same neighbors, take from them: (N, L, D)."""
+        return self.attend(self.split_heads(self.query(self.norm(h))), keys, values, mask)
+
+
+def readable(present: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Attention mask (N, 1, 1, S) for rows of tokens `present` (N, S), and which rows have any (N).
+
+    A row without any is opened whole, because a softmax over nothing is not a number; what
+    it reads is for the caller to throw away.
+    """
+    if present is None:
+        return None, None
+    has_any = present.any(dim=-1)
+    return (present | ~has_any[:, None])[:, None, None], has_any
+
+
+class FeedForward(nn.Module):
+    r"""Position-wise feed-forward layer $\text{FFW}$: two linear layers with a ReLU between.
+
+    * `d_model` is the number of features of an embedding
+    * `d_ff` is the number of features of the hidden layer
+    """
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.lin1 = nn.Linear(d_model, d_ff)
+        self.lin2 = nn.Linear(d_ff, d_model)
+        self.norm = nn.LayerNorm(d_model)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(..., D) -> (..., D), residual included."""
+        return h + self.lin2(F.relu(self.lin1(self.norm(h))))
+
+
+class NearestNeighborEncoder(nn.Module):
+    r"""Nearest neighbor encoder $\text{ENCODER}(\text{RET}(C_u)_{1 \le u \le l}, H)$ (algorithm 1).
+
+    A transformer that reads each neighbor in both directions, and, in the layers `ca_layers`, the
+    states of the chunk that retrieved it, so that it can keep what matters to that chunk.
+
+    * `chunk_len` is the length of a chunk
+    * `n_layers` is the number of layers, $L_{enc}$
+    * `ca_layers` are the layers with cross-attention, $P_{enc}$, counted from 0
+    * `d_model`, `n_heads`, `d_k`, `d_ff` are as in `RetroModel`
+    """
+
+    def __init__(
+        self,
+        chunk_len: int,
+        n_layers: int,
+        ca_layers: Collection[int],
+        d_model: int,
+        n_heads: int,
+        d_k: int,
+        d_ff: int,
+    ) -> None:
+        super().__init__()
+        _check_layers("ca_layers", ca_layers, n_layers)
+        self.chunk_len = chunk_len
+        self.ca_layers = tuple(sorted(ca_layers))
+        self.ca = nn.ModuleList([CrossAttention(d_model, n_heads, d_k) for _ in self.ca_layers])
+        self.attn = nn.ModuleList([SelfAttention(d_model, n_heads, d_k, is_causal=False) for _ in range(n_layers)])
+        self.ffw = nn.ModuleList([FeedForward(d_model, d_ff) for _ in range(n_layers)])
+        self.norm_h = nn.LayerNorm(d_model)
+
+    def forward(self, e: Tensor, h: Tensor, present: Tensor | None = None) -> Tensor:
+        """Encode neighbors' embeddings `e` (B, C, K, R, D), given decoder states `h` (B, T, D), T >= C*m.
+
+        * `present` (B, C, K, R), if given, is true where `e` embeds a token
+
+        Returns (B, C, K, R, D). All chunks and neighbors are encoded in parallel.
+        """
+        C, m = e.shape[1], self.chunk_len
+        h = self.norm_h(h[:, : C * m].unflatten(1, (C, m)))  # (B, C, m, D)
+        mask, _ = readable(None if present is None else present.flatten(0, 2))
+        for p, (attn, ffw) in enumerate(zip(self.attn, self.ffw, strict=True)):
+            e = attn(e.flatten(0, 2), mask).view(e.shape)  # each neighbor for itself: (B*C*K, R, D)
+            if p in self.ca_layers:
+                e = self.ca[self.ca_layers.index(p)](e, h)
+            e = ffw(e)
+        return e
+
+
+class RetroModel(nn.Module):
+    r"""The RETRO decoder (algorithm 1).
+
+    * `n_vocab` is the number of tokens in the vocabulary
+    * `d_model` is the number of features of an embedding
+    * `n_layers` is the number of layers, $L$
+    * `ca_layers` are the layers with chunked cross-attention, $P$, counted from 0; without any,
+      this is a plain transformer, and `encoder` may be None
+    * `chunk_len` is the length of a chunk
+    * `n_heads` is the number of heads of an attention layer
+    * `d_k` is the number of features of a head
+    * `d_ff` is the number of features of the feed-forward layers
+    * `encoder` is the nearest neighbor encoder
+    """
+
+    def __init__(
+        self,
+        n_vocab: int,
+        d_model: int,
+        n_layers: int,
+        ca_layers: Collection[int],
+        chunk_len: int,
+        n_heads: int,
+        d_k: int,
+        d_ff: int,
+        encoder: NearestNeighborEncoder | None,
+    ) -> None:
+        super().__init__()
+        _check_layers("ca_layers", ca_layers, n_layers)
+        if ca_layers and encoder is None:
+            raise ValueError(f"ca_layers={sorted(ca_layers)} read neighbors, but encoder is None; pass an encoder")
+        self.chunk_len = chunk_len
+        self.ca_layers = tuple(sorted(ca_layers))
+        self.encoder = encoder
+        self.emb = nn.Embedding(n_vocab, d_model)
+        self.cca = nn.ModuleList([ChunkedCrossAttention(d_model, n_heads, d_k, chunk_len) for _ in self.ca_layers])
+        self.attn = nn.ModuleList([SelfAttention(d_model, n_heads, d_k, is_causal=True) for _ in range(n_layers)])
+        self.ffw = nn.ModuleList([FeedForward(d_model, d_ff) for _ in range(n_layers)])
+        self.read = nn.Linear(d_model, n_vocab)
+        self.norm_e = nn.LayerNorm(d_model)
+
+    def forward(self, x: Tensor, ret: Tensor | None = None) -> Tensor:
+        """Logits for the token after each token.
+
+        * `x` are tokens, of shape `[batch_size, seq_len]`
+        * `ret` are the neighbors of the chunks of `x`, tokens or -1, of shape
+          `[batch_size, chunks, neighbors, neighbor_len]`; without it, or with no chunks, nothing is read
+
+        Returns logits of shape `[batch_size, seq_len, n_vocab]`. Raises `ValueError` when there
+        are neighbors of a chunk that `x` does not hold whole.
+        """
+        h = self.emb(x)
+        retrieving = ret is not None and ret.shape[1] > 0 and bool(self.ca_layers)
+        if retrieving and ret.shape[1] * self.chunk_len > x.shape[1]:  # type: ignore[union-attr]
+            raise ValueError(
+                f"there are neighbors for {ret.shape[1]} chunks of {self.chunk_len} tokens, "  # type: ignore[union-attr]
+                f"but the sequence has {x.shape[1]} tokens; drop the neighbors of incomplete chunks"
+            )
+        present = ret >= 0 if retrieving else None  # type: ignore[operator]
+        for p, (attn, ffw) in enumerate(zip(self.attn, self.ffw, strict=True)):
+            h = attn(h)
+            if retrieving and p in self.ca_layers:
+                if p == self.ca_layers[0]:
+                    e = self.encode(ret, h, present)  # type: ignore[arg-type]
+                h = self.cca[self.ca_layers.index(p)](h, e, present)
+            h = ffw(h)
+        return self.read(h)
+
+    def encode(self, ret: Tensor, h: Tensor, present: Tensor | None) -> Tensor:
+        """Neighbors `ret` (B, C, K, R) encoded with the decoder states `h` (B, T, D) -> (B, C, K, R, D)."""
+        assert self.encoder is not None
+        return self.norm_e(self.encoder(self.emb(ret.clamp(min=0)), h, present))
+
+    @staticmethod
+    def from_config(config: RetroConfig) -> RetroModel:
+        """A new model of this shape."""
+        c = config
+        encoder = None
+        if c.ca_layers:
+            encoder = NearestNeighborEncoder(
+                c.chunk_len, c.n_encoder_layers, c.encoder_ca_layers, c.d_model, c.n_heads, c.d_k, c.d_ff
+            )
+        return RetroModel(
+            c.n_vocab, c.d_model, c.n_layers, c.ca_layers, c.chunk_len, c.n_heads, c.d_k, c.d_ff, encoder
+        )
+
+    @staticmethod
+    def load(folder: str | Path, device: torch.device | str = "cpu") -> RetroModel:
+        """The model saved in a checkpoint, or the newest checkpoint of a run's folder.
+
+        Raises `FileNotFoundError` or `ValueError` when there is none or it is damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = newest_checkpoint(Path(folder))
+        config = read_json(folder / "config.json", "python -m retro.train --resume RUN, from an older checkpoint")
+        config.pop("format_version")
+        config |= {name: tuple(config[name]) for name in ("ca_layers", "encoder_ca_layers")}
+        model = RetroModel.from_config(RetroConfig(**config))
+        try:
+            model.load_state_dict(load_file(folder / "model.safetensors"))
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(
+                f"{folder / 'model.safetensors'} is damaged or of another shape than its config.json "
+                f"({str(error).splitlines()[0][:160]}). Delete {folder} to fall back to an older checkpoint."
+            ) from None
+        return model.to(device)
+
+    def save(self, folder: Path, config: RetroConfig) -> None:
+        """Write `model.safetensors` and `config.json` into a folder."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: weight.contiguous().cpu() for name, weight in self.state_dict().items()},
+                  folder / "model.safetensors")  # fmt: skip
+        config_json = json.dumps({"format_version": FORMAT_VERSION, **asdict(config)}, indent=1)
+        (folder / "config.json").write_text(config_json + "\n")
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """`folder` itself if it is a checkpoint, else the last of its `checkpoints/`."""
+    if (folder / "config.json").exists():
+        return folder
+    found = sorted(p for p in (folder / "checkpoints").glob("[0-9]*") if (p / "config.json").exists())
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no checkpoint. Train a model: python -m retro.train")
+    return found[-1]
