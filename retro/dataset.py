@@ -185,15 +185,13 @@ def write_samples(path: Path, header: dict[str, Any], offsets: list[int], index:
 def _resume(part: Path, header: dict[str, Any]) -> int:
     """Make `part` hold the header and whole blocks only; returns how many samples that is."""
     first = (json.dumps(header) + "\n").encode()
-    lines = part.read_bytes().splitlines(keepends=True) if part.exists() else []
-    whole = [line for line in lines if line.endswith(b"\n")]
-    if not whole or whole[0] != first:
+    starts = _line_starts(part) if part.exists() else np.zeros(1, dtype=np.int64)
+    if len(starts) == 1 or part.open("rb").readline() != first:
         part.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(first)
         return 0
-    n_done = (len(whole) - 1) // SAMPLES_PER_BLOCK * SAMPLES_PER_BLOCK
-    with open(part, "r+b") as file:
-        file.truncate(sum(len(line) for line in whole[: n_done + 1]))
+    n_done = (len(starts) - 2) // SAMPLES_PER_BLOCK * SAMPLES_PER_BLOCK
+    os.truncate(part, int(starts[n_done + 1]))
     return n_done
 
 

@@ -1,0 +1,19 @@
+"""Where tensors live, decided once, at the edge of the program."""
+
+from __future__ import annotations
+
+import torch
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA if there is one, else Apple's GPU, else the CPU.
+
+    Raises `ValueError` for a device that this machine or this build of torch does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here ({reason}). Use --device auto or --device cpu") from None
