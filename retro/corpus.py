@@ -28,16 +28,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retro.artifacts import FORMAT_VERSION, package_versions, read_json, sha256_of_file, sha256_of_json, write_json, written_whole
+from retro.artifacts import (
+    FORMAT_VERSION,
+    package_versions,
+    read_json,
+    sha256_of_file,
+    sha256_of_json,
+    write_json,
+    written_whole,
+)
 from retro.tokenizer import CharTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # What is taken for text inside a folder. A file that is named itself may have any suffix.
-TEXT_SUFFIXES = frozenset(
-    ".txt .md .rst .tex .html .xml .csv .py .pyi .js .ts .java .c .h .cc .cpp .hpp .go .rs .sh .jsonl".split()
-)
+_SUFFIXES = ".txt .md .rst .tex .html .xml .csv .py .pyi .js .ts .java .c .h .cc .cpp .hpp .go .rs .sh .jsonl"
+TEXT_SUFFIXES = frozenset(_SUFFIXES.split())
 NO_TOKEN = -1  # stands where a value or a neighbor has no token
 REPAIR = "python -m retro.database TEXT ..."
 
@@ -72,7 +79,9 @@ def find_texts(paths: Sequence[str | Path]) -> list[tuple[str, Path]]:
             below = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in TEXT_SUFFIXES and p.is_file()]
             below = [p for p in below if not any(part.startswith(".") for part in p.relative_to(path).parts)]
             if not below:
-                raise ValueError(f"{path} holds no text: no file in it ends in one of {' '.join(sorted(TEXT_SUFFIXES))}")
+                raise ValueError(
+                    f"{path} holds no text: no file in it ends in one of {' '.join(sorted(TEXT_SUFFIXES))}"
+                )
             found |= {p: p.relative_to(path).as_posix() for p in below}
         elif path.exists():
             found[path] = path.name
@@ -340,7 +349,9 @@ def plan_corpus(texts: list[tuple[str, Path]], valid_fraction: float = 0.1, seed
     """
     found = [(d.name, _sha256(d.text), len(d.text.encode())) for d in read_documents(texts)]
     if not found:
-        raise ValueError(f"no text in {', '.join(str(path) for _, path in texts) or 'what was named'}: all of it is empty")
+        raise ValueError(
+            f"no text in {', '.join(str(path) for _, path in texts) or 'what was named'}: all of it is empty"
+        )
     plan = {"sha256": sha256_of_json(found), "single": len({sha for _, sha, _ in found}) == 1}
     if plan["single"]:
         whole = split_single(read_documents(texts), True, valid_fraction)
@@ -350,7 +361,9 @@ def plan_corpus(texts: list[tuple[str, Path]], valid_fraction: float = 0.1, seed
         size[sha] = size.get(sha, 0) + n_bytes
     drawn = sorted(size, key=lambda sha: _sha256(f"{seed}:{sha}"))
     valid: list[str] = []
-    while not valid or (sum(size[s] for s in valid) < valid_fraction * sum(size.values()) and len(valid) < len(size) - 1):
+    while not valid or (
+        sum(size[s] for s in valid) < valid_fraction * sum(size.values()) and len(valid) < len(size) - 1
+    ):
         valid.append(drawn[len(valid)])
     return plan | {"valid": valid}
 

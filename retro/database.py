@@ -21,9 +21,9 @@ nearest neighbors that the index finds, on a sample of keys, against brute force
 from __future__ import annotations
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    from retro.commands import database
+    from retro.commands import database_command
 
-    raise SystemExit(database())
+    raise SystemExit(database_command())
 
 import math
 import shutil
@@ -107,7 +107,9 @@ def build_database(
     corpus = open_corpus(data_path) if corpus is None else Corpus.of(corpus)
     bert = bert or BERTChunkEmbeddings(device, embedder, trim=corpus.tokenizer.kind == "char")
     if d_emb is not None and d_emb != bert.d_emb:
-        raise ValueError(f"d_emb={d_emb}, but {bert.embedder} gives embeddings of {bert.d_emb} features; leave d_emb out")
+        raise ValueError(
+            f"d_emb={d_emb}, but {bert.embedder} gives embeddings of {bert.d_emb} features; leave d_emb out"
+        )
     offsets = chunk_offsets(corpus, chunk_len)
     wanted = index or f"IVF{n_centeroids},PQ{code_size}"
     factory = choose_index(len(offsets), bert.d_emb) if wanted == "auto" else wanted

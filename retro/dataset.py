@@ -22,9 +22,9 @@ Here the search leaves out, for each query,
 from __future__ import annotations
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    from retro.commands import dataset
+    from retro.commands import dataset_command
 
-    raise SystemExit(dataset())
+    raise SystemExit(dataset_command())
 
 import json
 import os
@@ -225,7 +225,9 @@ def retrieve_samples(offsets: list[int], header: dict[str, Any], index: RetroInd
         for i in numbers:
             neighbors, nearest = [], []
             for start in starts[i]:
-                pairs = [(n, round(d, 4)) for n, d in zip(found[at].tolist(), distances[at].tolist(), strict=True) if n >= 0]
+                pairs = [
+                    (n, round(d, 4)) for n, d in zip(found[at].tolist(), distances[at].tolist(), strict=True) if n >= 0
+                ]
                 if exclude == "span" and header["split"] == "train":
                     kept = set(index.filter_neighbors(start, [n for n, _ in pairs]))
                     pairs = [pair for pair in pairs if pair[0] in kept]
@@ -262,7 +264,9 @@ class Dataset(PyTorchDataset):
         self.header = read_header(self.path)
         require_match(self.path, self.header, {"corpus_sha256": self.corpus.sha256}, REPAIR)
         if (found := len(self.lines) - 2) != self.header["n_samples"]:
-            raise ValueError(f"{self.path} has {found} samples, but its header says {self.header['n_samples']}. Rebuild it: {REPAIR}")
+            raise ValueError(
+                f"{self.path} has {found} samples, but its header says {self.header['n_samples']}. Rebuild it: {REPAIR}"
+            )
         self.bytes = np.memmap(self.path, mode="r", dtype=np.uint8)
 
     def __len__(self) -> int:

@@ -32,6 +32,7 @@ import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,12 @@ class RetroConfig:
         _check_layers("encoder_ca_layers", self.encoder_ca_layers, self.n_encoder_layers)
         if self.d_k % 2:
             raise ValueError(f"d_k={self.d_k} is odd, but rotary embeddings turn pairs of features; use an even d_k")
+
+
+def config_of(values: dict[str, Any]) -> RetroConfig:
+    """A config from what JSON made of it: lists become tuples again."""
+    tuples: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return RetroConfig(**tuples)
 
 
 def _check_layers(name: str, ca_layers: Collection[int], n_layers: int) -> None:
@@ -398,9 +405,7 @@ class RetroModel(nn.Module):
             encoder = NearestNeighborEncoder(
                 c.chunk_len, c.n_encoder_layers, c.encoder_ca_layers, c.d_model, c.n_heads, c.d_k, c.d_ff
             )
-        return RetroModel(
-            c.n_vocab, c.d_model, c.n_layers, c.ca_layers, c.chunk_len, c.n_heads, c.d_k, c.d_ff, encoder
-        )
+        return RetroModel(c.n_vocab, c.d_model, c.n_layers, c.ca_layers, c.chunk_len, c.n_heads, c.d_k, c.d_ff, encoder)
 
     @staticmethod
     def load(folder: str | Path, device: torch.device | str = "cpu") -> RetroModel:
@@ -414,8 +419,7 @@ class RetroModel(nn.Module):
         folder = newest_checkpoint(Path(folder))
         config = read_json(folder / "config.json", "python -m retro.train --resume RUN, from an older checkpoint")
         config.pop("format_version")
-        config |= {name: tuple(config[name]) for name in ("ca_layers", "encoder_ca_layers")}
-        model = RetroModel.from_config(RetroConfig(**config))
+        model = RetroModel.from_config(config_of(config))
         try:
             model.load_state_dict(load_file(folder / "model.safetensors"))
         except (SafetensorError, RuntimeError) as error:

@@ -9,9 +9,9 @@ the last chunk's neighbors. What comes out is the same as recomputing everything
 from __future__ import annotations
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    from retro.commands import sample
+    from retro.commands import sample_command
 
-    raise SystemExit(sample())
+    raise SystemExit(sample_command())
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ class CachedDecoder:
                 if p == model.ca_layers[0]:
                     self._take_up(h, ret)
                 if self.contexts:
-                    cca = model.cca[model.ca_layers.index(p)]
+                    cca: Any = model.cca[model.ca_layers.index(p)]
                     keys, values = self.contexts[model.ca_layers.index(p)]
                     read = cca.read(h, keys, values, self.mask)
                     h = h + torch.where(self.has_neighbor[:, None, None], read, 0.0)  # type: ignore[index]
@@ -98,7 +98,8 @@ class CachedDecoder:
             present = ret >= 0
             e = self.model.encode(ret[:, None], chunk, present[:, None])  # (B, 1, K, R, D)
             self.mask, self.has_neighbor = readable(present.flatten(1))
-            self.contexts = [cca.keys_values(e.flatten(1, 3)) for cca in self.model.cca]
+            layers: Any = self.model.cca
+            self.contexts = [cca.keys_values(e.flatten(1, 3)) for cca in layers]
 
 
 class Sampler:
@@ -232,7 +233,9 @@ def _check_options(sample_len: int, temperature: float, top_k: int | None, top_p
     if sample_len < 1:
         raise ValueError(f"length {sample_len} is not at least 1")
     if temperature < 0:
-        raise ValueError(f"temperature {temperature} is negative; 0 takes the likeliest token, 1 draws as the model says")
+        raise ValueError(
+            f"temperature {temperature} is negative; 0 takes the likeliest token, 1 draws as the model says"
+        )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k {top_k} is not at least 1")
     if top_p is not None and not 0 < top_p <= 1:

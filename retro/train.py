@@ -14,9 +14,9 @@ of the seed and the step, the learning rate of the step alone, and the rest is i
 from __future__ import annotations
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    from retro.commands import train
+    from retro.commands import train_command
 
-    raise SystemExit(train())
+    raise SystemExit(train_command())
 
 import contextlib
 import io
@@ -35,13 +35,14 @@ import torch
 from labml import experiment, lab, logger, monit, tracker
 from labml.logger import Text
 from torch import nn
-from torch.utils.data import DataLoader, Sampler as TorchSampler
+from torch.utils.data import DataLoader
+from torch.utils.data import Sampler as TorchSampler
 
 from retro.artifacts import FORMAT_VERSION, package_versions, read_json, sha256_of_json, write_json
 from retro.database import open_corpus
 from retro.dataset import DATASET_FILE, Dataset
 from retro.device import pick_device
-from retro.model import NearestNeighborEncoder, RetroConfig, RetroModel, newest_checkpoint
+from retro.model import NearestNeighborEncoder, RetroConfig, RetroModel, config_of, newest_checkpoint
 from retro.sample import Sampler
 
 PROMPT = "Second Citizen:\nOne word, good citizens.\n\nFirst Citizen:"  # the tutorial's
@@ -240,7 +241,7 @@ def train(
                 f"{data_path} has {header['index_sha256'][:12]}); name the folder of its data with --data-path"
             )
         made_with["train"] = asdict(config)
-    model_config = RetroConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in made_with["model"].items()})
+    model_config = config_of(made_with["model"])
     n_steps = config.steps or config.epochs * math.ceil(len(datasets["train"]) / config.batch_size)  # type: ignore[operator]
     if (finished := _finished(run, n_steps)) is not None:
         return run, finished
@@ -345,11 +346,15 @@ def _tracked(name: str, run: Path, config: TrainConfig, data_path: Path) -> Iter
     """Inside, labml's tracker writes to the run's folder and the screen."""
     pid_file = run / "run.pid"  # labml's
     if pid_file.exists() and _is_running(int(pid_file.read_text() or 0)):
-        raise ValueError(f"{run} is being trained by process {pid_file.read_text()}; wait for it, or use another --seed")
+        raise ValueError(
+            f"{run} is being trained by process {pid_file.read_text()}; wait for it, or use another --seed"
+        )
     pid_file.unlink(missing_ok=True)
     experiments = run.resolve().parent.parent
     with contextlib.redirect_stdout(io.StringIO()):  # labml remarks on a missing .labml.yaml and repository
-        lab.configure({"path": str(Path.cwd()), "data_path": str(data_path.resolve()), "experiments_path": str(experiments)})
+        lab.configure(
+            {"path": str(Path.cwd()), "data_path": str(data_path.resolve()), "experiments_path": str(experiments)}
+        )
         experiment.create(name=run.resolve().parent.name, uuid=run.name, comment=name, writers={"screen", "file"})
     experiment.configs(asdict(config))
     try:
@@ -400,7 +405,9 @@ def save_checkpoint(
         os.replace(temporary, folder)
     except Exception as error:  # safetensors raises its own kind for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"cannot write {folder}: {error}. Earlier checkpoints are intact; continue with --resume {run}") from error
+        raise OSError(
+            f"cannot write {folder}: {error}. Earlier checkpoints are intact; continue with --resume {run}"
+        ) from error
     for old in sorted((run / "checkpoints").glob("[0-9]*"))[:-2]:
         shutil.rmtree(old)
 
