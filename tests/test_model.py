@@ -1,0 +1,176 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from labml_nn.transformers.retro import model as reference
+
+from retro.model import ChunkedCrossAttention, NearestNeighborEncoder, RetroConfig, RetroModel
+
+N_VOCAB, CHUNK_LEN, N_CHUNKS = 13, 4, 4
+SHAPE = (N_VOCAB, 16, 4, {1, 3}, CHUNK_LEN, 2, 8, 32)
+
+
+def small(module=None):
+    """The same small model, of this library or of the reference."""
+    kind = module or __import__("retro.model", fromlist=["RetroModel"])
+    torch.manual_seed(1)
+    return kind.RetroModel(*SHAPE, encoder=kind.NearestNeighborEncoder(CHUNK_LEN, 2, {1}, 16, 2, 8, 32))
+
+
+@pytest.fixture
+def model():
+    return small()
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(N_VOCAB, (2, N_CHUNKS * CHUNK_LEN), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def neighbors():
+    return torch.randint(N_VOCAB, (2, N_CHUNKS, 2, 2 * CHUNK_LEN), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "n_chunks", "n_neighbors"), [(16, 4, 2), (17, 4, 2), (18, 4, 1), (10, 2, 3), (4, 1, 2), (7, 1, 1)]
+)
+def test_logits_and_gradients_are_the_references(n_tokens, n_chunks, n_neighbors):
+    theirs, ours = small(reference), small()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.randint(N_VOCAB, (2, n_tokens))
+    ret = torch.randint(N_VOCAB, (2, n_chunks, n_neighbors, 2 * CHUNK_LEN))
+    weights = torch.randn(2, n_tokens, N_VOCAB)
+    for model in (theirs, ours):
+        (model(x, ret) * weights).sum().backward()
+    torch.testing.assert_close(ours(x, ret), theirs(x, ret), rtol=1e-5, atol=2e-6)
+    grads = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(grads[name].grad, parameter.grad, rtol=1e-4, atol=2e-4)
+
+
+def test_a_sequence_shorter_than_a_chunk_is_the_references_without_retrieval():
+    theirs, ours = small(reference), small()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.encoder.forward = lambda e, h: e  # it cannot reshape zero chunks
+    x = torch.randint(N_VOCAB, (2, CHUNK_LEN - 1))
+    none = torch.zeros(2, 0, 2, 2 * CHUNK_LEN, dtype=torch.long)
+    torch.testing.assert_close(ours(x, none), theirs(x, none), rtol=1e-5, atol=2e-6)
+    assert torch.equal(ours(x, none), ours(x))
+
+
+@pytest.mark.parametrize("position", range(N_CHUNKS * CHUNK_LEN))
+def test_a_token_never_changes_an_earlier_logit(model, tokens, neighbors, position):
+    edited = tokens.clone()
+    edited[:, position] = (edited[:, position] + 1) % N_VOCAB
+    before, after = model(tokens, neighbors), model(edited, neighbors)
+    torch.testing.assert_close(after[:, :position], before[:, :position], rtol=0, atol=1e-6)
+    assert not torch.equal(after[:, position], before[:, position])
+
+
+@pytest.mark.parametrize("u", range(N_CHUNKS))
+def test_last_token_of_a_chunk_is_the_first_to_read_its_neighbors(model, tokens, neighbors, u):
+    first_reader = (u + 1) * CHUNK_LEN - 1
+    edited = neighbors.clone()
+    edited[:, u] = (edited[:, u] + 1) % N_VOCAB
+    before, after = model(tokens, neighbors), model(tokens, edited)
+    assert torch.equal(after[:, :first_reader], before[:, :first_reader]), "the past saw the future"
+    assert not torch.equal(after[:, first_reader], before[:, first_reader]), "retrieval is ignored"
+
+
+def test_chunked_cross_attention_equals_a_loop_over_tokens():
+    torch.manual_seed(0)
+    layer = ChunkedCrossAttention(16, 2, 8, CHUNK_LEN)
+    h, e = torch.randn(1, 14, 16), torch.randn(1, 3, 2, 8, 16)
+    present = torch.rand(1, 3, 2, 8) > 0.3
+    present[0, 1] = False  # the second chunk has no neighbor
+    expected = h.clone()
+    for i in range(14):
+        u = (i + 1) // CHUNK_LEN - 1
+        if u < 0 or not present[0, u].any():
+            continue
+        context = e[0, u][present[0, u]]  # (n, 16)
+        q = layer.query(layer.norm(h[0, i])).view(2, 8)
+        k, v = layer.key(context).view(-1, 2, 8), layer.value(context).view(-1, 2, 8)
+        read = [(q[a] @ k[:, a].T / 8**0.5).softmax(-1) @ v[:, a] for a in range(2)]
+        expected[0, i] += layer.output(torch.cat(read))
+    torch.testing.assert_close(layer(h, e, present), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_missing_token_is_not_there(model, tokens, neighbors):
+    missing = neighbors.clone()
+    missing[:, :, :, 5:] = -1
+    torch.testing.assert_close(model(tokens, missing), model(tokens, neighbors[:, :, :, :5]), rtol=1e-5, atol=2e-6)
+    only_one = neighbors.clone()
+    only_one[:, :, 1] = -1
+    torch.testing.assert_close(model(tokens, only_one), model(tokens, neighbors[:, :, :1]), rtol=1e-5, atol=2e-6)
+
+
+def test_chunks_without_neighbors_read_nothing_bit_for_bit(model, tokens, neighbors):
+    off = model(tokens)
+    assert torch.equal(model(tokens, torch.full_like(neighbors, -1)), off)
+    assert torch.equal(model(tokens, neighbors[:, :0]), off)
+    loss = model(tokens, torch.full_like(neighbors, -1)).sum()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_prefix_logits_equal_full_logits(model, tokens, neighbors):
+    full = model(tokens, neighbors)
+    for n in range(1, tokens.shape[1] + 1):
+        prefix = model(tokens[:, :n], neighbors[:, : n // CHUNK_LEN])
+        torch.testing.assert_close(prefix, full[:, :n], rtol=1e-5, atol=2e-6)
+
+
+def test_every_parameter_gets_a_gradient(model, tokens, neighbors):
+    model(tokens, neighbors).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_nothing_is_made_on_another_device(tokens, neighbors):
+    model = small().to("meta")
+    logits = model(tokens.to("meta"), neighbors.to("meta"))
+    assert logits.device.type == "meta"
+    logits.sum().backward()
+
+
+def test_wrong_shapes_are_refused(model, tokens, neighbors):
+    with pytest.raises(ValueError, match=r"4 chunks of 4 tokens.*15 tokens"):
+        model(tokens[:, :15], neighbors)
+    with pytest.raises(ValueError, match=r"ca_layers \[6\] do not exist; use 0\.\.5"):
+        RetroConfig(10, ca_layers=(6,))
+    with pytest.raises(ValueError, match="pass an encoder"):
+        RetroModel(*SHAPE, encoder=None)
+    with pytest.raises(ValueError, match=r"ca_layers \[2\] do not exist"):
+        NearestNeighborEncoder(4, 2, {2}, 16, 2, 8, 32)
+
+
+def copy_loss(informative: bool, n_steps: int = 250) -> float:
+    """Loss on random tokens after training with neighbors that hold the next chunk, or that do not."""
+    torch.manual_seed(0)
+    m, n_vocab, n_chunks = 8, 32, 6
+    config = RetroConfig(n_vocab, 64, 2, (1,), m, 4, 16, 128, 1, (0,))
+    model = RetroModel.from_config(config)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(n_steps):
+        text = torch.randint(n_vocab, (16, (n_chunks + 1) * m + 1))
+        src, tgt = text[:, : n_chunks * m], text[:, 1 : n_chunks * m + 1]
+        own = text[:, : (n_chunks + 1) * m].unfold(1, 2 * m, m)  # (B, C, 2m): chunk and true continuation
+        other = torch.randint(n_vocab, own.shape)
+        ret = torch.stack([own if informative else torch.randint(n_vocab, own.shape), other], dim=2)
+        logits = model(src, ret)[:, m - 1 :]
+        loss = F.cross_entropy(logits.flatten(0, 1), tgt[:, m - 1 :].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses[-10:]) / 10
+
+
+def test_a_model_learns_to_copy_from_neighbors_and_only_from_informative_ones():
+    uniform = 3.466  # ln 32
+    assert copy_loss(informative=True) < 0.5 * uniform
+    assert copy_loss(informative=False, n_steps=60) > 0.97 * uniform
