@@ -1,0 +1,218 @@
+"""Database and dataset: what is found, what must not be found, and what survives."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import CHUNK_LEN, CHUNKS_PER_SAMPLE
+from labml_helpers.datasets.text import TextFileDataset
+
+from retro.corpus import Corpus, build_corpus
+from retro.database import RetroIndex, build_database, chunk_offsets
+from retro.dataset import DATASET_FILE, Dataset, audit, build_dataset
+
+
+def brute_force(bert, corpus, queries, k, excluded=None):
+    """Distances and offsets by comparing the query with every chunk outside of a range of offsets."""
+    offsets = chunk_offsets(corpus, CHUNK_LEN)
+    if excluded:
+        offsets = offsets[(offsets < excluded[0]) | (offsets >= excluded[1])]
+    keys = bert([corpus.text(o, CHUNK_LEN) for o in offsets]).numpy().astype("float64")
+    distances = ((queries[:, None].astype("float64") - keys[None]) ** 2).sum(-1)
+    order = np.argsort(distances, axis=1)[:, :k]
+    return np.take_along_axis(distances, order, axis=1), offsets[order]
+
+
+@pytest.mark.parametrize("excluded", [None, "document"])
+def test_an_exact_index_finds_what_brute_force_finds(index, bert, excluded):
+    corpus = index.corpus
+    span = (int(corpus.starts[1]), int(corpus.starts[2])) if excluded else None
+    queries = index.embed([corpus.text(int(corpus.starts[1]) + 7 + 40 * i, CHUNK_LEN) for i in range(12)])
+    distances, offsets = index.search(queries, 5, span)
+    expected, expected_offsets = brute_force(bert, corpus, queries, 5, span)
+    np.testing.assert_allclose(distances, expected, rtol=1e-3, atol=1e-3)
+    assert (offsets == expected_offsets).mean() > 0.95  # equal distances may come in another order
+
+
+def test_chunks_start_with_their_documents_and_come_from_training_only(index):
+    corpus, offsets = index.corpus, chunk_offsets(index.corpus, CHUNK_LEN)
+    assert set(corpus.starts[: corpus.n_train].tolist()) <= set(offsets.tolist())
+    assert offsets.max() < corpus.n_train_tokens and (np.diff(offsets) >= CHUNK_LEN).all()
+
+
+@pytest.mark.parametrize("factory", ["IVF8,PQ16", "IVF8,Flat", "OPQ16_64,IVF8,PQ16", "HNSW16", "SQ8"])
+def test_other_indexes_leave_a_document_out_too_and_report_their_recall(data, bert, tmp_path, factory):
+    corpus = Corpus.load(data / "corpus")
+    shutil.copytree(data / "keys", tmp_path / "keys")  # no embedding is needed for another index
+    manifest = build_database(CHUNK_LEN, corpus=corpus, data_path=tmp_path, index=factory, bert=bert)
+    assert manifest["index"] == factory and 0.2 < manifest["recall"]["@10"] <= 1
+    index = RetroIndex(corpus=corpus, data_path=tmp_path, bert=bert, n_probe=8)
+    span = (int(corpus.starts[0]), int(corpus.starts[1]))
+    _, offsets = index.search(index.embed([corpus.text(5, CHUNK_LEN)]), 8, span)
+    assert (offsets >= span[1]).all()
+
+
+def test_an_index_with_more_centroids_than_keys_becomes_exact_and_says_so(data, bert, tmp_path):
+    shutil.copytree(data / "keys", tmp_path / "keys")
+    manifest = build_database(
+        CHUNK_LEN,
+        n_centeroids=100_000,
+        code_size=16,
+        corpus=Corpus.load(data / "corpus"),
+        data_path=tmp_path,
+        bert=bert,
+    )
+    assert manifest["index"] == "Flat" and manifest["recall"]["@10"] == 1
+    assert "100000 centroids to learn" in manifest["note"]
+
+
+def test_a_call_of_the_index_filters_as_the_tutorial_does(index):
+    span = CHUNK_LEN + 8
+    assert index.filter_neighbors(100, [100 - span - 1, 100 - span, 100, 100 + span, 100 + span + 1]) == [
+        100 - span - 1,
+        100 + span + 1,
+    ]
+    text = index.corpus.text(0, CHUNK_LEN)
+    assert index([text], None)[0][0] == 0 and 0 not in index([text], [0])[0]
+
+
+@pytest.mark.parametrize("exclude", ["document", "sample", "span"])
+def test_no_neighbor_holds_what_its_sample_has_yet_to_predict_but_with_the_tutorials_span(
+    data, index, tmp_path, exclude
+):
+    build_dataset(None, CHUNKS_PER_SAMPLE, data_path=tmp_path, corpus=index.corpus, index=index, exclude=exclude)
+    dataset, corpus = Dataset(tmp_path / DATASET_FILE["train"], index.corpus), index.corpus
+    leaks = 0
+    for idx in range(len(dataset)):
+        sample, (_, targets, values) = dataset.line(idx), dataset[idx]
+        n = int((targets >= 0).sum())
+        for u, row in enumerate(sample["neighbors"]):
+            future = set(range(sample["offset"] + (u + 1) * CHUNK_LEN, sample["offset"] + n + 1))
+            for k, start in enumerate(row):
+                value = values[u, k][values[u, k] >= 0].tolist()
+                assert value == corpus.tokens[start : start + len(value)].tolist()
+                leaks += bool(future & set(range(start, start + len(value))))
+                if exclude == "document":
+                    assert corpus.document_of(start) != corpus.document_of(sample["offset"])
+            if exclude != "span":
+                assert len(row) == 2, "two neighbors exist for every chunk"
+    assert audit(dataset)["leaking_neighbors"] == leaks
+    assert (leaks > 0) == (exclude == "span")
+
+
+def test_validation_documents_are_in_no_sample_and_no_neighbor(data):
+    corpus = Corpus.load(data / "corpus")
+    for split, name in DATASET_FILE.items():
+        dataset = Dataset(data / name, corpus)
+        for idx in range(len(dataset)):
+            sample = dataset.line(idx)
+            assert int(corpus.document_of(sample["offset"])) in corpus.split(split)
+            assert all(n < corpus.n_train_tokens for row in sample["neighbors"] for n in row)
+
+
+def test_samples_cover_each_document_and_end_with_it(data):
+    corpus = Corpus.load(data / "corpus")
+    dataset = Dataset(data / DATASET_FILE["train"], corpus)
+    for src, tgt, neighbors in (dataset[i] for i in range(len(dataset))):
+        n = int((tgt >= 0).sum())
+        assert src.shape == tgt.shape == (CHUNKS_PER_SAMPLE * CHUNK_LEN,) and src[1:n].equal(tgt[: n - 1])
+        assert neighbors.shape == (CHUNKS_PER_SAMPLE, 2, 2 * CHUNK_LEN)
+        assert (neighbors[n // CHUNK_LEN :] == -1).all()
+
+
+def test_the_tutorials_inline_json_is_read(tmp_path):
+    (tmp_path / "t.txt").write_text("abcdefgh" * 20)
+    tds = TextFileDataset(tmp_path / "t.txt", list)
+    (tmp_path / "d.json").write_text(json.dumps([["abcd", "bcde", [["abcd", "ef"], ["gh"]]]]))
+    dataset = Dataset(tmp_path / "d.json", tds)
+    src, tgt, neighbors = dataset[0]
+    assert (src.tolist(), tgt.tolist()) == ([0, 1, 2, 3], [1, 2, 3, 4])
+    assert neighbors.tolist() == [[[0, 1, 2, 3], [4, 5, -1, -1]], [[6, 7, -1, -1], [-1, -1, -1, -1]]]
+
+
+def test_the_same_seed_gives_the_same_bytes(data, bert, index, tmp_path):
+    corpus = Corpus.load(data / "corpus")
+    build_database(CHUNK_LEN, corpus=corpus, data_path=tmp_path, index="auto", bert=bert)
+    build_dataset(None, CHUNKS_PER_SAMPLE, corpus=corpus, data_path=tmp_path, index=index)
+    for name in ("retro.index", "retro.index.json", *DATASET_FILE.values()):
+        assert (tmp_path / name).read_bytes() == (data / name).read_bytes(), name
+
+
+def test_artifacts_that_do_not_belong_together_are_refused(data, bert, char_bert, tmp_path):
+    corpus = Corpus.load(data / "corpus")
+    with pytest.raises(ValueError, match=r"chunk_len=16, but chunk_len=32 is wanted.*--chunk-len 32"):
+        RetroIndex(32, data_path=data, bert=bert)
+    with pytest.raises(ValueError, match="trim=False, but trim=True"):
+        RetroIndex(data_path=data, bert=char_bert)
+    (tmp_path / "other.txt").write_text("something else entirely\n" * 50)
+    other = build_corpus([tmp_path / "other.txt"], tmp_path / "corpus")
+    with pytest.raises(ValueError, match=r"corpus_sha256=.*python -m retro\.database"):
+        RetroIndex(corpus=other, data_path=data, bert=bert)
+    with pytest.raises(ValueError, match=r"corpus_sha256=.*python -m retro\.dataset"):
+        Dataset(data / DATASET_FILE["train"], other)
+    with pytest.raises(ValueError, match="exclude='document' leaves no neighbors"):
+        single = RetroIndex(data_path=data, bert=bert)
+        single.corpus = other
+        build_dataset(None, corpus=other, data_path=tmp_path, index=single, exclude="document")
+    with pytest.raises(ValueError, match=r"has \d+ tokens in \d documents, but a sample needs"):
+        build_dataset(None, 10_000, corpus=corpus, data_path=tmp_path, index=RetroIndex(data_path=data, bert=bert))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+def test_a_damaged_index_never_reaches_faiss(data, bert, tmp_path, damage):
+    for name in ("retro.index", "retro.index.json"):
+        shutil.copy(data / name, tmp_path / name)
+    path, content = tmp_path / "retro.index", (tmp_path / "retro.index").read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-100] if damage == "truncated" else content[:5000] + b"\xff" + content[5001:])
+    with pytest.raises(ValueError, match=r"retro\.index was made with sha256=.*python -m retro\.database"):
+        RetroIndex(corpus=Corpus.load(data / "corpus"), data_path=tmp_path, bert=bert)
+
+
+def test_a_truncated_dataset_is_refused(data, tmp_path):
+    path = tmp_path / "d.jsonl"
+    lines = (data / DATASET_FILE["train"]).read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]))
+    with pytest.raises(ValueError, match=r"has \d+ samples, but its header says"):
+        Dataset(path, Corpus.load(data / "corpus"))
+    path.write_bytes(b"garbage\n")
+    with pytest.raises(ValueError, match="is not a dataset of retro"):
+        Dataset(path, Corpus.load(data / "corpus"))
+
+
+BUILD = """
+import sys, retro.database, retro.dataset
+retro.database.KEYS_PER_SHARD, retro.dataset.SAMPLES_PER_BLOCK = 64, 4
+from retro.database import *; from retro.dataset import *; from retro.corpus import Corpus
+from retro.bert_embeddings import BERTChunkEmbeddings
+corpus, bert = Corpus.load(sys.argv[1]), BERTChunkEmbeddings("cpu", trim=False)
+build_database(16, corpus=corpus, data_path=sys.argv[2], index="auto", bert=bert)
+index = RetroIndex(corpus=corpus, data_path=sys.argv[2], bert=bert)
+build_dataset(None, 4, corpus=corpus, data_path=sys.argv[2], index=index)
+"""
+
+
+def test_a_build_that_was_killed_continues_and_ends_with_the_same_bytes(data, tmp_path):
+    def start(folder):
+        command = [sys.executable, "-c", BUILD, str(data / "corpus"), str(folder)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole).wait() == 0
+    for sign in ("keys/000002.npy", "retro_train_dataset.jsonl.part"):  # in the embedding, in the retrieval
+        process = start(killed)
+        while not (killed / sign).exists() and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, f"it ended before {sign} appeared"
+    assert (killed / "keys/000001.npy").exists() and not (killed / DATASET_FILE["train"]).exists()
+    assert start(killed).wait() == 0
+    for name in ("retro.index", "retro.index.json", *DATASET_FILE.values()):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
