@@ -38,5 +38,5 @@ def test_text_without_bert_tokens_gets_a_finite_embedding(bert):
 
 
 def test_a_missing_bert_is_named_with_the_option_that_helps():
-    with pytest.raises(ValueError, match="no BERT 'no/such-bert'.*--embedder FOLDER"):
+    with pytest.raises(ValueError, match=r"no BERT 'no/such-bert'.*--embedder FOLDER"):
         BERTChunkEmbeddings("cpu", "no/such-bert")

@@ -221,7 +221,8 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(workplace):
     before = (workplace / "data" / "retro.index").read_bytes()
     # A limit on the size of a file makes real writes fail, as a full disk does.
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-    code += "from retro.commands import database_command\nsys.exit(database_command(['--index', 'SQ8', '--chunk-len', '16']))"
+    code += "from retro.commands import database_command\n"
+    code += "sys.exit(database_command(['--index', 'SQ8', '--chunk-len', '16']))"
     result = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True)
     assert result.returncode == 1 and "cannot write" in result.stderr and "Traceback" not in result.stderr
     assert (workplace / "data" / "retro.index").read_bytes() == before
