@@ -58,7 +58,7 @@ EXACT_UP_TO = 50_000  # chunks; brute force over these takes no longer than embe
 
 
 def open_corpus(data_path: str | Path) -> Corpus:
-    """The corpus of a data folder, or the tutorial's: Tiny Shakespeare, downloaded if it can be."""
+    """The corpus of a data folder; else the tutorial's text, `tiny_shakespeare.txt`, if it lies there."""
     data_path = Path(data_path)
     if (data_path / "corpus" / "manifest.json").exists():
         return Corpus.load(data_path / "corpus")
@@ -72,7 +72,7 @@ def open_corpus(data_path: str | Path) -> Corpus:
 
 def build_database(
     chunk_len: int = 16,
-    batch_size: int = 64,
+    batch_size: int = 512,
     d_emb: int | None = None,
     n_centeroids: int = 256,
     code_size: int = 64,
@@ -90,7 +90,7 @@ def build_database(
     """Build the database of a corpus' training documents; the first arguments are the tutorial's.
 
     * `chunk_len` is the length of a chunk, in tokens
-    * `batch_size` is the number of keys added to the index at a time, times 64
+    * `batch_size` is the number of chunks given to BERT at a time
     * `d_emb` is the number of features of an embedding; left out, what the BERT gives
     * `n_centeroids`, `code_size` describe the index `IVF{n_centeroids},PQ{code_size}` (lists, bytes a
       key), unless `index` gives a FAISS factory string, or `auto` to choose one by the number of chunks
@@ -115,9 +115,9 @@ def build_database(
     factory = choose_index(len(offsets), bert.d_emb) if wanted == "auto" else wanted
 
     keys = Keys(data_path / "keys", corpus, chunk_len, offsets, bert)
-    keys.compute()
+    keys.compute(batch_size)
     trained, factory, note = train_index(factory, keys, min(n_train, len(offsets)), seed)
-    for start, block in tqdm(keys.blocks(batch_size * 64), desc="Add keys", total=keys.n_blocks(batch_size * 64)):
+    for start, block in tqdm(keys.blocks(), desc="Add keys", total=keys.n_shards):
         trained.add_with_ids(block, offsets[start : start + len(block)])
     set_n_probe(trained, n_probe)
     recall = measure_recall(trained, keys, seed)
@@ -186,8 +186,8 @@ class Keys:
     def _shard(self, number: int) -> Path:
         return self.folder / f"{number:06d}.npy"
 
-    def compute(self) -> None:
-        """Embed the chunks whose shards are missing."""
+    def compute(self, batch_size: int) -> None:
+        """Embed the chunks whose shards are missing, `batch_size` chunks at a time."""
         made_with = {
             "format_version": FORMAT_VERSION,
             "corpus_sha256": self.corpus.sha256,
@@ -209,8 +209,8 @@ class Keys:
                 lengths = np.minimum(self.chunk_len, ends - offsets)
                 texts = [self.corpus.text(o, n) for o, n in zip(offsets.tolist(), lengths.tolist(), strict=True)]
                 rows = []
-                for i in range(0, len(texts), 512):
-                    rows.append(self.bert(texts[i : i + 512]).cpu().numpy())
+                for i in range(0, len(texts), batch_size):
+                    rows.append(self.bert(texts[i : i + batch_size]).cpu().numpy())
                     bar.update(len(rows[-1]))
                 with written_whole(self._shard(number)) as temporary, open(temporary, "wb") as file:
                     np.save(file, np.concatenate(rows), allow_pickle=False)
@@ -229,15 +229,10 @@ class Keys:
             shards.append(shard)
         return shards
 
-    def n_blocks(self, size: int) -> int:
-        """How many blocks `blocks(size)` gives."""
-        return sum(math.ceil(len(shard) / size) for shard in self._shards)
-
-    def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(number of the first key, keys of shape `[at most size, d_emb]`), in order."""
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(number of the first key, keys of shape `[n, d_emb]`) of each shard, in order."""
         for number, shard in enumerate(self._shards):
-            for start in range(0, len(shard), size):
-                yield number * KEYS_PER_SHARD + start, np.ascontiguousarray(shard[start : start + size])
+            yield number * KEYS_PER_SHARD, np.ascontiguousarray(shard)
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:
         """The keys of these numbers, of shape `[len(numbers), d_emb]`."""
@@ -331,7 +326,7 @@ def measure_recall(index: faiss.Index, keys: Keys, seed: int) -> dict[str, float
     queries = keys.rows(chosen)
     n_found = min(11, n_chunks)  # one more than 10: the query itself
     exact = faiss.ResultHeap(len(queries), n_found)
-    for start, block in keys.blocks(KEYS_PER_SHARD):
+    for start, block in keys.blocks():
         distances, ids = faiss.knn(queries, block, min(n_found, len(block)))
         exact.add_result(distances, ids + start)
     exact.finalize()

@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Sampler as TorchSampler
 
 from retro.artifacts import FORMAT_VERSION, package_versions, read_json, sha256_of_json, write_json
-from retro.database import open_corpus
+from retro.database import RetroIndex, open_corpus
 from retro.dataset import DATASET_FILE, Dataset
 from retro.device import pick_device
 from retro.model import NearestNeighborEncoder, RetroConfig, RetroModel, config_of, newest_checkpoint
@@ -276,7 +276,9 @@ def _train(
     model = RetroModel.from_config(model_config).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, eps=1e-9, fused=device.type in ("cuda", "cpu"))
     step, seconds, train_loss = load_checkpoint(run, model, optimizer)
-    sampler = Sampler(device, model, corpus, model_config.chunk_len, data_path=data_path)
+    m, K = model_config.chunk_len, datasets["train"].header["n_neighbors"]
+    index = RetroIndex(m, n_neighbors=K, corpus=corpus, data_path=data_path, device=device)
+    sampler = Sampler(device, model, corpus, m, index=index)
 
     def loader(split: str, start: int, stop: int) -> DataLoader:
         batches = Batches(len(datasets[split]), config.batch_size, config.seed, start, stop)
@@ -305,12 +307,12 @@ def _train(
         tracker.save({"bpb.train": train_loss * bits["train"], "bpb.valid": valid_loss * bits["valid"]})
         tracker.new_line()
         try:
-            logger.log([(prompt, Text.subtle), (sampler.sample(prompt, 8 * model_config.chunk_len), Text.none)])
+            logger.log([(prompt, Text.subtle), (sampler.sample(prompt, 8 * m), Text.none)])
         except ValueError as error:  # a prompt that this vocabulary cannot write is no reason to stop
             logger.log(f"no sample: {error}", Text.warning)
         save_checkpoint(run, model, model_config, optimizer, trainer.step, seconds, train_loss)
 
-    n_tokens = trainer.step * config.batch_size * model_config.chunk_len * datasets["train"].header["chunks_per_sample"]
+    n_tokens = trainer.step * config.batch_size * m * datasets["train"].header["chunks_per_sample"]
     with monit.section("Validate"):
         whole = loader("valid", 0, n_valid)
         on, off = trainer.validate(whole), trainer.validate(whole, retrieval=False)

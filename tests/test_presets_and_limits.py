@@ -74,3 +74,21 @@ def test_bf16_gives_the_loss_of_fp32_to_bf16s_precision(data, index):
         losses[precision].backward()
     assert losses["bf16"].item() == pytest.approx(losses["fp32"].item(), rel=5e-3)
     assert losses["bf16"].item() != losses["fp32"].item(), "autocast did nothing"
+
+
+def test_nothing_is_unpickled(data, bert, tmp_path, monkeypatch):
+    import pickle
+
+    model = RetroModel.from_config(RetroConfig(512, 16, 2, (1,), CHUNK_LEN, 2, 8, 16, 1, (0,)))
+    model.save(tmp_path, RetroConfig(512, 16, 2, (1,), CHUNK_LEN, 2, 8, 16, 1, (0,)))
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("something was unpickled")
+
+    for owner, name in [(pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")]:
+        monkeypatch.setattr(owner, name, refuse)
+    index = RetroIndex(data_path=data, bert=bert)
+    assert len(Dataset(data / DATASET_FILE["train"], index.corpus)[0]) == 3
+    assert RetroModel.load(tmp_path).emb.weight.equal(model.emb.weight)
+    written = {file.suffix for file in data.rglob("*") if file.is_file()}
+    assert written == {".bin", ".json", ".jsonl", ".npy", ".index"}
