@@ -264,7 +264,7 @@ def train_command(argv: Sequence[str] | None = None) -> None:
 
     options: dict[str, Any] = {"seed": args.seed, **preset.train}
     options |= {k: v for k in ("batch_size", "lr", "precision") if (v := getattr(args, k)) is not None}
-    if args.steps or args.epochs:
+    if args.steps is not None or args.epochs is not None:
         options |= {"steps": args.steps, "epochs": args.epochs}
     run, summary = train(
         data_path=args.data_path,
@@ -285,7 +285,7 @@ def _resume(args: argparse.Namespace, device: Any) -> None:
 
     made_with = read_run(args.resume)
     config = None
-    if args.steps or args.epochs:
+    if args.steps is not None or args.epochs is not None:
         config = TrainConfig(**{**made_with["train"], "steps": args.steps, "epochs": args.epochs})
     data_path = args.data_path if args.data_path != Path("data") else Path(made_with["data_path"])
     prompt = PRESETS[args.preset or "demo"].prompt
@@ -300,7 +300,8 @@ def _report(run: Path, summary: dict[str, Any], data_path: Path, device: Any, pr
     from retro.dataset import DATASET_FILE, Dataset, audit
 
     manifest = read_json(data_path / MANIFEST_FILE, REPAIR)
-    counts = audit(Dataset(data_path / DATASET_FILE["train"], open_corpus(data_path)))
+    corpus = open_corpus(data_path)
+    counts = audit(Dataset(data_path / DATASET_FILE["train"], corpus))
     recall = ", ".join(f"{share:.1%} {k}" for k, share in manifest["recall"].items())
     rows = {
         "model": f"{summary['n_parameters']:,} parameters, {summary['steps']:,} steps on {summary['device']}",
@@ -314,6 +315,10 @@ def _report(run: Path, summary: dict[str, Any], data_path: Path, device: Any, pr
         "files": str(run),
     }
     _say("\n" + "\n".join(f"{name:<12}{text}" for name, text in rows.items()))
+    try:
+        corpus.tokenizer.encode(prompt)
+    except ValueError:  # the preset's prompt cannot be written in this text's characters: take held-out text
+        prompt = corpus.text(corpus.n_train_tokens, manifest["chunk_len"])
     _sample(run, data_path, device, prompt, 128, show_neighbors=True, options={"temperature": 0.8, "top_k": 40})
 
 
@@ -329,10 +334,6 @@ def _sample(
     model = RetroModel.load(run, device)
     index = RetroIndex(made_with["chunk_len"], n_neighbors=made_with["n_neighbors"], data_path=data_path, device=device)
     sampler = Sampler(device, model, index.corpus, made_with["chunk_len"], index=index)
-    try:
-        sampler.corpus.tokenizer.encode(prompt)
-    except ValueError:
-        prompt = sampler.corpus.text(int(sampler.corpus.starts[sampler.corpus.n_train]), made_with["chunk_len"])
     _say(f"\n--- prompt ---\n{prompt}\n--- sample ---")
     for piece in sampler.stream(prompt, length, **options):
         print(piece, end="", flush=True)
