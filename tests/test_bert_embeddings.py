@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from retro.bert_embeddings import BERTChunkEmbeddings
 
@@ -28,6 +29,42 @@ def test_an_embedding_is_the_mean_of_its_tokens_states_whatever_its_batch(bert):
         with torch.no_grad():
             states = bert.model(input_ids=ids).last_hidden_state[0]
         torch.testing.assert_close(row, states.mean(dim=0), rtol=1e-4, atol=1e-5)
+
+
+def test_each_distinct_chunk_goes_through_bert_once_and_nothing_is_padded(bert, monkeypatch):
+    seen, forward = [], bert.model.forward
+
+    def spy(input_ids):
+        seen.append(input_ids)
+        return forward(input_ids=input_ids)
+
+    monkeypatch.setattr(bert.model, "forward", spy)
+    texts = ["the king", "The King", "my lord", "a horse, a horse", "", "the king"]  # the BERT knows no capitals
+    progress = []
+    bert(texts, batch_size=1, progress=progress.append)
+    assert [tuple(ids.shape) for ids in seen] == [(1, 2), (1, 2), (1, 5)]
+    assert sum(progress) == len(texts)
+
+
+def test_bf16_keeps_directions_and_neighbors(bert, plays):
+    text = "".join(path.read_text() for path in sorted(plays.iterdir()))
+    chunks = [text[i : i + 60] for i in range(0, len(text), 60)]
+    rounded_bert = BERTChunkEmbeddings("cpu", trim=False, precision="bf16")
+    exact, rounded = bert(chunks), rounded_bert(chunks)
+    assert rounded_bert.sha256 != bert.sha256 and rounded.dtype == torch.float32
+    assert F.cosine_similarity(exact, rounded).min() >= 0.9996
+
+    def mean_exact_distance(embeddings):
+        distances = torch.cdist(embeddings[::5], embeddings)  # a chunk is its own nearest
+        found = distances.topk(3, largest=False).indices[:, 1:]
+        return (exact[found] - exact[::5, None]).square().sum(-1).mean()
+
+    assert mean_exact_distance(rounded) <= 1.005 * mean_exact_distance(exact)
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="precision='fp8' is not one of auto, fp32, bf16"):
+        BERTChunkEmbeddings("cpu", precision="fp8")
 
 
 def test_text_without_bert_tokens_gets_a_finite_embedding(bert):
