@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-FORMAT_VERSION = 1  # raised when the meaning of a written file changes
+FORMAT_VERSION = 2  # raised when the meaning of a written file changes
 _PACKAGES = ("torch", "transformers", "tokenizers", "faiss-cpu", "numpy")
 
 

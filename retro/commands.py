@@ -136,12 +136,13 @@ def prepare_database(
     manifest = read_json(data_path / MANIFEST_FILE, repair)
     if manifest["note"]:
         _say(f"note: {manifest['note']}")
-    recall = ", ".join(f"{share:.1%} {k}" for k, share in manifest["recall"].items())
-    _say(
-        f"database: {manifest['n_chunks']:,} chunks of {manifest['chunk_len']} tokens in {manifest['index']}; "
-        f"recall {recall}"
-    )
+    _say(f"database: {_description(manifest)}")
     return manifest
+
+
+def _description(database: dict[str, Any]) -> str:
+    recall = ", ".join(f"{share:.1%} {k}" for k, share in database["recall"].items())
+    return f"{database['n_chunks']:,} chunks of {database['chunk_len']} tokens in {database['index']}; recall {recall}"
 
 
 def prepare_dataset(
@@ -246,6 +247,9 @@ def train_command(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, help="samples of a step")
     parser.add_argument("--lr", type=float, help="learning rate (a factor of Noam's in the tutorial preset)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="arithmetic (default: fp32)")
+    parser.add_argument(
+        "--compile", action="store_true", default=None, help="compile the model; pays on long runs only"
+    )
     parser.add_argument("--resume", metavar="RUN", type=Path, help="continue the run in this folder")
     args = parser.parse_args(argv)
     preset = _preset(args)
@@ -256,14 +260,15 @@ def train_command(argv: Sequence[str] | None = None) -> None:
     if args.resume is not None:
         _resume(args, device)
         return
+    counts = None
     if args.preset or args.texts:
         corpus = prepare_corpus(preset, args.texts, args.data_path, args.seed, rebuild=False)
         manifest = prepare_database(preset, corpus, args.data_path, args.seed, device, rebuild=False)
-        prepare_dataset(preset, corpus, manifest, args.data_path, args.seed, device, rebuild=False)
+        counts = prepare_dataset(preset, corpus, manifest, args.data_path, args.seed, device, rebuild=False)
     from retro.train import TrainConfig, train
 
     options: dict[str, Any] = {"seed": args.seed, **preset.train}
-    options |= {k: v for k in ("batch_size", "lr", "precision") if (v := getattr(args, k)) is not None}
+    options |= {k: v for k in ("batch_size", "lr", "precision", "compile") if (v := getattr(args, k)) is not None}
     if args.steps is not None or args.epochs is not None:
         options |= {"steps": args.steps, "epochs": args.epochs}
     run, summary = train(
@@ -274,7 +279,7 @@ def train_command(argv: Sequence[str] | None = None) -> None:
         device=device,
         prompt=preset.prompt,
     )
-    _report(run, summary, args.data_path, device, preset.prompt)
+    _report(run, summary, args.data_path, device, preset.prompt, counts)
     _say(f"\neverything took {time.perf_counter() - started:.0f} s; samples with other prompts: ")
     _say(f'  python -m retro.sample --run {run} --show-neighbors "YOUR PROMPT"')
 
@@ -293,19 +298,28 @@ def _resume(args: argparse.Namespace, device: Any) -> None:
     _report(run, summary, data_path, device, prompt)
 
 
-def _report(run: Path, summary: dict[str, Any], data_path: Path, device: Any, prompt: str) -> None:
-    """What came out: the numbers, where the files lie, and a sample with its sources."""
+def _report(
+    run: Path,
+    summary: dict[str, Any],
+    data_path: Path,
+    device: Any,
+    prompt: str,
+    counts: dict[str, int] | None = None,
+) -> None:
+    """What came out: the numbers, where the files lie, and a sample with its sources.
+
+    `counts` are the dataset's, if they have been counted.
+    """
     from retro.corpus import REPAIR
     from retro.database import MANIFEST_FILE, open_corpus
     from retro.dataset import DATASET_FILE, Dataset, audit
 
     manifest = read_json(data_path / MANIFEST_FILE, REPAIR)
     corpus = open_corpus(data_path)
-    counts = audit(Dataset(data_path / DATASET_FILE["train"], corpus))
-    recall = ", ".join(f"{share:.1%} {k}" for k, share in manifest["recall"].items())
+    counts = counts or audit(Dataset(data_path / DATASET_FILE["train"], corpus))
     rows = {
         "model": f"{summary['n_parameters']:,} parameters, {summary['steps']:,} steps on {summary['device']}",
-        "database": f"{manifest['n_chunks']:,} chunks, index {manifest['index']}, recall {recall}",
+        "database": _description(manifest),
         "neighbors": f"{counts['neighbors']:,} for {counts['chunks']:,} chunks of {counts['samples']:,} samples; "
         f"{counts['leaking_neighbors']:,} overlap text still to be predicted",
         "training": f"{summary['train_bpb']:.3f} bits per byte",

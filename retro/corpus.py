@@ -246,9 +246,18 @@ class Corpus:
         """Decoded text of `length` tokens from `offset`."""
         return self.tokenizer.decode(self.tokens[offset : offset + length].tolist())
 
+    def texts(self, offsets: np.ndarray, length: int) -> list[str]:
+        """Decoded text from each offset on, of `length` tokens or up to the end of its document."""
+        ends = np.minimum(offsets + length, self.ends_of(offsets))
+        return [self.text(start, end - start) for start, end in zip(offsets.tolist(), ends.tolist(), strict=True)]
+
     def document_of(self, offsets: np.ndarray | int) -> np.ndarray:
         """Number of the document that each offset lies in."""
         return np.searchsorted(self.starts, offsets, side="right") - 1
+
+    def ends_of(self, offsets: np.ndarray | int) -> np.ndarray:
+        """End of the document that each offset lies in."""
+        return self.starts[self.document_of(offsets) + 1]
 
     def values(self, offsets: np.ndarray, length: int) -> np.ndarray:
         """Tokens from each offset on, up to the end of its document.
@@ -260,7 +269,7 @@ class Corpus:
         """
         offsets = np.asarray(offsets, dtype=np.int64)
         positions = offsets[..., None] + np.arange(length)
-        ends = self.starts[self.document_of(np.maximum(offsets, 0)) + 1]
+        ends = self.ends_of(np.maximum(offsets, 0))
         missing = (offsets < 0)[..., None] | (positions >= ends[..., None])
         return np.where(missing, NO_TOKEN, self.tokens[np.where(missing, 0, positions)].astype(np.int64))
 

@@ -25,6 +25,8 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 
     raise SystemExit(database_command())
 
+import contextlib
+import io
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -35,6 +37,7 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
+from faiss.contrib.big_batch_search import big_batch_search
 from labml import monit
 from tqdm import tqdm
 
@@ -52,8 +55,11 @@ from retro.bert_embeddings import PACKAGED, BERTChunkEmbeddings
 from retro.corpus import NO_TOKEN, REPAIR, Corpus
 
 INDEX_FILE, MANIFEST_FILE = "retro.index", "retro.index.json"
-KEYS_PER_SHARD = 4096  # the unit of work that an interruption can lose
+TOKENS_PER_PIECE = 1 << 19  # of text: the work that an interruption can lose, and that shares its duplicates
 N_RECALL_QUERIES = 256
+N_SPARE = 8  # neighbors fetched beyond those wanted, in case some are excluded
+MANY_QUERIES_PER_LIST = 64  # from here on, decoding a list's keys pays
+KMEANS_ITERATIONS = 10  # FAISS does 25; recall at 10 was no lower after 10, in half the time
 EXACT_UP_TO = 50_000  # chunks; brute force over these takes no longer than embedding the queries
 
 
@@ -72,7 +78,7 @@ def open_corpus(data_path: str | Path) -> Corpus:
 
 def build_database(
     chunk_len: int = 16,
-    batch_size: int = 512,
+    batch_size: int = 4096,
     d_emb: int | None = None,
     n_centeroids: int = 256,
     code_size: int = 64,
@@ -90,7 +96,7 @@ def build_database(
     """Build the database of a corpus' training documents; the first arguments are the tutorial's.
 
     * `chunk_len` is the length of a chunk, in tokens
-    * `batch_size` is the number of chunks given to BERT at a time
+    * `batch_size` is the largest number of chunks in one call of BERT
     * `d_emb` is the number of features of an embedding; left out, what the BERT gives
     * `n_centeroids`, `code_size` describe the index `IVF{n_centeroids},PQ{code_size}` (lists, bytes a
       key), unless `index` gives a FAISS factory string, or `auto` to choose one by the number of chunks
@@ -138,6 +144,7 @@ def build_database(
             "n_train": min(n_train, len(offsets)),
             "d_emb": bert.d_emb,
             "trim": bert.trim,
+            "precision": bert.precision,
             "embedder_sha256": bert.sha256,
             "recall": recall,
             "index_sha256": sha256_of_file(temporary),
@@ -181,46 +188,45 @@ class Keys:
         self, folder: Path, corpus: Corpus, chunk_len: int, offsets: np.ndarray, bert: BERTChunkEmbeddings
     ) -> None:
         self.folder, self.corpus, self.chunk_len, self.offsets, self.bert = folder, corpus, chunk_len, offsets, bert
-        self.n_shards = math.ceil(len(offsets) / KEYS_PER_SHARD)
+        self.per_shard = max(1, TOKENS_PER_PIECE // chunk_len)
+        self.n_shards = math.ceil(len(offsets) / self.per_shard)
 
     def _shard(self, number: int) -> Path:
         return self.folder / f"{number:06d}.npy"
 
+    def _offsets(self, number: int) -> np.ndarray:
+        return self.offsets[number * self.per_shard : (number + 1) * self.per_shard]
+
     def compute(self, batch_size: int) -> None:
-        """Embed the chunks whose shards are missing, `batch_size` chunks at a time."""
+        """Embed the chunks whose shards are missing, each shard by itself, so that it has the same bytes always."""
         made_with = {
             "format_version": FORMAT_VERSION,
             "corpus_sha256": self.corpus.sha256,
             "chunk_len": self.chunk_len,
             "embedder_sha256": self.bert.sha256,
             "trim": self.bert.trim,
-            "keys_per_shard": KEYS_PER_SHARD,
+            "precision": self.bert.precision,
+            "keys_per_shard": self.per_shard,
         }
         manifest = self.folder / "manifest.json"
         if not manifest.exists() or differences(read_json(manifest, REPAIR), made_with):
             shutil.rmtree(self.folder, ignore_errors=True)
             write_json(manifest, made_with)
         missing = [number for number in range(self.n_shards) if not self._shard(number).exists()]
-        done = (self.n_shards - len(missing)) * KEYS_PER_SHARD
-        with tqdm(total=len(self.offsets), initial=min(done, len(self.offsets)), desc="Embed", unit="chunk") as bar:
+        n_done = len(self.offsets) - sum(len(self._offsets(number)) for number in missing)
+        with tqdm(total=len(self.offsets), initial=n_done, desc="Embed", unit="chunk", mininterval=1) as bar:
             for number in missing:
-                offsets = self.offsets[number * KEYS_PER_SHARD : (number + 1) * KEYS_PER_SHARD]
-                ends = self.corpus.starts[self.corpus.document_of(offsets) + 1]
-                lengths = np.minimum(self.chunk_len, ends - offsets)
-                texts = [self.corpus.text(o, n) for o, n in zip(offsets.tolist(), lengths.tolist(), strict=True)]
-                rows = []
-                for i in range(0, len(texts), batch_size):
-                    rows.append(self.bert(texts[i : i + batch_size]).cpu().numpy())
-                    bar.update(len(rows[-1]))
+                texts = self.corpus.texts(self._offsets(number), self.chunk_len)
+                rows = self.bert(texts, batch_size, bar.update).cpu().numpy()
                 with written_whole(self._shard(number)) as temporary, open(temporary, "wb") as file:
-                    np.save(file, np.concatenate(rows), allow_pickle=False)
+                    np.save(file, rows, allow_pickle=False)
 
     @cached_property
     def _shards(self) -> list[np.ndarray]:
         shards = []
         for number in range(self.n_shards):
             shard = np.load(self._shard(number), mmap_mode="r", allow_pickle=False)
-            expected = (min(KEYS_PER_SHARD, len(self.offsets) - number * KEYS_PER_SHARD), self.bert.d_emb)
+            expected = (len(self._offsets(number)), self.bert.d_emb)
             if shard.shape != expected or shard.dtype != np.float32:
                 raise ValueError(
                     f"{self._shard(number)} holds {shard.dtype} {shard.shape}, but float32 {expected} is wanted. "
@@ -232,14 +238,14 @@ class Keys:
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """(number of the first key, keys of shape `[n, d_emb]`) of each shard, in order."""
         for number, shard in enumerate(self._shards):
-            yield number * KEYS_PER_SHARD, np.ascontiguousarray(shard)
+            yield number * self.per_shard, np.ascontiguousarray(shard)
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:
         """The keys of these numbers, of shape `[len(numbers), d_emb]`."""
         keys = np.empty((len(numbers), self.bert.d_emb), dtype=np.float32)
-        for shard in np.unique(numbers // KEYS_PER_SHARD):
-            at = numbers // KEYS_PER_SHARD == shard
-            keys[at] = self._shards[shard][numbers[at] % KEYS_PER_SHARD]
+        for shard in np.unique(numbers // self.per_shard):
+            at = numbers // self.per_shard == shard
+            keys[at] = self._shards[shard][numbers[at] % self.per_shard]
         return keys
 
 
@@ -285,26 +291,31 @@ def train_index(factory: str, keys: Keys, n_train: int, seed: int) -> tuple[fais
 def ivf_of(index: faiss.Index) -> faiss.IndexIVF | None:
     """The inverted lists inside an index, if it has any."""
     try:
-        return faiss.extract_index_ivf(index)
+        return faiss.downcast_index(faiss.extract_index_ivf(index))
     except RuntimeError:
         return None
 
 
 def centroids_of(index: faiss.Index) -> int:
-    """The most centroids that a part of the index learns from its training keys."""
+    """The most centroids that a part of the index learns from its training keys; sets how it learns them."""
     needed = [0]
     if (ivf := ivf_of(index)) is not None:
         needed.append(ivf.nlist)
-        # FAISS asks for 39 keys a centroid and warns below that; it is silenced, recall tells.
-        ivf.cp.min_points_per_centroid = 1
+        _set_clustering(ivf.cp)
         if isinstance(ivf, faiss.IndexIVFPQ):
             # Reorders the codes for a filter that is not used here, at ten times the cost of the rest.
             ivf.do_polysemous_training = False
         index = ivf
-    if (pq := getattr(faiss.downcast_index(index), "pq", None)) is not None:
+    if (pq := getattr(index, "pq", None)) is not None:
         needed.append(pq.ksub)
-        pq.cp.min_points_per_centroid = 1
+        _set_clustering(pq.cp)
     return max(needed)
+
+
+def _set_clustering(parameters: faiss.ClusteringParameters) -> None:
+    parameters.niter = KMEANS_ITERATIONS
+    # FAISS asks for 39 keys a centroid and warns below that; it is silenced, recall tells.
+    parameters.min_points_per_centroid = 1
 
 
 def set_n_probe(index: faiss.Index, n_probe: int) -> None:
@@ -330,7 +341,7 @@ def measure_recall(index: faiss.Index, keys: Keys, seed: int) -> dict[str, float
         distances, ids = faiss.knn(queries, block, min(n_found, len(block)))
         exact.add_result(distances, ids + start)
     exact.finalize()
-    _, found = index.search(queries, n_found)
+    _, found = search_many(index, queries, n_found)
 
     recall: dict[str, list[float]] = {}
     for row, own in enumerate(chosen):
@@ -342,6 +353,36 @@ def measure_recall(index: faiss.Index, keys: Keys, seed: int) -> dict[str, float
             hits = distances[:k] <= true[k - 1] * (1 + 1e-4) + 1e-4
             recall.setdefault(f"@{k}", []).append(float(hits.sum()) / k)
     return {k: round(float(np.mean(v)), 4) for k, v in sorted(recall.items(), key=lambda item: int(item[0][1:]))}
+
+
+def search_many(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `index.search`; for many queries, list by list of an inverted file.
+
+    All queries that search a list are then compared with its decoded keys in one matrix product, in place of
+    a table look-up for each key and query: the same distances but for rounding, several times as fast.
+    """
+    index = faiss.downcast_index(index)
+    known = index.__class__ in (faiss.IndexIVFPQ, faiss.IndexIVFFlat)
+    if not known or len(queries) * index.nprobe < MANY_QUERIES_PER_LIST * index.nlist:
+        return index.search(queries, k)
+    # In parts, because the distances of a list's queries and keys are in memory at once.
+    parts = [queries[i : i + 8192] for i in range(0, len(queries), 8192)]
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports on every list
+        results = [big_batch_search(index, part, k, method="pairwise_distances") for part in parts]
+    return np.concatenate([d for d, _ in results]), np.concatenate([i for _, i in results])
+
+
+def _distinct(rows: np.ndarray) -> tuple[list[int], list[int]]:
+    """Where each distinct row is first, and the number of the distinct row that each row equals."""
+    number_of: dict[bytes, int] = {}
+    first: list[int] = []
+    numbers: list[int] = []
+    for i, row in enumerate(rows):
+        number = number_of.setdefault(row.tobytes(), len(first))
+        if number == len(first):
+            first.append(i)
+        numbers.append(number)
+    return first, numbers
 
 
 class RetroIndex:
@@ -391,11 +432,13 @@ class RetroIndex:
         self.n_probe = n_probe or made_with["n_probe"]
         set_n_probe(self.index, self.n_probe)
 
-        self.bert = bert or BERTChunkEmbeddings(device, embedder or made_with["embedder"], trim=made_with["trim"])
+        self.bert = bert or BERTChunkEmbeddings(
+            device, embedder or made_with["embedder"], made_with["trim"], made_with["precision"]
+        )
         require_match(
             path,
             made_with,
-            {"embedder_sha256": self.bert.sha256, "trim": self.bert.trim},
+            {"precision": self.bert.precision, "trim": self.bert.trim, "embedder_sha256": self.bert.sha256},
             f"{REPAIR} --embedder {self.bert.embedder}",
         )
 
@@ -429,20 +472,42 @@ class RetroIndex:
         return self.bert(query_chunks).cpu().numpy()
 
     def search(
-        self, queries: np.ndarray, n_neighbors: int, exclude: tuple[int, int] | None = None
+        self, queries: np.ndarray, n_neighbors: int, exclude: np.ndarray | tuple[int, int] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Nearest chunks of each query, outside a range of offsets.
 
         * `queries` are embeddings of shape `[n, d_emb]`
-        * `exclude` is a range `(first, end)` of offsets whose chunks must not be found
+        * `exclude` are ranges `(first, end)` of offsets whose chunks must not be found, of shape `[n, 2]`;
+          or one range for all queries
 
         Returns squared L2 distances and offsets, both of shape `[n, n_neighbors]`, nearest first; -1 is
-        the offset where there are fewer. The search itself passes over the range, so all
-        `n_neighbors` come back whenever the searched lists hold that many.
+        the offset where there are fewer. All `n_neighbors` come back whenever the searched lists hold
+        that many outside the range.
         """
+        first, row_of = _distinct(queries)
         if exclude is None:
-            return self.index.search(queries, n_neighbors)
-        selector = faiss.IDSelectorNot(faiss.IDSelectorRange(*exclude))
+            distances, found = search_many(self.index, queries[first], n_neighbors)
+            return distances[row_of], found[row_of]
+        # In one go for all ranges, a few neighbors more than wanted, without those in the range.
+        distances, found = (x[row_of] for x in search_many(self.index, queries[first], n_neighbors + N_SPARE))
+        ranges = np.broadcast_to(np.asarray(exclude), (len(queries), 2))
+        barred = (found < 0) | ((found >= ranges[:, :1]) & (found < ranges[:, 1:]))
+        order = np.argsort(barred, axis=1, kind="stable")[:, :n_neighbors]
+        missing = np.take_along_axis(barred, order, axis=1)
+        # Where too many were in the range, but there are more: the search itself passes over it.
+        again = np.flatnonzero(missing.any(axis=1) & (found[:, -1] >= 0))
+        distances = np.where(missing, np.finfo(np.float32).max, np.take_along_axis(distances, order, axis=1))
+        found = np.where(missing, -1, np.take_along_axis(found, order, axis=1))
+        for span in np.unique(ranges[again], axis=0):
+            rows = again[(ranges[again] == span).all(axis=1)]
+            distances[rows], found[rows] = self._search_outside(queries[rows], n_neighbors, span)
+        return distances, found
+
+    def _search_outside(
+        self, queries: np.ndarray, n_neighbors: int, span: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `search`, one range for all; slower for each query than a search without."""
+        selector = faiss.IDSelectorNot(faiss.IDSelectorRange(int(span[0]), int(span[1])))
         if (ivf := ivf_of(self.index)) is not None:
             parameters = faiss.SearchParametersIVF(sel=selector, nprobe=ivf.nprobe)
         elif "HNSW" in self.made_with["index"]:

@@ -29,7 +29,6 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 import json
 import os
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +40,11 @@ from tqdm import tqdm
 
 from retro.artifacts import FORMAT_VERSION, package_versions, require_match
 from retro.corpus import NO_TOKEN, Corpus
-from retro.database import MANIFEST_FILE, RetroIndex, open_corpus
+from retro.database import MANIFEST_FILE, TOKENS_PER_PIECE, RetroIndex, open_corpus
 
 DATASET_FILE = {"train": "retro_train_dataset.jsonl", "valid": "retro_valid_dataset.jsonl"}
 EXCLUDE = ("document", "sample", "span")
 REPAIR = "python -m retro.dataset"
-SAMPLES_PER_BLOCK = 32  # retrieved at once; the unit of work that an interruption can lose
 IGNORED_TARGET = -100  # what torch's cross entropy passes over by default
 
 
@@ -153,22 +151,22 @@ def sample_offsets(
     return offsets
 
 
-def n_tokens_of_sample(corpus: Corpus, offset: int, chunk_len: int, chunks_per_sample: int) -> int:
-    """Input tokens of the sample at `offset`: whole chunks, or up to the last but one of its document."""
-    end = int(corpus.starts[int(corpus.document_of(offset)) + 1])
-    return min(chunks_per_sample * chunk_len, end - 1 - offset)
+def n_tokens_of_samples(corpus: Corpus, offsets: Any, chunk_len: int, chunks_per_sample: int) -> np.ndarray:
+    """Input tokens of the samples at `offsets`: whole chunks, or up to the last but one of its document."""
+    return np.minimum(chunks_per_sample * chunk_len, corpus.ends_of(offsets) - 1 - offsets)
 
 
 def write_samples(path: Path, header: dict[str, Any], offsets: list[int], index: RetroIndex) -> None:
     """Retrieve in blocks into `path`.part, from where an earlier call stopped, then rename it to `path`."""
     part = path.with_name(path.name + ".part")
-    n_done = _resume(part, header)
+    per_block = max(1, TOKENS_PER_PIECE // (header["chunk_len"] * header["chunks_per_sample"]))
+    n_done = _resume(part, header, per_block)
     try:
         with open(part, "ab") as file:
             bar = tqdm(total=len(offsets), initial=n_done, desc=f"Neighbors ({header['split']})", unit="sample")
-            for start in range(n_done, len(offsets), SAMPLES_PER_BLOCK):
-                block = offsets[start : start + SAMPLES_PER_BLOCK]
-                lines = [json.dumps(sample) for sample in retrieve_samples(block, header, index)]
+            for start in range(n_done, len(offsets), per_block):
+                block = offsets[start : start + per_block]
+                lines = [json.dumps(sample) for sample in retrieve_samples(np.array(block), header, index)]
                 file.write(("\n".join(lines) + "\n").encode())
                 file.flush()
                 bar.update(len(block))
@@ -182,7 +180,7 @@ def write_samples(path: Path, header: dict[str, Any], offsets: list[int], index:
         ) from error
 
 
-def _resume(part: Path, header: dict[str, Any]) -> int:
+def _resume(part: Path, header: dict[str, Any], per_block: int) -> int:
     """Make `part` hold the header and whole blocks only; returns how many samples that is."""
     first = (json.dumps(header) + "\n").encode()
     starts = _line_starts(part) if part.exists() else np.zeros(1, dtype=np.int64)
@@ -190,51 +188,40 @@ def _resume(part: Path, header: dict[str, Any]) -> int:
         part.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(first)
         return 0
-    n_done = (len(starts) - 2) // SAMPLES_PER_BLOCK * SAMPLES_PER_BLOCK
+    n_done = (len(starts) - 2) // per_block * per_block
     os.truncate(part, int(starts[n_done + 1]))
     return n_done
 
 
-def retrieve_samples(offsets: list[int], header: dict[str, Any], index: RetroIndex) -> Iterator[dict[str, Any]]:
-    """The samples at `offsets`, with neighbors and distances of each whole chunk; all are embedded at once."""
-    corpus, m, exclude = index.corpus, header["chunk_len"], header["exclude"]
-    starts = []  # of the chunks of each sample
-    for offset in offsets:
-        n_chunks = n_tokens_of_sample(corpus, offset, m, header["chunks_per_sample"]) // m
-        starts.append([offset + u * m for u in range(n_chunks)])
-    queries = index.embed([corpus.text(start, m) for row in starts for start in row])
+def retrieve_samples(offsets: np.ndarray, header: dict[str, Any], index: RetroIndex) -> Iterator[dict[str, Any]]:
+    """The samples at `offsets`, with neighbors and distances of each whole chunk; all are retrieved at once."""
+    corpus, m, C = index.corpus, header["chunk_len"], header["chunks_per_sample"]
+    n_chunks = n_tokens_of_samples(corpus, offsets, m, C) // m
+    firsts = np.repeat(offsets, n_chunks)  # start of the sample of each chunk
+    ends = np.cumsum(n_chunks)
+    chunks = firsts + m * (np.arange(len(firsts)) - np.repeat(ends - n_chunks, n_chunks))  # start of each chunk
 
-    def left_out(i: int) -> tuple[int, int] | None:
-        if header["split"] == "valid" or exclude == "span":
-            return None  # validation documents are not in the database
-        if exclude == "document":
-            document = int(corpus.document_of(offsets[i]))
-            return int(corpus.starts[document]), int(corpus.starts[document + 1])
+    excluded = None  # validation documents are not in the database
+    if header["split"] == "train" and header["exclude"] == "document":
+        documents = corpus.document_of(firsts)
+        excluded = np.stack([corpus.starts[documents], corpus.starts[documents + 1]], axis=1)
+    elif header["split"] == "train" and header["exclude"] == "sample":
         # A value of 2m tokens that starts here or later reaches into the sample.
-        return offsets[i] - 2 * m + 1, offsets[i] + header["chunks_per_sample"] * m + 1
+        excluded = np.stack([firsts - 2 * m + 1, firsts + C * m + 1], axis=1)
+    elif header["split"] == "train":
+        span = m + index.exclude_neighbor_span
+        excluded = np.stack([chunks - span, chunks + span + 1], axis=1)
 
-    row = 0
-    for span, samples in groupby(range(len(offsets)), key=left_out):
-        numbers = list(samples)
-        n_chunks = sum(len(starts[i]) for i in numbers)
-        block = queries[row : row + n_chunks]
-        row += n_chunks
-        n_fetched = header["n_neighbors"] + (index.n_extra if exclude == "span" else 0)
-        distances, found = index.search(block, n_fetched, span)
-        at = 0
-        for i in numbers:
-            neighbors, nearest = [], []
-            for start in starts[i]:
-                pairs = [
-                    (n, round(d, 4)) for n, d in zip(found[at].tolist(), distances[at].tolist(), strict=True) if n >= 0
-                ]
-                if exclude == "span" and header["split"] == "train":
-                    kept = set(index.filter_neighbors(start, [n for n, _ in pairs]))
-                    pairs = [pair for pair in pairs if pair[0] in kept]
-                neighbors.append([n for n, _ in pairs[: header["n_neighbors"]]])
-                nearest.append([d for _, d in pairs[: header["n_neighbors"]]])
-                at += 1
-            yield {"offset": offsets[i], "neighbors": neighbors, "distances": nearest}
+    distances, found = index.search(index.embed(corpus.texts(chunks, m)), header["n_neighbors"], excluded)
+    for offset, rows in zip(offsets.tolist(), np.split(np.arange(len(chunks)), ends[:-1]), strict=True):
+        present = [found[row] >= 0 for row in rows]
+        yield {
+            "offset": offset,
+            "neighbors": [found[row][has].tolist() for row, has in zip(rows, present, strict=True)],
+            "distances": [
+                [round(d, 4) for d in distances[row][has].tolist()] for row, has in zip(rows, present, strict=True)
+            ],
+        }
 
 
 class Dataset(PyTorchDataset):
@@ -285,7 +272,7 @@ class Dataset(PyTorchDataset):
             return self._inline_item(*self.samples[idx])
         sample, m, C = self.line(idx), self.header["chunk_len"], self.header["chunks_per_sample"]
         offset = sample["offset"]
-        n = n_tokens_of_sample(self.corpus, offset, m, C)
+        n = int(n_tokens_of_samples(self.corpus, offset, m, C))
         tokens = self.corpus.tokens[offset : offset + n + 1].astype(np.int64)
         src, tgt = torch.zeros(C * m, dtype=torch.long), torch.full((C * m,), IGNORED_TARGET)
         src[:n], tgt[:n] = torch.from_numpy(tokens[:-1]), torch.from_numpy(tokens[1:])
@@ -323,7 +310,7 @@ def _line_starts(path: Path) -> np.ndarray:
     """Positions of the lines in bytes, and of the end of the last whole one; read in blocks."""
     starts, position = [np.zeros(1, dtype=np.int64)], 0
     with open(path, "rb") as file:
-        while block := file.read(1 << 24):
+        while block := file.read(1 << 20):
             starts.append(np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + position + 1)
             position += len(block)
     return np.concatenate(starts)
@@ -345,7 +332,7 @@ def audit(dataset: Dataset) -> dict[str, int]:
         ends = np.minimum(starts + 2 * m, corpus.starts[corpus.document_of(starts) + 1])
         chunk = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
         unpredicted = offset + (chunk + 1) * m
-        end = offset + n_tokens_of_sample(corpus, offset, m, C) + 1
+        end = offset + int(n_tokens_of_samples(corpus, offset, m, C)) + 1
         leaking = (starts < end) & (ends > unpredicted)
         counts["chunks"] += len(rows)
         counts["neighbors"] += len(starts)

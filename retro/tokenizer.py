@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from retro.artifacts import read_json, sha256_of_json, write_json
+from retro.artifacts import FORMAT_VERSION, read_json, sha256_of_json, write_json
 
 
 class Tokenizer(Protocol):
@@ -80,7 +80,7 @@ class CharTokenizer:
         return "".join(self.itos[i] for i in ids)
 
     def save(self, path: Path) -> None:
-        write_json(path, {"format_version": 1, "itos": self.itos})
+        write_json(path, {"format_version": FORMAT_VERSION, "itos": self.itos})
 
 
 class SubwordTokenizer:

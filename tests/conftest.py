@@ -32,12 +32,12 @@ def plays(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def char_bert():
-    return BERTChunkEmbeddings("cpu")
+    return BERTChunkEmbeddings("cpu", precision="fp32")
 
 
 @pytest.fixture(scope="session")
 def bert():
-    return BERTChunkEmbeddings("cpu", trim=False)
+    return BERTChunkEmbeddings("cpu", trim=False, precision="fp32")
 
 
 @pytest.fixture(scope="session")

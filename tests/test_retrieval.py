@@ -7,13 +7,22 @@ import subprocess
 import sys
 import time
 
+import faiss
 import numpy as np
 import pytest
 from conftest import CHUNK_LEN, CHUNKS_PER_SAMPLE
 from labml_helpers.datasets.text import TextFileDataset
 
 from retro.corpus import Corpus, build_corpus
-from retro.database import RetroIndex, build_database, chunk_offsets
+from retro.database import (
+    KMEANS_ITERATIONS,
+    MANY_QUERIES_PER_LIST,
+    RetroIndex,
+    build_database,
+    centroids_of,
+    chunk_offsets,
+    search_many,
+)
 from retro.dataset import DATASET_FILE, Dataset, audit, build_dataset
 
 
@@ -37,6 +46,47 @@ def test_an_exact_index_finds_what_brute_force_finds(index, bert, excluded):
     expected, expected_offsets = brute_force(bert, corpus, queries, 5, span)
     np.testing.assert_allclose(distances, expected, rtol=1e-3, atol=1e-3)
     assert (offsets == expected_offsets).mean() > 0.95  # equal distances may come in another order
+
+
+def test_each_query_can_leave_out_a_range_of_its_own_however_much_it_bars(index, bert):
+    corpus, n = index.corpus, index.corpus.n_train_tokens
+    ranges = np.array([(0, 0), (0, n // 2), (3 * CHUNK_LEN, n), (0, n - 2 * CHUNK_LEN), (0, n), (-9, 40), (0, n // 2)])
+    texts = [corpus.text(40 * i, CHUNK_LEN) for i in range(6)]
+    queries = index.embed([*texts, texts[1]])  # a query twice
+    distances, offsets = index.search(queries, 4, ranges)
+    for query, span, distance, found in zip(queries, ranges.tolist(), distances, offsets, strict=True):
+        expected, _ = brute_force(bert, corpus, query[None], 4, span)
+        n_found = int((found >= 0).sum())
+        assert n_found == expected.shape[1] and (found[n_found:] == -1).all()
+        np.testing.assert_allclose(distance[:n_found], expected[0], rtol=1e-3, atol=1e-3)
+        assert not any(span[0] <= offset < span[1] for offset in found[:n_found])
+    assert (offsets[4] == -1).all() and (offsets[2] >= 0).sum() == 3
+
+
+@pytest.mark.parametrize("factory", ["IVF16,PQ16", "IVF16,Flat"])
+def test_searching_many_queries_at_once_finds_what_one_by_one_finds(factory):
+    rng = np.random.default_rng(0)
+    keys, queries = (rng.standard_normal((n, 32)).astype(np.float32) for n in (1000, 300))
+    index = faiss.index_factory(32, factory)
+    centroids_of(index)
+    index.train(keys)
+    index.add_with_ids(keys, np.arange(1000) * 16)
+    index.nprobe = 4
+    assert len(queries) * 4 >= MANY_QUERIES_PER_LIST * 16
+    distances, found = search_many(index, queries, 5)
+    expected, expected_ids = index.search(queries, 5)
+    np.testing.assert_allclose(distances, expected, rtol=1e-4, atol=1e-4)
+    assert (found == expected_ids).mean() > 0.99
+    # More neighbors than the lists hold: -1, as FAISS has it.
+    _, found = search_many(index, queries, 900)
+    assert ((found == -1) == (index.search(queries, 900)[1] == -1)).all()
+
+
+def test_an_index_learns_without_the_slow_polysemous_codes():
+    index = faiss.index_factory(384, "OPQ16,IVF8,PQ16")
+    assert centroids_of(index) == 256
+    ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
+    assert not ivf.do_polysemous_training and ivf.cp.niter == ivf.pq.cp.niter == KMEANS_ITERATIONS
 
 
 def test_chunks_start_with_their_documents_and_come_from_training_only(index):
@@ -192,7 +242,7 @@ def test_a_truncated_dataset_is_refused(data, tmp_path):
 
 BUILD = """
 import sys, retro.database, retro.dataset
-retro.database.KEYS_PER_SHARD, retro.dataset.SAMPLES_PER_BLOCK = 64, 4
+retro.database.TOKENS_PER_PIECE, retro.dataset.TOKENS_PER_PIECE = 64 * 16, 4 * 4 * 16
 from retro.database import *; from retro.dataset import *; from retro.corpus import Corpus
 from retro.bert_embeddings import BERTChunkEmbeddings
 corpus, bert = Corpus.load(sys.argv[1]), BERTChunkEmbeddings("cpu", trim=False)
