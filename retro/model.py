@@ -40,6 +40,8 @@ from torch import Tensor, nn
 
 from retro.artifacts import FORMAT_VERSION, read_json
 
+ROWS = 128  # of a block of causal attention
+
 
 @dataclass(frozen=True)
 class RetroConfig:
@@ -92,12 +94,24 @@ class RotaryPositionalEmbeddings(nn.Module):
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """Turn `x` of shape `[batch, seq_len, n_heads, d]`, whose first position is `start`."""
-        positions = torch.arange(start, start + x.shape[1], device=x.device)
-        angles = torch.outer(positions.to(self.theta.dtype), self.theta)  # (T, d/2)
-        cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (T, 1, d/2)
-        left, right = x.chunk(2, dim=-1)
-        turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
-        return turned.type_as(x)
+        pairs = x.unflatten(-1, (2, -1)).mT.flatten(-2)
+        turned = self.turn(pairs, self.turns(start, start + x.shape[1]))
+        return turned.unflatten(-1, (-1, 2)).mT.flatten(-2)
+
+    def turns(self, start: int, end: int) -> Tensor:
+        r"""$e^{\mathrm{i} n \theta_i}$ for the positions from `start` to `end`: complex, `[end - start, 1, d/2]`."""
+        positions = torch.arange(start, end, device=self.theta.device, dtype=self.theta.dtype)
+        angles = torch.outer(positions, self.theta)[:, None]
+        return torch.polar(torch.ones_like(angles), angles)
+
+    @staticmethod
+    def turn(x: Tensor, turns: Tensor) -> Tensor:
+        """Turn `x` (..., T, H, d), in which the features i and i + d/2 of a pair lie side by side.
+
+        A pair is then a complex number, and turning it is one product.
+        """
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (..., T, H, d/2)
+        return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
@@ -120,47 +134,65 @@ class Attention(nn.Module):
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(N, L, H*d_k) -> (N, L, H, d_k)."""
-        return x.unflatten(-1, (self.n_heads, self.d_k))
+        return x.unflatten(-1, (-1, self.d_k))
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """What a context (N, S, D) offers to be read: keys and values, both (N, H, S, d_k)."""
-        keys, values = self.split_heads(self.key(context)), self.split_heads(self.value(context))
-        return keys.transpose(1, 2), values.transpose(1, 2)
+        weight, bias = joined(self.key, self.value)
+        keys, values = self.split_heads(F.linear(context, weight, bias)).transpose(1, 2).chunk(2, dim=1)
+        return keys, values
 
     def attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Queries (N, L, H, d_k) read keys and values (N, H, S, d_k) where the mask is true -> (N, L, D)."""
-        read = F.scaled_dot_product_attention(
-            queries.transpose(1, 2), keys, values, attn_mask=mask, is_causal=is_causal
-        )  # (N, H, L, d_k)
+        queries = queries.transpose(1, 2)  # (N, H, L, d_k)
+        attention = written_out_attention if _is_faster_written_out(queries, keys) else F.scaled_dot_product_attention
+        read = attention(queries, keys, values, attn_mask=mask, is_causal=is_causal)  # (N, H, L, d_k)
         return self.output(read.transpose(1, 2).flatten(2))
 
 
-class KeyValueCache:
-    """Keys and values of the positions that a layer has seen, (B, H, length, d_k) each.
+def joined(*layers: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias of linear layers over one input, as of a single wider layer: one product in place of several."""
+    return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
 
-    The room doubles when it is used up, so appending costs the same at any length.
+
+def _is_faster_written_out(queries: Tensor, keys: Tensor) -> bool:
+    """Whether torch's fused attention is the slower way.
+
+    It is made for long sequences. On a CPU it loses a third against plain products over the
+    encoder's many short ones, and in bfloat16 its backward pass takes ten times as long.
     """
+    return queries.device.type == "cpu" and (keys.shape[2] <= 128 or keys.dtype == torch.bfloat16)
 
-    def __init__(self) -> None:
-        self.length = 0
-        self._room: tuple[Tensor, Tensor] | None = None
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add positions; returns the keys and values of all positions so far."""
-        end = self.length + keys.shape[2]
-        if self._room is None or self._room[0].shape[2] < end:
-            old = self._room
-            room = [new.new_empty(*new.shape[:2], max(64, 2 * end), new.shape[3]) for new in (keys, values)]
-            self._room = (room[0], room[1])
-            if old is not None:
-                for new_room, old_room in zip(self._room, old, strict=True):
-                    new_room[:, :, : self.length] = old_room[:, :, : self.length]
-        self._room[0][:, :, self.length : end] = keys
-        self._room[1][:, :, self.length : end] = values
-        self.length = end
-        return self._room[0][:, :, :end], self._room[1][:, :, :end]
+def written_out_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """What `scaled_dot_product_attention` computes, as batched products.
+
+    * `queries` (N, H, L, d_k), `keys` and `values` (N, H, S, d_k)
+    * `attn_mask` (N, 1, 1, S) is true where a key may be read; or
+    * `is_causal`: row i reads keys 0..i (L = S); computed in blocks of rows, without most of what is barred
+
+    Returns (N, H, L, d_k).
+    """
+    N, H, L, d = queries.shape
+    q, k, v = queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
+    if not is_causal:
+        barred = q.new_zeros(1, 1, 1)
+        if attn_mask is not None:
+            barred = q.new_zeros(attn_mask.shape).masked_fill(~attn_mask, -torch.inf).expand(N, H, -1, -1).flatten(0, 1)
+        weights = torch.baddbmm(barred, q, k.mT, alpha=d**-0.5).softmax(dim=-1)  # (N*H, L, S)
+        return torch.bmm(weights, v).unflatten(0, (N, H))
+    rows = []
+    for start in range(0, L, ROWS):
+        block = q[:, start : start + ROWS]
+        end = start + block.shape[1]
+        barred = q.new_full((block.shape[1], end), -torch.inf).triu(1 + start)
+        weights = torch.baddbmm(barred, block, k[:, :end].mT, alpha=d**-0.5).softmax(dim=-1)  # (N*H, <=ROWS, end)
+        rows.append(torch.bmm(weights, v[:, :end]))
+    return torch.cat(rows, dim=1).unflatten(0, (N, H))
 
 
 class SelfAttention(Attention):
@@ -174,23 +206,33 @@ class SelfAttention(Attention):
         self.is_causal = is_causal
         self.rotary_pe = RotaryPositionalEmbeddings(d_k)
 
-    def forward(self, h: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
         """`h` (N, T, D) reads itself -> (N, T, D), residual included.
 
         * `mask` (N, 1, 1, T), if given, is true where there is a token to read
-        * `cache`, if given, holds the positions before `h` and takes up those of `h`
         """
-        x = self.norm(h)
-        start = cache.length if cache else 0
-        queries = self.rotary_pe(self.split_heads(self.query(x)), start)
-        keys = self.rotary_pe(self.split_heads(self.key(x)), start).transpose(1, 2)
-        values = self.split_heads(self.value(x)).transpose(1, 2)
-        if cache is None:
-            return h + self.attend(queries, keys, values, mask, self.is_causal)
-        keys, values = cache.append(keys, values)
-        # Row i of the new positions reads all before them and the new ones up to itself.
-        seen = torch.ones(h.shape[1], cache.length, dtype=torch.bool, device=h.device).tril(start)
-        return h + self.attend(queries, keys, values, seen)
+        n = self.n_heads * self.d_k
+        qk, values = F.linear(self.norm(h), *self.projection()).split([2 * n, n], dim=-1)
+        # Written out for all heads, so that the product runs through memory in one line.
+        turns = self.rotary_pe.turns(0, h.shape[1]).expand(-1, 2 * self.n_heads, -1).contiguous()
+        turned = self.rotary_pe.turn(self.split_heads(qk), turns)
+        queries, keys = turned.chunk(2, dim=2)  # (N, T, H, d_k) each
+        keys, values = keys.transpose(1, 2), self.split_heads(values).transpose(1, 2)  # (N, H, T, d_k)
+        return h + self.attend(queries, keys, values, mask, self.is_causal)
+
+    def projection(self) -> tuple[Tensor, Tensor]:
+        """Weight (3*H*d_k, D) and bias that give queries and keys, both with features in pairs, and values.
+
+        Queries and keys may have their features in any order, as long as it is the same one.
+        """
+
+        def paired(x: Tensor) -> Tensor:
+            return x.unflatten(0, (self.n_heads, 2, -1)).transpose(1, 2)  # (H, d_k/2, 2, ...)
+
+        q, k, v = self.query, self.key, self.value
+        weight = torch.cat([paired(q.weight), paired(k.weight), v.weight.view_as(paired(v.weight))])
+        bias = torch.cat([paired(q.bias), paired(k.bias), v.bias.view_as(paired(v.bias))])
+        return weight.flatten(0, 2), bias.flatten(0, 2)
 
 
 class CrossAttention(Attention):
@@ -233,15 +275,12 @@ class ChunkedCrossAttention(Attention):
         shifted = F.pad(h, (0, 0, -(m - 1), C * m - (T - (m - 1))))  # (B, C*m, D)
         context = e.flatten(2, 3).flatten(0, 1)  # (B*C, K*R, D)
         mask, has_neighbor = readable(None if present is None else present.flatten(2).flatten(0, 1))
-        read = self.read(shifted.reshape(B * C, m, D), *self.keys_values(context), mask)
+        queries = self.split_heads(self.query(self.norm(shifted.reshape(B * C, m, D))))
+        read = self.attend(queries, *self.keys_values(context), mask)
         if has_neighbor is not None:
             read = torch.where(has_neighbor[:, None, None], read, 0.0)
         # Each row back in its place, zeros for those who read nothing.
         return h + F.pad(read.reshape(B, C * m, D), (0, 0, m - 1, T - (m - 1) - C * m))
-
-    def read(self, h: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What states `h` (N, L, D), of tokens with the same neighbors, take from them: (N, L, D)."""
-        return self.attend(self.split_heads(self.query(self.norm(h))), keys, values, mask)
 
 
 def readable(present: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -271,7 +310,7 @@ class FeedForward(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """(..., D) -> (..., D), residual included."""
-        return h + self.lin2(F.relu(self.lin1(self.norm(h))))
+        return h + self.lin2(F.relu(self.lin1(self.norm(h)), inplace=True))
 
 
 class NearestNeighborEncoder(nn.Module):

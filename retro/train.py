@@ -60,6 +60,7 @@ class TrainConfig:
     warmup: int = 2000  # steps
     clip: float | None = None  # largest norm of the gradient
     precision: str = "fp32"  # or "bf16": autocast
+    compile: bool = False  # by torch.compile, which takes a minute or two to begin with
     interval: int | None = None  # steps between validations and checkpoints; an epoch if None
     n_valid_batches: int = 16  # of an interim validation; the last one takes all
     seed: int = 0
@@ -274,6 +275,8 @@ def _train(
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     model = RetroModel.from_config(model_config).to(device)
+    if config.compile:
+        model.compile()
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, eps=1e-9, fused=device.type in ("cuda", "cpu"))
     step, seconds, train_loss = load_checkpoint(run, model, optimizer)
     m, K = model_config.chunk_len, datasets["train"].header["n_neighbors"]

@@ -1,9 +1,19 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from labml_nn.transformers.retro import model as reference
 
-from retro.model import ChunkedCrossAttention, NearestNeighborEncoder, RetroConfig, RetroModel
+from retro.model import (
+    ChunkedCrossAttention,
+    NearestNeighborEncoder,
+    RetroConfig,
+    RetroModel,
+    RotaryPositionalEmbeddings,
+    written_out_attention,
+)
 
 N_VOCAB, CHUNK_LEN, N_CHUNKS = 13, 4, 4
 SHAPE = (N_VOCAB, 16, 4, {1, 3}, CHUNK_LEN, 2, 8, 32)
@@ -32,7 +42,8 @@ def neighbors():
 
 
 @pytest.mark.parametrize(
-    ("n_tokens", "n_chunks", "n_neighbors"), [(16, 4, 2), (17, 4, 2), (18, 4, 1), (10, 2, 3), (4, 1, 2), (7, 1, 1)]
+    ("n_tokens", "n_chunks", "n_neighbors"),
+    [(16, 4, 2), (17, 4, 2), (18, 4, 1), (10, 2, 3), (4, 1, 2), (7, 1, 1), (150, 37, 2)],  # 150: fused attention
 )
 def test_logits_and_gradients_are_the_references(n_tokens, n_chunks, n_neighbors):
     theirs, ours = small(reference), small()
@@ -134,6 +145,63 @@ def test_nothing_is_made_on_another_device(tokens, neighbors):
     logits = model(tokens.to("meta"), neighbors.to("meta"))
     assert logits.device.type == "meta"
     logits.sum().backward()
+
+
+@pytest.mark.parametrize("length", [1, 7, 128, 129, 300])
+@pytest.mark.parametrize("kind", ["causal", "masked", "open"])
+def test_written_out_attention_is_torchs_own(length, kind):
+    generator = torch.Generator().manual_seed(length)
+    q, k, v = (torch.randn(3, 2, length, 8, generator=generator).requires_grad_() for _ in range(3))
+    mask = torch.rand(3, 1, 1, length, generator=generator) > 0.3 if kind == "masked" else None
+    if mask is not None:
+        mask[..., 0] = True
+    weights = torch.randn(q.shape, generator=generator)
+    results = []
+    for attention in (written_out_attention, F.scaled_dot_product_attention):
+        read = attention(q, k, v, attn_mask=mask, is_causal=kind == "causal")
+        results.append((read, *torch.autograd.grad((read * weights).sum(), (q, k, v))))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_rotary_embeddings_are_the_references_from_any_position(start):
+    x = torch.randn(2, 12, 3, 8)
+    expected = reference.RotaryPositionalEmbeddings(8)(x)[:, start:]
+    torch.testing.assert_close(RotaryPositionalEmbeddings(8)(x[:, start:], start), expected)
+
+
+def test_bf16_gives_nearly_the_loss_and_the_gradients_of_fp32(model, tokens, neighbors):
+    def gradient(enabled):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits = model(tokens, neighbors)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    (loss, exact), (rounded_loss, rounded) = gradient(False), gradient(True)
+    assert rounded_loss == pytest.approx(loss, rel=2e-3) and rounded_loss != loss
+    assert F.cosine_similarity(exact, rounded, dim=0) > 0.999
+
+
+def test_the_model_compiles_as_one_graph(model, tokens, neighbors):
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tokens, neighbors), model(tokens, neighbors), rtol=1e-5, atol=2e-6)
+
+
+def test_importing_the_model_brings_nothing_but_torch():
+    code = (
+        "import sys, torch; before = set(sys.modules); import retro.model; "
+        "print([n for n in set(sys.modules) - before if n.split('.')[0] != 'retro' and 'importlib' not in n])"
+    )
+    added = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not any(name in added for name in ("faiss", "transformers", "labml", "safetensors", "tokenizers")), added
+    alone = subprocess.run(
+        [sys.executable, "-c", "import sys, retro; print(len(sys.modules), 'torch' in sys.modules)"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert alone.split()[1] == "False" and int(alone.split()[0]) < 150
 
 
 def test_wrong_shapes_are_refused(model, tokens, neighbors):

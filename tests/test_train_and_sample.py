@@ -196,6 +196,7 @@ def test_the_scripts_one_after_the_other(plays, tmp_path):
         ("sample", ["--run", "nowhere", "x"], "nowhere/run.json does not exist"),
         ("train", ["--device", "cuda:9"], "--device cuda:9 cannot be used here"),
         ("database", ["--chunk-len", "0", "x"], "--chunk-len 0 is not at least 1"),
+        ("train", ["--steps", "0"], "steps=0 is not at least 1"),
     ],
 )
 def test_bad_input_ends_with_a_message_and_a_status(tmp_path, module, arguments, message):
