@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from retro.corpus import Corpus
 from retro.database import RetroIndex
-from retro.model import KeyValueCache, RetroModel, readable
+from retro.model import RetroModel, RotaryPositionalEmbeddings
 
 
 @dataclass(frozen=True)
@@ -38,68 +39,149 @@ class Neighbor:
 
 
 class CachedDecoder:
-    """Runs a model over a growing sequence, computing each state once.
+    """Runs a model over one growing sequence, computing each state once.
 
     Positions read the same neighbors from the last token of a chunk up to the next chunk's last but
-    one. `feed` takes tokens of one such stretch at a time.
+    one. `feed` takes tokens of one such stretch at a time. For a single token a layer's products
+    take microseconds, so what could be done in advance is: projections joined, weights transposed,
+    rotary turns made. Changes of the model after that are not seen.
+
+    Shapes as in `retro.model`; n are the tokens of a call, `length` all tokens so far.
     """
 
     def __init__(self, model: RetroModel) -> None:
         self.model = model
-        self.position = 0
-        self.caches = [KeyValueCache() for _ in model.attn]
-        self.chunk: list[Tensor] = []  # states (B, n, D) of the unfinished chunk, where the encoder reads them
-        self.contexts: list[tuple[Tensor, Tensor]] = []  # keys and values of the neighbors, for each CCA layer
-        self.mask: Tensor | None = None
-        self.has_neighbor: Tensor | None = None
+        attention: Any = model.attn[0]
+        self.n_heads, self.d_k = attention.n_heads, attention.d_k
+        self.layers = [_Layer(attn, ffw) for attn, ffw in zip(model.attn, model.ffw, strict=True)]
+        self.readers = {p: _Reader(cca) for p, cca in zip(model.ca_layers, model.cca, strict=True)}
+        self.length = 0
+        self.chunk: list[Tensor] = []  # states (n, D) of the unfinished chunk, where the encoder reads them
+        self.contexts: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of the neighbors, by layer
+        self.mask: Tensor | None = None  # of the neighbors' tokens, where some are missing
+        self._reserve(256)
 
     @property
     def completes_chunk(self) -> bool:
         """Whether the next token is the last of a chunk, so that its neighbors are due."""
-        return (self.position + 1) % self.model.chunk_len == 0
+        return (self.length + 1) % self.model.chunk_len == 0
 
     def n_next(self) -> int:
         """How many tokens the next call of `feed` can take."""
         m = self.model.chunk_len
-        return m if self.completes_chunk else m - 1 - self.position % m
+        return m if self.completes_chunk else m - 1 - self.length % m
 
     def feed(self, tokens: Tensor, ret: Tensor | None = None) -> Tensor:
-        """Take in tokens (B, n); returns the logits (B, n_vocab) for the token after them.
+        """Take in tokens (n); returns the logits (n_vocab) for the token after them.
 
-        * `ret` (B, K, R) are the neighbors of the chunk that the first token completes; None to
-          read nothing
+        * `ret` (K, R) are the neighbors of the chunk that the first token completes; None to read nothing
         """
-        assert 0 < tokens.shape[1] <= self.n_next(), "tokens of two stretches in one call"
-        model = self.model
-        h = model.emb(tokens)
-        for p, (attn, ffw) in enumerate(zip(model.attn, model.ffw, strict=True)):
-            h = attn(h, cache=self.caches[p])
-            if p in model.ca_layers:
-                if p == model.ca_layers[0]:
+        n = len(tokens)
+        assert 0 < n <= self.n_next(), "tokens of two stretches in one call"
+        self._reserve(self.length + n)
+        h = self.model.emb(tokens)  # (n, D)
+        for p, layer in enumerate(self.layers):
+            h = h + self._attend(layer, h)
+            if p in self.readers:
+                if p == self.model.ca_layers[0]:
                     self._take_up(h, ret)
                 if self.contexts:
-                    cca: Any = model.cca[model.ca_layers.index(p)]
-                    keys, values = self.contexts[model.ca_layers.index(p)]
-                    read = cca.read(h, keys, values, self.mask)
-                    h = h + torch.where(self.has_neighbor[:, None, None], read, 0.0)  # type: ignore[index]
-            h = ffw(h)
-        self.position += tokens.shape[1]
-        return model.read(h[:, -1])
+                    reader = self.readers[p]
+                    queries = reader.query(reader.norm(h)).view(n, self.n_heads, self.d_k).transpose(0, 1)
+                    h = h + reader.output(self._read(queries, *self.contexts[p], self.mask))
+            h = h + layer.lin2(layer.lin1(layer.norm_ffw(h)).relu_())
+        self.length += n
+        return self.model.read(h[-1])
+
+    def _attend(self, layer: _Layer, h: Tensor) -> Tensor:
+        """Causal self-attention of the new states (n, D), whose keys and values are kept."""
+        start, end, H, d = self.length, self.length + len(h), self.n_heads, self.d_k
+        qkv = layer.project(layer.norm(h)).view(len(h), 3 * H, d)
+        turned = RotaryPositionalEmbeddings.turn(qkv[:, : 2 * H], self.turns[start:end]).transpose(0, 1)  # (2H, n, d_k)
+        layer.kept[0, :, start:end] = turned[H:]
+        layer.kept[1, :, start:end] = qkv[:, 2 * H :].transpose(0, 1)
+        mask = None
+        if len(h) > 1:  # row i of the new positions reads all before them and the new ones up to itself
+            mask = torch.ones(len(h), end, dtype=torch.bool, device=h.device).tril(start)
+        return layer.output(self._read(turned[:H], layer.kept[0, :, :end], layer.kept[1, :, :end], mask))
+
+    @staticmethod
+    def _read(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Queries (H, n, d_k) read keys and values (H, S, d_k) -> (n, H*d_k)."""
+        scores = torch.bmm(queries, keys.mT).mul_(queries.shape[-1] ** -0.5)  # (H, n, S)
+        if mask is not None:
+            scores.masked_fill_(~mask, -torch.inf)
+        return torch.bmm(scores.softmax(dim=-1), values).transpose(0, 1).flatten(1)
 
     def _take_up(self, h: Tensor, ret: Tensor | None) -> None:
         """Keep the states of the current chunk; if the first one completes it, encode its neighbors."""
         if not self.completes_chunk:
             self.chunk.append(h)
             return
-        chunk = torch.cat([*self.chunk, h[:, :1]], dim=1)  # (B, m, D)
-        self.chunk = [h[:, 1:]]
-        self.contexts = []
-        if ret is not None:
-            present = ret >= 0
-            e = self.model.encode(ret[:, None], chunk, present[:, None])  # (B, 1, K, R, D)
-            self.mask, self.has_neighbor = readable(present.flatten(1))
-            layers: Any = self.model.cca
-            self.contexts = [cca.keys_values(e.flatten(1, 3)) for cca in layers]
+        chunk = torch.cat([*self.chunk, h[:1]])  # (m, D)
+        self.chunk = [h[1:]]
+        self.contexts = {}
+        if ret is None or not (present := ret >= 0).any():
+            return
+        whole = bool(present.all())
+        e = self.model.encode(ret[None, None], chunk[None], None if whole else present[None, None])  # (1, 1, K, R, D)
+        self.mask = None if whole else present.flatten()
+        for p, cca in zip(self.model.ca_layers, self.model.cca, strict=True):
+            keys, values = cca.keys_values(e.flatten(1, 3))  # type: ignore[operator]
+            self.contexts[p] = keys[0], values[0]
+
+    def _reserve(self, length: int) -> None:
+        """Make room for keys and values of `length` positions; it doubles, so that adding one costs the same always."""
+        room = self.layers[0].kept.shape[2]
+        if length > room:
+            room = max(length, 2 * room)
+            attention: Any = self.model.attn[0]
+            self.turns = attention.rotary_pe.turns(0, room)  # (room, 1, d_k/2)
+            for layer in self.layers:
+                kept = layer.kept.new_empty(2, self.n_heads, room, self.d_k)
+                kept[:, :, : self.length] = layer.kept[:, :, : self.length]
+                layer.kept = kept
+
+
+class _Linear:
+    """A linear layer for few rows: its weight (in, out) lies in the order in which they read it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight, self.bias = weight.t().contiguous(), bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class _Norm:
+    """A layer norm, without the overhead of a module."""
+
+    def __init__(self, norm: Any) -> None:
+        self.shape, self.weight, self.bias, self.eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+
+
+class _Layer:
+    """Self-attention and feed-forward of one layer, and the keys and values (2, H, room, d_k) kept so far."""
+
+    def __init__(self, attn: Any, ffw: Any) -> None:
+        self.norm, self.norm_ffw = _Norm(attn.norm), _Norm(ffw.norm)
+        self.project = _Linear(*attn.projection())
+        self.output = _Linear(attn.output.weight, attn.output.bias)
+        self.lin1 = _Linear(ffw.lin1.weight, ffw.lin1.bias)
+        self.lin2 = _Linear(ffw.lin2.weight, ffw.lin2.bias)
+        self.kept = attn.output.weight.new_empty(2, attn.n_heads, 0, attn.d_k)
+
+
+class _Reader:
+    """Chunked cross-attention of one layer, on the side of the decoder."""
+
+    def __init__(self, cca: Any) -> None:
+        self.norm = _Norm(cca.norm)
+        self.query = _Linear(cca.query.weight, cca.query.bias)
+        self.output = _Linear(cca.output.weight, cca.output.bias)
 
 
 class Sampler:
@@ -208,17 +290,17 @@ class Sampler:
         while True:
             ret = None
             if decoder.completes_chunk:
-                u = decoder.position // m
+                u = decoder.length // m
                 if u == len(retrieved):
                     retrieved += self._retrieve([self.corpus.tokenizer.decode(ids[u * m : (u + 1) * m])])
                 neighbors, values = retrieved[u]
                 self.neighbors.append(neighbors)
-                ret = torch.from_numpy(values)[None].to(self.device)  # (1, K, 2m)
-            tokens = ids[decoder.position : decoder.position + decoder.n_next()]
-            logits = decoder.feed(torch.tensor([tokens], device=self.device), ret)
-            if decoder.position < len(ids):
+                ret = torch.from_numpy(values).to(self.device)  # (K, 2m)
+            tokens = ids[decoder.length : decoder.length + decoder.n_next()]
+            logits = decoder.feed(torch.tensor(tokens, device=self.device), ret)
+            if decoder.length < len(ids):
                 continue  # still in the prompt
-            ids.append(choose(logits[0].float().cpu(), temperature, top_k, top_p, generator))
+            ids.append(choose(logits.float().cpu(), temperature, top_k, top_p, generator))
             last = len(ids) - n_prompt == sample_len
             text = self.corpus.tokenizer.decode(ids[n_prompt:])
             # A subword may end inside a character; wait for the rest of it.
