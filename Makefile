@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench clean
 
 demo: .venv/installed
 	$(BIN)/python -m retro.train --preset demo
@@ -15,6 +15,17 @@ check: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
+# All stages, or one: make bench STAGE=train
+bench: .venv-bench/installed
+	.venv-bench/bin/python benchmarks/bench.py $(STAGE)
+
+# The peers come without what they require: it is torchvision, autofaiss (for NumPy 1) and the like, unused here.
+.venv-bench/installed: pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet -c constraints.txt -e '.[demo]' -r benchmarks/requirements.txt
+	.venv-bench/bin/python -m pip install --quiet --no-deps labml-nn==0.5.1 retro-pytorch==0.3.9
+	touch $@
+
 # labml-nn holds the reference implementation; the tests need no more of it than its modules.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -23,4 +34,4 @@ check: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv data logs
+	rm -rf .venv .venv-bench data logs
