@@ -34,6 +34,7 @@ from retro.sample import Sampler
 
 TEXT = "tiny_shakespeare.txt"
 PROMPT = "Second Citizen:\nOne word, good citizens.\n\nFirst Citizen:"
+INLINE_FILE = "whole_samples.json"  # the samples as the tutorial writes them
 BATCH = 4
 Result = dict[str, Any]
 
@@ -230,12 +231,8 @@ def read(variant: str, folder: Path) -> Result:
         import peers
 
         labml = peers.labml(folder)
-        path = (
-            folder / "whole_samples.json"
-        )  # its own file has values cut off by the end of the text, which it cannot read
+        path = folder / INLINE_FILE
         tds = labml.TextFileDataset(folder / TEXT, list)
-        if not path.exists():
-            _write_inline(path, Dataset(folder / DATASET_FILE["train"], corpus))
     elif variant == "retro, ten times the samples":
         header, *lines = path.read_bytes().splitlines(keepends=True)
         path = folder / "tenfold.jsonl"
@@ -362,6 +359,8 @@ def prepare(variant: str, folder: Path) -> Result:
     if variant == "all":
         build_database(16, data_path=folder)
         build_dataset(16, data_path=folder)
+        # The tutorial's own file has values cut off by the end of the text, which it cannot read.
+        _write_inline(folder / INLINE_FILE, Dataset(folder / DATASET_FILE["train"], Corpus.load(folder / "corpus")))
     return {"seconds": 0.0, "units": 1}
 
 
