@@ -59,7 +59,6 @@ class TrainConfig:
     schedule: str = "noam"  # or "cosine": linear warm-up, then down to a tenth
     warmup: int = 2000  # steps
     clip: float | None = None  # largest norm of the gradient
-    retrieval_from: int = 0  # step from which neighbors are read; before it the decoder learns alone
     precision: str = "fp32"  # or "bf16": autocast
     compile: bool = False  # by torch.compile, which takes a minute or two to begin with
     interval: int | None = None  # steps between validations and checkpoints; an epoch if None
@@ -123,9 +122,6 @@ class Trainer:
     * `clip` is the largest norm of the gradient, None for any
     * `precision` is `fp32`, or `bf16` for autocast
     * `lr_of_step` gives the learning rate of a step; left out, the optimizer's stays
-    * `retrieval_from` is the step from which neighbors are read. Before it the decoder learns alone, in a
-      fraction of the time; after it cross-attention starts from a model that can already read, as when a
-      plain model is retrofitted (section 4.2 of the paper), but nothing is frozen
     * `step` is the number of the first step
     """
 
@@ -139,7 +135,6 @@ class Trainer:
         clip: float | None = None,
         precision: str = "fp32",
         lr_of_step: Any = None,
-        retrieval_from: int = 0,
         step: int = 0,
     ) -> None:
         self.device = torch.device(device)
@@ -149,7 +144,6 @@ class Trainer:
         self.clip = clip
         self.precision = precision
         self.lr_of_step = lr_of_step
-        self.retrieval_from = retrieval_from
         self.step = step
         self.loss_func = nn.CrossEntropyLoss()
 
@@ -171,7 +165,7 @@ class Trainer:
         if self.lr_of_step is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr_of_step(self.step)
-        loss = self.loss(src, tgt, neighbors if self.step >= self.retrieval_from else None)
+        loss = self.loss(src, tgt, neighbors)
         self.optimizer.zero_grad()
         loss.backward()
         if self.clip is not None:
@@ -302,7 +296,6 @@ def _train(
         clip=config.clip,
         precision=config.precision,
         lr_of_step=lambda step: learning_rate(step, n_steps, config, model_config.d_model),
-        retrieval_from=config.retrieval_from,
         step=step,
     )
     interval = config.interval or math.ceil(len(datasets["train"]) / config.batch_size)

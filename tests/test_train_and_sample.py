@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -66,20 +65,6 @@ def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(workplace, monk
     # The same call again finds the finished run and trains nothing.
     n = steps
     assert train(config=CONFIG, model_shape=SHAPE, device="cpu", name="whole") == (whole, summary) and steps == n
-
-
-def test_before_retrieval_begins_the_decoder_learns_alone(workplace):
-    """Same weights as the plain decoder's, cross-attention untouched; after it, all of it learns, resumed or not."""
-    torch.manual_seed(CONFIG.seed)
-    start = RetroModel.from_config(RetroConfig(n_vocab=512, chunk_len=CHUNK_LEN, **SHAPE)).state_dict()
-    alone, _ = train(config=replace(CONFIG, retrieval_from=12), model_shape=SHAPE, device="cpu", name="alone")
-    later, _ = train(config=replace(CONFIG, retrieval_from=8), model_shape=SHAPE, device="cpu", name="later")
-    untouched = {name for name in start if torch.equal(weights(alone)[name], start[name])}
-    reading = {name for name in start if name.startswith(("cca.", "encoder.", "norm_e."))}
-    assert reading <= untouched and "emb.weight" not in untouched and "read.weight" not in untouched
-    assert not {n for n in reading if n.endswith("weight")} & {
-        n for n in start if torch.equal(weights(later)[n], start[n])
-    }
 
 
 def test_the_noam_schedule_is_the_tutorials():
