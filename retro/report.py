@@ -39,7 +39,7 @@ from retro.evaluate import Evaluation, windows
 from retro.model import ChunkedCrossAttention, RetroModel, readable, written_out_attention
 
 CHUNKS_PER_PASSAGE = 8  # at most: a screen or two
-FULL_COLOR_BITS = 3.0  # a gain from which on the color is no stronger
+FULL_COLOR_BITS = 2.0  # a gain from which on the color is no stronger
 NOTABLE_BITS = 0.5  # a gain from which on a line break, which has no width to be colored, gets a sign
 MIN_RUN = 3  # tokens in common; shorter runs are in almost any two texts
 N_OPEN = 2  # neighbors of a chunk; the others are folded unless they have a run in common
@@ -200,17 +200,19 @@ def neighbors_read(evaluation: Evaluation, number: int, shares: Tensor | None) -
 
     * `shares` (K) are theirs, or None if nothing was read
     """
+    if shares is None:
+        return []
     index, start = evaluation.index, int(evaluation.offsets[number])
     chunk = evaluation.corpus.values(np.array(start), index.chunk_len)
     found = []
-    for k in range(evaluation.n_neighbors if shares is not None else 0):
+    for k in range(evaluation.n_neighbors):
         offset, distance = int(evaluation.neighbors[number - 1, k]), float(evaluation.distances[number - 1, k])
         if offset < 0:
             continue
         value = index.values(np.array(offset))
         a, b, n = common_run(chunk[chunk >= 0].tolist(), value[value >= 0].tolist())
         run, in_chunk = (offset + b, offset + b + n), (start + a, start + a + n)
-        found.append(Read(offset, distance, float(shares[k]), run, in_chunk))  # type: ignore[index]
+        found.append(Read(offset, distance, float(shares[k]), run, in_chunk))
     return found
 
 
@@ -265,7 +267,7 @@ def _chunk(evaluation: Evaluation, number: int, shares: Tensor | None, retrieved
     of_document = start - int(corpus.starts[corpus.document_of(start)])
     reads = neighbors_read(evaluation, number, shares)
     if reads:
-        note = f"retrieved for {retrieved_for}."
+        note = f"what was retrieved for {retrieved_for}."
     elif of_document == 0:
         note = "nothing, as no chunk of the document is before it."
     else:
@@ -275,7 +277,7 @@ def _chunk(evaluation: Evaluation, number: int, shares: Tensor | None, retrieved
     gain = evaluation.of_chunks(evaluation.nats["off"] - evaluation.nats["on"])[number] / math.log(2)
     cards = [_neighbor(evaluation, read, k < N_OPEN or read.run[0] < read.run[1]) for k, read in enumerate(reads)]
     return f"""<div class="row">
-<div><p class="note">Chunk {of_document // m + 1:,} <b>{gain:+.1f} bits</b></p>
+<div><p class="note">Chunk {of_document // m + 1:,} <b>{round(gain, 1) + 0.0:+.1f} bits</b></p>
 <div class="text" dir="auto">{"".join(spans)}</div></div>
 <div><p class="note">Read while predicting this chunk: {note}</p>
 <div class="cards">{"".join(cards)}</div></div>
@@ -340,7 +342,7 @@ def _page(evaluation: Evaluation, n_ranked: int, sections: Sequence[str]) -> str
 <body>
 <header>
 <h1>What retrieval did, token by token</h1>
-<p>A model read held-out text twice: once with passages retrieved from a database, once without. Each token is
+<p>A model read held-out text twice: once with text retrieved from a database, once without. Each token is
 colored by what the retrieved text changed, blue where the token became easier to predict and orange where it became
 harder. Beside each chunk of the text is what the model read while it predicted that chunk.</p>
 {_summary(summary)}
@@ -352,8 +354,8 @@ harder. Beside each chunk of the text is what the model read while it predicted 
 largest gain, those around the median, and those with the largest loss. The extremes are here because they are extreme;
 the median is what is usual.</p>
 </header>
-<p class="legend"><span>hurt {FULL_COLOR_BITS:g} bits or more</span> <span class="scale">{scale}</span>
-<span>helped {FULL_COLOR_BITS:g} bits or more</span> <span><u class="run">underlined</u> and <mark>marked</mark>: the
+<p class="legend"><span class="scale">−{FULL_COLOR_BITS:g} bits, harder {scale} easier, +{FULL_COLOR_BITS:g} bits</span>
+<span><u class="run">underlined</u> and <mark>marked</mark>: the
 longest run of tokens, {MIN_RUN} or more, that a chunk shares with a neighbor</span>
 <span>below a neighbor’s dashed line: its continuation</span></p>
 <main>
@@ -371,7 +373,8 @@ STYLE = """
     --mark: #6b5310; --run: #e3b93c; --up: 60 132 246; --down: 232 112 20; --strongest: .72; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2rem 1rem 4rem; max-width: 84rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: anywhere; }
+  font: 1rem/1.55 system-ui, sans-serif; }
+h2, .text, summary { overflow-wrap: anywhere; }
 header { max-width: 46rem; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 1rem; }
 h2 { font-size: 1.25rem; line-height: 1.3; margin: 0; }
@@ -384,8 +387,9 @@ small { font-size: .8125rem; white-space: nowrap; }
 .note { font-size: .875rem; }
 .legend { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .25rem .75rem; margin: 1rem 0 0;
   padding: .5rem 0; background: var(--paper); border-bottom: 1px solid var(--line); font-size: .8125rem; }
-.scale { display: inline-flex; align-self: center; border: 1px solid var(--line); }
-.scale span { width: 1.25rem; height: .875rem; }
+.scale { white-space: nowrap; }
+.scale :last-child { margin-right: .375rem; }
+.scale span { padding: 0 .5rem; border: solid var(--line); border-width: 1px 0; }
 section { margin-top: 3rem; }
 .kind { margin: 0; font-size: .875rem; font-weight: 600; }
 .kind span { margin-left: .5rem; }
