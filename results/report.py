@@ -71,10 +71,10 @@ def write(record: dict[str, Any], out: Path, shares: tuple[float, ...], counts: 
         "# What retrieval brings: measured",
         "",
         f"Made by `{record['command']}` on {m['date']}: {m['processor']}, {m['cores']} cores, no GPU, Python "
-        f"{m['python']}, {versions}. Figures are bits per byte on whole held-out documents, windows of 256 tokens,",
-        "half a window apart; in parentheses 95% intervals from a bootstrap over documents, of a gain in pairs. A",
-        "positive gain means that retrieval saves bits. Neighbors never come from the document of the query, and no",
-        "held-out document is in the database, by name or by text.",
+        f"{m['python']}, {versions}. Figures are bits per byte on whole held-out documents, in windows of 8 chunks",
+        "of 32 tokens, half a window apart; in parentheses 95% intervals from a bootstrap over documents, of a gain in",
+        "pairs. A positive gain means that retrieval saves bits. Neighbors never come from the document of the query,",
+        "and no held-out document is in the database or among the training documents, by name or by text.",
         "",
         "## The claims, tested",
         "",
@@ -169,8 +169,9 @@ def _plot_sweeps(parts: dict[str, Any], shares: tuple[float, ...], counts: tuple
         for number, part in enumerate(parts.values()):
             gains = [e["gain"]["over off"] for e in sweep(part, kind, shares, counts)]
             axis.plot(ticks, [g["value"] for g in gains], marker="o", label=part["title"], color=f"C{number}")
-            ends = [g["low"] for g in gains], [g["high"] for g in gains]
-            axis.fill_between(ticks, *ends, color=f"C{number}", alpha=0.15, linewidth=0)
+            if all(g["low"] is not None for g in gains):
+                ends = [g["low"] for g in gains], [g["high"] for g in gains]
+                axis.fill_between(ticks, *ends, color=f"C{number}", alpha=0.15, linewidth=0)
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.set_xscale("log")
         axis.set_xticks(ticks, [f"{t:.0%}" if kind == "database" else str(t) for t in ticks])

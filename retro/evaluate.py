@@ -302,10 +302,14 @@ def _retrieve(corpus: Corpus, index: RetroIndex, offsets: np.ndarray, k: int) ->
 
 
 def _elsewhere(neighbors: np.ndarray) -> np.ndarray:
-    """Give the neighbors (c, K) of each chunk that has some to the one half the evaluated text away."""
+    """Give the neighbors (c, K) of each chunk that has some to the one half the evaluated text away.
+
+    A single chunk that has any gets none: there is no other.
+    """
     has = np.flatnonzero((neighbors >= 0).any(axis=1))
-    elsewhere = neighbors.copy()
-    elsewhere[has] = neighbors[np.roll(has, len(has) // 2)]
+    elsewhere = np.full_like(neighbors, -1)
+    if len(has) > 1:
+        elsewhere[has] = neighbors[np.roll(has, len(has) // 2)]
     return elsewhere
 
 

@@ -91,6 +91,7 @@ def test_random_neighbors_are_those_of_another_chunk():
     neighbors = np.array([[1, 2], [3, 4], [-1, -1], [5, 6], [7, -1]])
     # Of the four chunks that have some, each gets those of the one two places away.
     assert module._elsewhere(neighbors).tolist() == [[5, 6], [7, -1], [-1, -1], [1, 2], [3, 4]]
+    assert module._elsewhere(neighbors[1:3]).tolist() == [[-1, -1], [-1, -1]]  # there is no other
 
 
 def test_the_longest_common_run_is_that_of_a_brute_force_search():
