@@ -6,13 +6,17 @@ the `chunk_len` tokens that follow it in the same document (section 2.2 of arXiv
 the keys are stored, in a FAISS index, each under the offset of its chunk; the value is read from
 the corpus at that offset. Chunks do not overlap.
 
-The index trades memory and time for accuracy, and a FAISS factory string names the bargain:
+The index trades memory and time for accuracy, and a FAISS factory string names the bargain. For $n$ keys
+of $d$ features:
 
-* `Flat` keeps every key whole and compares the query with all of them: exact.
-* `IVF256,PQ64` (the tutorial's) sorts the keys into 256 lists by nearest centroid and searches
-  `n_probe` of them; product quantization (PQ) stores a key in 64 bytes instead of $4d$.
+* `Flat` keeps every key whole, in $4d$ bytes (1536 for $d = 384$), and compares the query with all $n$: exact.
+* `IVF256,PQ64` (the tutorial's) sorts the keys into 256 lists by nearest centroid (IVF, an inverted file)
+  and searches the `n_probe` lists nearest to the query, 8 of them: $n/32$ keys instead of $n$. What is
+  lost are neighbors in lists that are not searched. Product quantization (PQ) cuts a key into 64 parts of 6
+  features and stores for each part the number of the nearest of 256 centroids: 64 bytes instead of
+  1536. What is lost is the order of neighbors that are almost equally far.
 * `OPQ64_256,IVF65536_HNSW32,PQ64` first rotates the keys so that PQ loses less, and finds the lists
-  through a graph.
+  through a graph (HNSW), because comparing with 65,536 centroids would itself take long.
 
 What the bargain costs is measured when the database is built: *recall*, the share of the true
 nearest neighbors that the index finds, on a sample of keys, against brute force.

@@ -18,8 +18,8 @@ With $m = 4$ and tokens numbered from 0::
     reads      nothing | RET(C_1)   | RET(C_2)   | RET(C_3)
 
 Where this differs from the paper it follows the tutorial: LayerNorm in place of RMSNorm, rotary
-positions in self-attention, no positions in cross-attention, one embedding for the decoder and the
-encoder, and neighbors encoded with the decoder's states at its first reading layer.
+positions in self-attention, no positions in cross-attention, and one embedding and one width for
+the decoder and the encoder.
 
 Shapes: B batch, T tokens, C chunks, m `chunk_len`, K neighbors, R tokens of a neighbor (2m), D
 `d_model`, H heads. In a neighbor tensor -1 means "no token": it is masked wherever it could be
@@ -260,12 +260,15 @@ class ChunkedCrossAttention(Attention):
         self.chunk_len = chunk_len
 
     def forward(self, h: Tensor, e: Tensor, present: Tensor | None = None) -> Tensor:
-        """Decoder states `h` (B, T, D) read encoded neighbors `e` (B, C, K, R, D) -> (B, T, D).
+        r"""Decoder states `h` (B, T, D) read encoded neighbors `e` (B, C, K, R, D) -> (B, T, D).
 
         * `present` (B, C, K, R), if given, is true where `e` encodes a token
 
-        Token $i$ reads the neighbors of chunk $\\lfloor (i + 1) / m \\rfloor$ (counted from 1); the first
-        $m - 1$ tokens, and those whose chunk has no neighbors, come out as they went in.
+        Token $i$, counted from 0, reads $\text{RET}(C_u)$ with $u = \lfloor (i + 1) / m \rfloor$; the first
+        $m - 1$ tokens, for which $u = 0$, and those whose chunk has no neighbors, come out as they went in.
+
+        The paper adds relative positions here (section B.1.2). As in the tutorial there are none: the
+        states on both sides carry their own, and which part of a neighbor matters is found by content.
         """
         (B, T, D), C, m = h.shape, e.shape[1], self.chunk_len
         if C == 0:
@@ -316,8 +319,11 @@ class FeedForward(nn.Module):
 class NearestNeighborEncoder(nn.Module):
     r"""Nearest neighbor encoder $\text{ENCODER}(\text{RET}(C_u)_{1 \le u \le l}, H)$ (algorithm 1).
 
-    A transformer that reads each neighbor in both directions, and, in the layers `ca_layers`, the
-    states of the chunk that retrieved it, so that it can keep what matters to that chunk.
+    A transformer that reads each neighbor in both directions, since all of it is known. It is
+    conditioned on the decoder: in the layers `ca_layers` the neighbors of $C_u$ read the states $H_u$ of
+    the chunk that retrieved them, so that they can keep what matters to it. That is no leak, because
+    nobody reads those neighbors before the last token of $C_u$ (see the drawing above). $H$ is what the
+    decoder has computed when it first reads neighbors, after self-attention of layer $\min(P)$.
 
     * `chunk_len` is the length of a chunk
     * `n_layers` is the number of layers, $L_{enc}$
@@ -352,6 +358,7 @@ class NearestNeighborEncoder(nn.Module):
         Returns (B, C, K, R, D). All chunks and neighbors are encoded in parallel.
         """
         C, m = e.shape[1], self.chunk_len
+        # H_u, the states of each chunk; an unfinished chunk at the end has retrieved nothing yet.
         h = self.norm_h(h[:, : C * m].unflatten(1, (C, m)))  # (B, C, m, D)
         mask, _ = readable(None if present is None else present.flatten(0, 2))
         for p, (attn, ffw) in enumerate(zip(self.attn, self.ffw, strict=True)):
@@ -421,10 +428,12 @@ class RetroModel(nn.Module):
                 f"but the sequence has {x.shape[1]} tokens; drop the neighbors of incomplete chunks"
             )
         present = ret >= 0 if retrieving else None  # type: ignore[operator]
+        # Layer p of algorithm 1: ATTN, then CCA if p is in P, then FFW, each with its residual inside.
         for p, (attn, ffw) in enumerate(zip(self.attn, self.ffw, strict=True)):
             h = attn(h)
             if retrieving and p in self.ca_layers:
                 if p == self.ca_layers[0]:
+                    # Once for all reading layers, with the states that the first of them has.
                     e = self.encode(ret, h, present)  # type: ignore[arg-type]
                 h = self.cca[self.ca_layers.index(p)](h, e, present)
             h = ffw(h)

@@ -41,7 +41,7 @@ from retro.model import ChunkedCrossAttention, RetroModel, readable, written_out
 CHUNKS_PER_PASSAGE = 8  # at most: a screen or two
 FULL_COLOR_BITS = 2.0  # a gain from which on the color is no stronger
 NOTABLE_BITS = 0.5  # a gain from which on a line break, which has no width to be colored, gets a sign
-MIN_RUN = 4  # tokens in common; shorter runs are in almost any two texts
+MIN_RUN = 3  # tokens in common; shorter runs are in almost any two texts
 N_OPEN = 2  # neighbors of a chunk; the others are folded unless they have a run in common
 MAX_CHARACTER = 4  # tokens that one character may be spread over: as many as its bytes in UTF-8
 
