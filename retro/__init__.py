@@ -19,6 +19,7 @@ The modules, in reading order:
 * `retro.model` the transformer
 * `retro.dataset` samples with precomputed neighbors
 * `retro.sample` text from the model, retrieving as it writes
+* `retro.evaluate` what retrieval brings, in bits per byte; `retro.report` shows it token by token
 * `retro.train` the loop, and the script that does the main job
 
 Around them, `retro.artifacts` writes files that know what made them, `retro.presets` holds two

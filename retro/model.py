@@ -11,11 +11,12 @@ $$\log p(X) = \sum_{u=1}^{l} \sum_{i=1}^{m}
 $\text{RET}(C_u)$ depends on all of $C_u$, so no token of $C_u$ may be predicted with it. The last
 token of $C_u$, whose output predicts the first token of $C_{u+1}$, is the first to read it.
 Chunked cross-attention therefore works on chunks that are shifted to the left by $m - 1$ tokens.
-With $m = 4$ and tokens numbered from 0::
+With $m = 4$, tokens numbered from 0, and $u$ for $\text{RET}(C_u)$::
 
-    token      0  1  2 | 3  4  5  6 | 7  8  9 10 | 11
-    in chunk   C_1 ......  | C_2 .......  | C_3 ......
-    reads      nothing | RET(C_1)   | RET(C_2)   | RET(C_3)
+    chunk     |      C_1       |      C_2       |      C_3       |
+    token     |  0   1   2   3 |  4   5   6   7 |  8   9  10  11 |
+    predicts  |  1   2   3   4 |  5   6   7   8 |  9  10  11  12 |
+    reads     |  -   -   -   1 |  1   1   1   2 |  2   2   2   3 |
 
 Where this differs from the paper it follows the tutorial: LayerNorm in place of RMSNorm, rotary
 positions in self-attention, no positions in cross-attention, and one embedding and one width for
