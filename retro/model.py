@@ -405,10 +405,11 @@ class RetroModel(nn.Module):
         self.ca_layers = tuple(sorted(ca_layers))
         self.encoder = encoder
         self.emb = nn.Embedding(n_vocab, d_model)
-        self.cca = nn.ModuleList([ChunkedCrossAttention(d_model, n_heads, d_k, chunk_len) for _ in self.ca_layers])
         self.attn = nn.ModuleList([SelfAttention(d_model, n_heads, d_k, is_causal=True) for _ in range(n_layers)])
         self.ffw = nn.ModuleList([FeedForward(d_model, d_ff) for _ in range(n_layers)])
         self.read = nn.Linear(d_model, n_vocab)
+        # Last, so that of one seed a decoder draws the same weights with and without it.
+        self.cca = nn.ModuleList([ChunkedCrossAttention(d_model, n_heads, d_k, chunk_len) for _ in self.ca_layers])
         self.norm_e = nn.LayerNorm(d_model)
 
     def forward(self, x: Tensor, ret: Tensor | None = None) -> Tensor:
@@ -447,13 +448,15 @@ class RetroModel(nn.Module):
 
     @staticmethod
     def from_config(config: RetroConfig) -> RetroModel:
-        """A new model of this shape."""
+        """A new model of this shape. Of one seed its decoder is the same whether it reads neighbors or not."""
         c = config
         encoder = None
         if c.ca_layers:
-            encoder = NearestNeighborEncoder(
-                c.chunk_len, c.n_encoder_layers, c.encoder_ca_layers, c.d_model, c.n_heads, c.d_k, c.d_ff
-            )
+            with torch.random.fork_rng(devices=[]):  # drawn aside, so that the decoder's draws do not depend on it
+                torch.manual_seed(torch.initial_seed() + 1)
+                encoder = NearestNeighborEncoder(
+                    c.chunk_len, c.n_encoder_layers, c.encoder_ca_layers, c.d_model, c.n_heads, c.d_k, c.d_ff
+                )
         return RetroModel(c.n_vocab, c.d_model, c.n_layers, c.ca_layers, c.chunk_len, c.n_heads, c.d_k, c.d_ff, encoder)
 
     @staticmethod

@@ -254,7 +254,9 @@ def test_one_command_evaluates_a_run_on_new_text_with_another_database(runs, pla
     assert database_command([*command, *shape, "--tokenizer", "data/corpus"]) == 0
     options = ["--run", str(run), str(new), "--database", str(tmp_path / "db"), "--n-neighbors", "4", "--stride", "32"]
     capsys.readouterr()
-    assert evaluate_command([*options, "--out", str(tmp_path / "out")]) == 0
+    page = tmp_path / "report.html"
+    assert evaluate_command([*options, "--out", str(tmp_path / "out"), "--report", str(page)]) == 0
+    assert "new.md" in page.read_text() and "hamlet.md" in page.read_text()
     second = read_json(tmp_path / "out" / "evaluation.json", "")
     assert second["n_neighbors"] == 4 and second["stride"] == 32 and second["documents"] == ["new.md"]
     assert second["database"]["n_documents"] == 2
