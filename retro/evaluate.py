@@ -9,7 +9,7 @@ It is taken several times over the same windows of text:
 
 * `on`: each chunk has retrieved its neighbors from the database,
 * `off`: there are no neighbors, so chunked cross-attention passes states through,
-* `random`: each chunk has the neighbors of another chunk, from far away in the evaluated text,
+* `random`: each chunk has the neighbors of another chunk, half the evaluated text away,
 * `baseline`: another model, trained without retrieval, if there is one.
 
 A model that gains from what was retrieved, and not merely from being given something to read, is better
@@ -33,7 +33,7 @@ scores the tokens that the one before it did not, so each token is scored once, 
 from __future__ import annotations
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    from retro.commands import evaluate_command
+    from retro.run_commands import evaluate_command
 
     raise SystemExit(evaluate_command())
 
@@ -81,7 +81,7 @@ class Evaluation:
     neighbors: np.ndarray  # (c, at least 10) offsets in `index.corpus`, nearest first; -1 for none
     distances: np.ndarray  # (c, at least 10) squared L2 distances
     overlap: np.ndarray  # (c) r(C)
-    headroom: np.ndarray  # (c) longest string of tokens, in tokens, shared with the neighbors that the chunk reads
+    headroom: np.ndarray  # (c) tokens of the longest string in common with the neighbors of the chunk before
 
     @property
     def start(self) -> int:
@@ -170,7 +170,10 @@ def held_out_texts(paths: Sequence[str | Path], tokenizer: Tokenizer) -> Corpus:
     """Texts to evaluate, all of them validation documents, in memory."""
     arrays, entries = [], []
     for document in read_documents(find_texts(paths)):
-        ids, data = np.asarray(tokenizer.encode(document.text), dtype=np.int32), document.text.encode()
+        try:
+            ids, data = np.asarray(tokenizer.encode(document.text), dtype=np.int32), document.text.encode()
+        except ValueError as error:
+            raise ValueError(f"{document.name}: {error}") from None
         arrays.append(ids)
         entries.append(DocumentEntry(document.name, hashlib.sha256(data).hexdigest(), len(data), len(ids)))
     if not any(len(ids) > 1 for ids in arrays):
@@ -181,20 +184,32 @@ def held_out_texts(paths: Sequence[str | Path], tokenizer: Tokenizer) -> Corpus:
 def require_held_out(corpus: Corpus, *seen: Corpus) -> None:
     """Raise `ValueError` if a validation document is among the training documents of a corpus in `seen`.
 
-    Documents are compared by the hash of their text and by name: another version of a file is no new text.
+    Documents are compared by the hash of their text and by name: another version of a file is no new text,
+    and neither is the file of which another part was held out.
     """
     evaluated = [corpus.documents[i] for i in corpus.split("valid")]
     for other in seen:
+        if other.sha256 == corpus.sha256:
+            continue  # a corpus keeps its own two sides apart, even where both are parts of one document
         trained = [other.documents[i] for i in other.split("train")]
-        by_name, by_text = {d.name for d in trained}, {d.sha256: d.name for d in trained}
-        for document in evaluated:
-            if document.sha256 in by_text or document.name in by_name:
-                how = "has the text of" if document.sha256 in by_text else "has the name of"
-                raise ValueError(
-                    f"{document.name} is to be evaluated, but it {how} {by_text.get(document.sha256, document.name)}, "
-                    f"which is in the training text or the database. Leave it out, rename what is another document, "
-                    f"or build the database without it: python -m retro.database TEXT ..."
-                )
+        by_name, by_text = {_whole_name(d.name) for d in trained}, {d.sha256: d.name for d in trained}
+        found = [f"{d.name} has the text of {by_text[d.sha256]}" for d in evaluated if d.sha256 in by_text]
+        found += [
+            f"{d.name} has the name of a document there"
+            for d in evaluated
+            if d.sha256 not in by_text and _whole_name(d.name) in by_name
+        ]
+        if found:
+            more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+            raise ValueError(
+                f"text to be evaluated is in the training text or in the database: {'; '.join(found[:5])}{more}. Leave "
+                f"it out, rename what is another document, or use a database without it: --database DIR"
+            )
+
+
+def _whole_name(name: str) -> str:
+    """The document that a part of a single-document corpus is a part of."""
+    return name.removesuffix(" [train]").removesuffix(" [valid]")
 
 
 def evaluate(
@@ -225,12 +240,20 @@ def evaluate(
     """
     m = index.chunk_len
     window = window or 32 * m
-    stride = stride or max(m, window // 2 // m * m)
+    stride = max(m, window // 2 // m * m) if stride is None else stride
     for name, length, most in (("window", window, None), ("stride", stride, window)):
         if length % m or not 0 < length <= (most or length):
             raise ValueError(
                 f"{name}={length} is not a positive multiple of chunk_len={m}" + f" up to {most}" * bool(most)
             )
+    if not corpus.split("valid"):
+        raise ValueError(
+            "the corpus has no validation documents to evaluate; name texts: held_out_texts(paths, tokenizer)"
+        )
+    if not model.ca_layers:
+        raise ValueError("the model reads no neighbors (it has no ca_layers), so there is no retrieval to measure")
+    if baseline is not None and baseline.ca_layers:
+        raise ValueError(f"the baseline reads neighbors in layers {baseline.ca_layers}; it should have ca_layers=()")
     if n_neighbors < 1:
         raise ValueError(f"n_neighbors={n_neighbors} is not at least 1")
     if model.chunk_len != m:
@@ -308,11 +331,11 @@ def _retrieve(corpus: Corpus, index: RetroIndex, offsets: np.ndarray, k: int) ->
 def _elsewhere(neighbors: np.ndarray) -> np.ndarray:
     """Give the neighbors (c, K) of each chunk that has some to the one half the evaluated text away.
 
-    A single chunk that has any gets none: there is no other.
+    Of one or two chunks none gets any: there is no other, or only the next one, whose text is to be predicted.
     """
     has = np.flatnonzero((neighbors >= 0).any(axis=1))
     elsewhere = np.full_like(neighbors, -1)
-    if len(has) > 1:
+    if len(has) > 2:
         elsewhere[has] = neighbors[np.roll(has, len(has) // 2)]
     return elsewhere
 

@@ -9,7 +9,7 @@ the last chunk's neighbors. What comes out is the same as recomputing everything
 from __future__ import annotations
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    from retro.commands import sample_command
+    from retro.run_commands import sample_command
 
     raise SystemExit(sample_command())
 

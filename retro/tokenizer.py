@@ -121,7 +121,7 @@ class SubwordTokenizer:
         from tokenizers import decoders
 
         if isinstance(self.backend.decoder, decoders.ByteLevel):  # one letter of its alphabet for each byte
-            return np.array([len(self.backend.id_to_token(i)) for i in range(self.n_tokens)])
+            return np.array([len(self.backend.id_to_token(i) or "") for i in range(self.n_tokens)])
         return np.array([len(self.decode([i]).encode()) for i in range(self.n_tokens)])
 
     def save(self, path: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,11 +13,12 @@ from test_train_and_sample import CONFIG, SHAPE
 
 from retro import evaluate as module
 from retro.artifacts import read_json
-from retro.commands import database_command, evaluate_command
+from retro.commands import database_command, train_command
 from retro.corpus import Corpus, DocumentEntry, build_corpus
 from retro.database import RetroIndex
 from retro.evaluate import Evaluation, evaluate, held_out_texts, longest_common_run, ratio_of_sums, require_held_out
 from retro.model import RetroConfig, RetroModel
+from retro.run_commands import evaluate_command
 from retro.tokenizer import CharTokenizer, train_tokenizer
 from retro.train import train
 
@@ -91,7 +91,8 @@ def test_random_neighbors_are_those_of_another_chunk():
     neighbors = np.array([[1, 2], [3, 4], [-1, -1], [5, 6], [7, -1]])
     # Of the four chunks that have some, each gets those of the one two places away.
     assert module._elsewhere(neighbors).tolist() == [[5, 6], [7, -1], [-1, -1], [1, 2], [3, 4]]
-    assert module._elsewhere(neighbors[1:3]).tolist() == [[-1, -1], [-1, -1]]  # there is no other
+    # With two, the other is the next one, which was retrieved with the text that is to be predicted.
+    assert module._elsewhere(neighbors[:3]).tolist() == [[-1, -1]] * 3
 
 
 def test_the_longest_common_run_is_that_of_a_brute_force_search():
@@ -118,15 +119,17 @@ def test_the_longest_common_run_is_that_of_a_brute_force_search():
 def test_leakage_and_headroom_of_text_that_was_planted(plays, index):
     corpus = index.corpus
     stolen = corpus.text(int(corpus.starts[1]) + 5 * CHUNK_LEN, 3 * CHUNK_LEN)  # three whole chunks of the database
-    from retro.corpus import Document
-
     ids = corpus.tokenizer.encode(stolen)
     tokens = np.asarray(ids[: 3 * CHUNK_LEN], dtype=np.int32)
     planted = Corpus(tokens, [DocumentEntry("new", "0", len(stolen.encode()), len(tokens))], 0, corpus.tokenizer)
     found = evaluate(model_of(index), planted, index, window=WINDOW)
-    assert Document and found.overlap.tolist() == [1, 1, 1]
+    assert found.overlap.tolist() == [1, 1, 1]
     # The first chunk reads nothing; the others read the chunk before them with its continuation: themselves.
     assert found.headroom.tolist() == [0, CHUNK_LEN, CHUNK_LEN]
+    # Of a last chunk that is shorter, r(C) is over its own length.
+    entry = DocumentEntry("new", "0", len(stolen.encode()), len(tokens) - 5)
+    shorter = Corpus(tokens[:-5], [entry], 0, corpus.tokenizer)
+    assert evaluate(model_of(index), shorter, index, window=WINDOW).overlap.tolist()[:2] == [1, 1]
 
 
 def by_hand() -> Evaluation:
@@ -198,14 +201,46 @@ def test_documents_that_were_seen_are_refused_by_text_and_by_name(plays, index, 
     require_held_out(corpus, corpus)
     seen = corpus.documents[0].name
     (tmp_path / "copy.md").write_text((plays / seen).read_text())
-    with pytest.raises(ValueError, match=rf"copy\.md is to be evaluated, but it has the text of {seen}"):
+    with pytest.raises(ValueError, match=rf"copy\.md has the text of {seen}"):
         evaluate(model_of(index), held_out_texts([tmp_path / "copy.md"], corpus.tokenizer), index, window=WINDOW)
     (tmp_path / seen).write_text("Another version of the play, which is no new text.")
-    with pytest.raises(ValueError, match=f"has the name of {seen}"):
+    with pytest.raises(ValueError, match=f"{seen} has the name of a document there"):
         require_held_out(held_out_texts([tmp_path / seen], corpus.tokenizer), corpus)
     with pytest.raises(ValueError, match="nothing to predict"):
         (tmp_path / "one.md").write_text("a")
         held_out_texts([tmp_path / "one.md"], corpus.tokenizer)
+
+
+def test_no_part_of_a_file_is_held_out_from_another_part_of_it(plays, tmp_path):
+    """A corpus of one document holds out its end; the whole file, and a database of it, have seen that end or more."""
+    file = plays / "hamlet.md"
+    halves = build_corpus([file], tmp_path / "halves", "char")
+    require_held_out(halves, halves)
+    with pytest.raises(ValueError, match=r"hamlet\.md has the name of a document there"):
+        require_held_out(held_out_texts([file], halves.tokenizer), halves)
+    whole = build_corpus([file], tmp_path / "whole", str(tmp_path / "halves"), valid_fraction=0)
+    with pytest.raises(ValueError, match=r"hamlet\.md \[valid\] has the name of a document there"):
+        require_held_out(halves, whole)
+    (tmp_path / "new.md").write_text("Ω")
+    with pytest.raises(ValueError, match=r"new\.md: 'Ω' \(character 0 of the text\)"):
+        held_out_texts([tmp_path / "new.md"], halves.tokenizer)
+
+
+def test_what_cannot_be_compared_is_refused(index):
+    with pytest.raises(ValueError, match="no retrieval to measure"):
+        evaluate(model_of(index, ca_layers=()), index.corpus, index, window=WINDOW)
+    with pytest.raises(ValueError, match=r"the baseline reads neighbors in layers \(1,\)"):
+        evaluate(model_of(index), index.corpus, index, window=WINDOW, baseline=model_of(index))
+    corpus = index.corpus
+    everything = Corpus(corpus.tokens, corpus.documents, len(corpus.documents), corpus.tokenizer)
+    with pytest.raises(ValueError, match="no validation documents"):
+        evaluate(model_of(index), everything, index, window=WINDOW)
+
+
+def test_a_decoder_of_one_seed_starts_the_same_with_and_without_retrieval(index):
+    with_retrieval, without = model_of(index).state_dict(), model_of(index, ca_layers=()).state_dict()
+    assert len(without) > 20 and set(without) < set(with_retrieval)
+    assert all(torch.equal(weight, with_retrieval[name]) for name, weight in without.items())
 
 
 @pytest.mark.parametrize(
@@ -213,7 +248,7 @@ def test_documents_that_were_seen_are_refused_by_text_and_by_name(plays, index, 
     [
         ({"window": WINDOW + 1}, f"window={WINDOW + 1} is not a positive multiple of chunk_len={CHUNK_LEN}"),
         ({"window": WINDOW, "stride": 2 * WINDOW}, f"stride={2 * WINDOW} is not .* up to {WINDOW}"),
-        ({"window": WINDOW, "stride": 0 - CHUNK_LEN}, "stride=-16"),
+        ({"window": WINDOW, "stride": 0}, "stride=0"),
         ({"n_neighbors": 0}, "n_neighbors=0"),
     ],
 )
@@ -263,11 +298,32 @@ def test_one_command_evaluates_a_run_on_new_text_with_another_database(runs, pla
     assert second["filtered"][-2]["n_chunks"] < second["n_chunks"], "a text that stands in the database has no overlap"
 
     # What does not fit is refused with the command that repairs it.
-    assert evaluate_command(["--run", str(run), "--database", str(tmp_path / "db"), "--data-path", "data"]) == 1
-    assert "which is in the training text or the database" in capsys.readouterr().err
-    assert database_command([*command, *shape[:2], "--data-path", str(tmp_path / "chars"), "--tokenizer", "char"]) == 0
-    assert evaluate_command(["--run", str(run), str(new), "--database", str(tmp_path / "chars")]) == 1
-    assert "--tokenizer data/corpus" in capsys.readouterr().err
+    def refused(*options):
+        assert evaluate_command(list(options)) == 1
+        return capsys.readouterr().err
+
+    assert "is in the training text or in the database" in refused(
+        "--run", str(run), "--database", str(tmp_path / "db")
+    )
+    chars = ["--data-path", str(tmp_path / "chars"), "--tokenizer", "char"]
+    assert database_command([*command, "--chunk-len", "32", *chars]) == 0
+    assert "next: python -m retro.evaluate --run RUN TEXT" in capsys.readouterr().out
+    message = refused("--run", str(run), str(new), "--database", str(tmp_path / "chars"))
+    assert "chunk_len=32, but chunk_len=16 is wanted; tokenizer_sha256" in message
+    assert f"--tokenizer data/corpus --valid-fraction 0 --chunk-len 16 --data-path {tmp_path / 'chars'}" in message
+    assert "was trained with retrieval" in refused("--run", str(run), "--baseline", str(run))
+    assert "no retrieval to measure" in refused("--run", str(baseline), str(new))
+    monkeypatch.chdir(tmp_path)
+    assert f"data, where {run} was made, does not exist" in refused("--run", str(run), str(new))
+
+
+def test_training_needs_text_to_validate_on(plays, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train_command([str(plays), "--valid-fraction", "0"]) == 1
+    assert "--valid-fraction 0 leaves nothing to validate on" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+    assert database_command([str(plays), "--valid-fraction", "1"]) == 1
+    assert "--valid-fraction 1.0 is not a share" in capsys.readouterr().err
 
 
 def test_a_corpus_may_hold_nothing_out_and_take_over_a_tokenizer_of_characters(plays, tmp_path):
@@ -293,7 +349,9 @@ def test_an_evaluation_without_room_for_a_neighbor_has_neither_headroom_nor_over
 
 
 def test_the_index_may_be_another_than_in_training(index, evaluation, data, bert):
-    again = RetroIndex(CHUNK_LEN, n_probe=1, data_path=data, bert=bert)
-    same = evaluate(model_of(index), index.corpus, again, window=WINDOW)
-    assert np.array_equal(same.neighbors, evaluation.neighbors)  # an exact index, whatever n_probe says
-    assert replace(same, n_neighbors=3).n_neighbors == 3
+    again = RetroIndex(CHUNK_LEN, data_path=data, bert=bert)
+    again.index.remove_ids(np.unique(evaluation.neighbors[:, 0]))  # nobody's nearest neighbor is left
+    other = evaluate(model_of(index), index.corpus, again, window=WINDOW)
+    assert not np.isin(other.neighbors, evaluation.neighbors[:, 0]).any() and (other.neighbors >= 0).all()
+    assert np.array_equal(other.nats["off"], evaluation.nats["off"])
+    assert not np.array_equal(other.nats["on"], evaluation.nats["on"])

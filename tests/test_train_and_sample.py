@@ -149,11 +149,10 @@ def test_wrong_sampling_options_are_refused(index):
         sampler.sample("", 4)
 
 
-@pytest.mark.parametrize("module", ["database", "dataset", "train", "sample"])
+@pytest.mark.parametrize("module", ["database", "dataset", "train", "sample", "evaluate"])
 def test_help_answers_at_once_and_without_torch(module):
-    code = (
-        f"import sys; from retro.commands import {module}_command as c\ntry: c(['--help'])\nexcept SystemExit: pass\n"
-    )
+    commands = "retro.run_commands" if module in ("sample", "evaluate") else "retro.commands"
+    code = f"import sys; from {commands} import {module}_command as c\ntry: c(['--help'])\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules and 'faiss' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     result = subprocess.run([sys.executable, "-m", f"retro.{module}", "--help"], capture_output=True, text=True)
