@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench results clean
+.PHONY: demo test check bench results docs clean
 
 demo: .venv/installed
 	$(BIN)/python -m retro.train --preset demo
@@ -23,6 +23,15 @@ bench: .venv-bench/installed
 results: .venv/installed
 	$(BIN)/python results/run.py $(if $(QUICK),--quick)
 
+# The annotated pages, in site/: offline once KaTeX, which sets their formulas, is in docs/node_modules.
+docs: .venv/installed docs/node_modules/installed
+	$(BIN)/python docs/build.py
+
+docs/node_modules/installed: docs/package.json
+	@command -v npm >/dev/null || { echo "make docs needs Node.js 20 or newer with npm: https://nodejs.org"; exit 1; }
+	cd docs && npm install --no-package-lock --no-audit --no-fund
+	touch $@
+
 # The peers come without what they require: it is torchvision, autofaiss (for NumPy 1) and the like, unused here.
 .venv-bench/installed: pyproject.toml constraints.txt benchmarks/requirements.txt
 	$(PYTHON) -m venv .venv-bench
@@ -33,9 +42,9 @@ results: .venv/installed
 # labml-nn holds the reference implementation; the tests need no more of it than its modules.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,plot]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,docs,plot]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps labml-nn
 	touch $@
 
 clean:
-	rm -rf .venv .venv-bench data logs results/work
+	rm -rf .venv .venv-bench data logs results/work docs/node_modules site
