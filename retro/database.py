@@ -20,6 +20,12 @@ of $d$ features:
 
 What the bargain costs is measured when the database is built: *recall*, the share of the true
 nearest neighbors that the index finds, on a sample of keys, against brute force.
+
+Where this differs from the tutorial: there are documents, so a continuation ends with its own; the
+held-out ones are not in the database; and what a query must not find is left out inside the search, so
+that $k$ neighbors come back wherever $k$ exist. The tutorial fetches a few more than it needs and
+filters them (`RetroIndex.filter_neighbors`), which can leave none. The paper searches $2 \cdot 10^{12}$ tokens with
+SCaNN, in 10 ms a query (section 2.2).
 """
 
 from __future__ import annotations

@@ -9,6 +9,10 @@ A run's folder is named by a hash of everything that shapes the run. The same co
 finds its own run again: finished, it is reported; interrupted, it continues from its last
 checkpoint, with the same numbers as if it had never stopped. For that, the data order is a function
 of the seed and the step, the learning rate of the step alone, and the rest is in the checkpoint.
+
+The defaults of `TrainConfig` are the tutorial's: batches of 4 samples, 32 epochs, Adam with Noam's schedule.
+What it lacks: validation on held-out documents, checkpoints, gradient clipping, bf16, and any device
+but the first GPU.
 """
 
 from __future__ import annotations
