@@ -47,4 +47,4 @@ docs/node_modules/installed: docs/package.json
 	touch $@
 
 clean:
-	rm -rf .venv .venv-bench data logs results/work docs/node_modules site
+	rm -rf .venv .venv-bench data logs results/cache docs/node_modules site

@@ -36,7 +36,7 @@ class Prose:
     """Turns prose into HTML; `formulas` and `problems` (each with file and line) gather on the way."""
 
     def __init__(self, library: Library) -> None:
-        self.library = library
+        self.names = library
         self.formulas: list[Formula] = []
         self.problems: list[str] = []
         self.markdown = MarkdownIt("commonmark", {"html": False, "typographer": True}).enable("smartquotes")
@@ -79,7 +79,7 @@ class Prose:
         text, href = tokens[i].content, None
         try:
             if not tokens[i].meta.get("linked"):
-                href = self.library.prose_link(text, env["module"], env["section"])
+                href = self.names.prose_link(text, env["module"], env["section"])
         except LookupError as error:
             self.problems.append(f"{self._where(env, f'`{text}`')}: `{text}` leads nowhere: {error.args[0]}")
         code = f"<code>{escape(text, quote=False)}</code>"

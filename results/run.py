@@ -3,8 +3,8 @@
 For each corpus the same decoder is trained with and without retrieval on the same samples in the same order,
 for the same number of steps and, without retrieval, for as many steps as take the same time. All of them are
 then evaluated on whole documents that neither the training nor the database has seen. Whatever is finished is
-kept under `results/work/` and found again. Writes `RESULTS.md`, the figures as JSON and the plots beside this
-file (under `results/work/quick/` for QUICK=1).
+kept under `results/cache/` and found again. Writes `RESULTS.md`, the figures as JSON and the plots beside this
+file (under `results/cache/quick/` for QUICK=1).
 """
 
 from __future__ import annotations
@@ -291,12 +291,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a size that takes ten minutes, and shows nothing but how")
     args = parser.parse_args()
-    size, out = (QUICK, HERE / "work" / "quick") if args.quick else (FULL, HERE)
+    size, out = (QUICK, HERE / "cache" / "quick") if args.quick else (FULL, HERE)
     command = "make results" + " QUICK=1" * args.quick
     record: dict[str, Any] = {"command": command, "machine": machine(), "size": asdict(size), "corpora": {}}
     started = time.perf_counter()
     for name, source in SOURCES.items():
-        place = HERE / "work" / ("quick" if args.quick else "full") / name
+        place = HERE / "cache" / ("quick" if args.quick else "full") / name
         place.mkdir(parents=True, exist_ok=True)
         os.chdir(place)
         record["corpora"][name] = measure(source, size)
