@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from retro.artifacts import write_json
+from retro.artifacts import sha256_of_json, write_json
 
 HERE = Path(__file__).resolve().parent
 CHUNK_LEN, CHUNKS_PER_SAMPLE = 32, 8
@@ -36,6 +36,7 @@ SHARES = (0.1, 0.3, 1.0)  # of the documents in the database
 NEIGHBORS = (1, 2, 4, 8)
 EXACT = ["--chunk-len", str(CHUNK_LEN), "--index", "Flat"]
 NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "pydoc_data"}  # tests, other packages, generated text
+GENERATED = ("_sysconfigdata", "config-")  # how such files and folders begin: each installation has its own
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def library() -> list[tuple[str, str]]:
     found = []
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        if not NOT_SOURCE & set(name.parts[:-1]):
+        if not NOT_SOURCE & set(name.parts[:-1]) and not any(part.startswith(GENERATED) for part in name.parts):
             try:
                 found.append((name.as_posix(), path.read_text(encoding="utf-8")))
             except UnicodeDecodeError:
@@ -112,12 +113,16 @@ def call(module: str, *arguments: str) -> None:
     subprocess.run([sys.executable, "-m", f"retro.{module}", *arguments], check=True)
 
 
-def prepare(source: Source, size: Size) -> None:
+def place_of(documents: dict[str, str], source: Source) -> str:
+    """A folder's name for the stages of these texts: other texts, as of another version, have another."""
+    return sha256_of_json([documents, source.valid_fraction])[:8]
+
+
+def prepare(documents: dict[str, str], source: Source) -> None:
     """Texts, database and dataset, in the current folder."""
     texts = Path("texts")
     if not texts.exists():
-        documents = dict(source.read())
-        for name in drawn(list(documents), size.share * source.share):
+        for name in documents:
             path = Path("texts.part") / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(documents[name], encoding="utf-8")
@@ -234,10 +239,11 @@ def evaluate_all(runs: dict[str, tuple[str, dict[str, Any]]], folders: dict[str,
     jobs |= {f"database {name}": (folder, 2) for name, folder in folders.items()}
     found = {}
     for name, (folder, k) in jobs.items():
-        file = Path("evaluations") / "-".join(Path(run).name[:8] for run, _ in runs.values()) / f"{name}.json"
+        index = RetroIndex(CHUNK_LEN, data_path=folder)
+        made_with = [*(Path(run).name for run, _ in runs.values()), index.made_with["index_sha256"], k]
+        file = Path("evaluations") / f"{name}-{sha256_of_json(made_with)[:8]}.json"
         if not file.exists():
             print(f"\n# evaluation: {name}", flush=True)
-            index = RetroIndex(CHUNK_LEN, data_path=folder)
             options: dict[str, Any] = {"others": ()}
             if name == "main":
                 options = {"baseline": RetroModel.load(runs["baseline"][0])}
@@ -251,11 +257,16 @@ def evaluate_all(runs: dict[str, tuple[str, dict[str, Any]]], folders: dict[str,
     return found
 
 
-def measure(source: Source, size: Size) -> dict[str, Any]:
-    """Everything for one corpus, in the current folder."""
+def measure(place: Path, source: Source, size: Size) -> dict[str, Any]:
+    """Everything for one corpus, in a folder below `place`."""
     from retro.corpus import Corpus
 
-    prepare(source, size)
+    documents = dict(source.read())
+    documents = {name: documents[name] for name in drawn(list(documents), size.share * source.share)}
+    place = place / place_of(documents, source)
+    place.mkdir(parents=True, exist_ok=True)
+    os.chdir(place)
+    prepare(documents, source)
     folders = databases()
     runs = train_all(size)
     evaluations = evaluate_all(runs, folders)
@@ -296,10 +307,7 @@ def main() -> None:
     record: dict[str, Any] = {"command": command, "machine": machine(), "size": asdict(size), "corpora": {}}
     started = time.perf_counter()
     for name, source in SOURCES.items():
-        place = HERE / "cache" / ("quick" if args.quick else "full") / name
-        place.mkdir(parents=True, exist_ok=True)
-        os.chdir(place)
-        record["corpora"][name] = measure(source, size)
+        record["corpora"][name] = measure(HERE / "cache" / ("quick" if args.quick else "full") / name, source, size)
     write_json(out / "results.json", record)
     from report import write
 
