@@ -105,6 +105,7 @@ class BERTChunkEmbeddings:
                 self.model = BertModel.from_pretrained(
                     source,
                     add_pooling_layer=False,  # it is not part of BERT(N)
+                    use_safetensors=True,  # nothing is unpickled
                     # Chunks are short: on a CPU plain products beat fused attention.
                     attn_implementation="eager" if self.device.type == "cpu" else "sdpa",
                 )

@@ -5,15 +5,16 @@ two things that RETRO promises are about documents: neighbors may be barred from
 document of the query (section 2.2 of arXiv:2112.04426), and held-out text is held out
 by whole documents.
 
-The training documents lie first, the validation documents after them, in one array::
+The training documents lie first, the validation documents after them, and behind both whatever is added to the
+database later, in one array::
 
-    tokens  | doc 0 | doc 1 | ...... | doc n_train-1 || doc n_train | ... |
-    starts  0       s_1     s_2                      s_{n_train}          len(tokens)
+    tokens  | doc 0 | doc 1 | ...... | doc n_train-1 || doc n_train | ... || added | ... |
+    starts  0       s_1     s_2                      s_{n_train}                         len(tokens)
 
-An *offset* is always a position in that array. The array is memory-mapped, so a corpus
-costs memory only for its table of documents. The public attributes are those of
-labml-helpers' `TextFileDataset` (`train`, `valid`, `text_to_i`, `itos`, `stoi`,
-`n_tokens`); such a dataset can stand wherever a corpus is taken.
+An *offset* is always a position in that array, and stays what it is when documents are added or removed. The
+array is memory-mapped, so a corpus costs memory only for its table of documents. The public attributes are
+those of labml-helpers' `TextFileDataset` (`train`, `valid`, `text_to_i`, `itos`, `stoi`, `n_tokens`); such a
+dataset can stand wherever a corpus is taken.
 """
 
 from __future__ import annotations
@@ -24,14 +25,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from retro.artifacts import (
     FORMAT_VERSION,
+    MAX_NUMBER,
+    Fields,
+    only_writer,
     package_versions,
     read_json,
+    require_match,
     sha256_of_file,
     sha256_of_json,
     write_json,
@@ -131,6 +136,44 @@ def read_documents(texts: Iterable[tuple[str, Path]]) -> Iterator[Document]:
                 yield Document(f"{name}:{number}", entry)
 
 
+MANIFEST_FIELDS: Fields = {
+    "tokenizer": ("char", "subword"),
+    "dtype": ("uint16", "uint32"),
+    "n_train": int,
+    "documents": list,
+    "additions": list,
+    "removed": list,
+    "tokens.bin_sha256": str,
+    "tokenizer.json_sha256": str,
+}
+
+
+def _documents_of(path: Path, manifest: dict[str, Any]) -> list[DocumentEntry]:
+    """The documents of a manifest. Raises `ValueError` if they, or the numbers that speak of them, cannot be."""
+    n, kinds = len(manifest["documents"]), (str, str, int, int)
+    for number, entry in enumerate(manifest["documents"]):
+        fits = type(entry) is list and tuple(map(type, entry)) == kinds
+        if not (fits and 0 <= entry[2] < MAX_NUMBER and 0 <= entry[3] < MAX_NUMBER):
+            raise ValueError(
+                f"{path}, document {number}: {entry!r:.80} is not [name, sha256, bytes, tokens]. Rebuild it: {REPAIR}"
+            )
+    counts = [manifest["n_train"], *manifest["additions"]]
+    if not all(type(count) is int and 0 < count <= n for count in counts) or sum(counts) > n:
+        raise ValueError(
+            f"{path} has {n} documents, but n_train={manifest['n_train']!r} and additions="
+            f"{manifest['additions']!r:.80}. Rebuild it: {REPAIR}"
+        )
+    if not all(type(number) is int and 0 <= number < n for number in manifest["removed"]):
+        raise ValueError(f"{path} has {n} documents, but removed={manifest['removed']!r:.80}. Rebuild it: {REPAIR}")
+    return [DocumentEntry(*entry) for entry in manifest["documents"]]
+
+
+def largest_token(tokens: np.ndarray) -> int:
+    """The largest of the tokens, read in parts; -1 for none."""
+    parts = (tokens[i : i + (1 << 22)] for i in range(0, len(tokens), 1 << 22))
+    return max((int(part.max()) for part in parts), default=-1)
+
+
 class Corpus:
     """Documents as one array of tokens, training documents first.
 
@@ -139,6 +182,8 @@ class Corpus:
     * `n_train` is how many of them are for training
     * `tokenizer` turns text into tokens and back
     * `made_with` is the manifest
+    * `additions` are the numbers of documents that were added to the database, at one time each; they lie last
+    * `removed` are the documents that are no longer in the database
     """
 
     def __init__(
@@ -148,6 +193,8 @@ class Corpus:
         n_train: int,
         tokenizer: Tokenizer,
         made_with: dict[str, Any] | None = None,
+        additions: Sequence[int] = (),
+        removed: Iterable[int] = (),
     ) -> None:
         self.tokens = tokens
         self.documents = documents
@@ -155,28 +202,52 @@ class Corpus:
         self.tokenizer = tokenizer
         self.starts = np.cumsum([0] + [d.n_tokens for d in documents])
         self.made_with = made_with or {}
+        self.additions = tuple(additions)
+        self.removed = frozenset(removed)
 
     @cached_property
     def sha256(self) -> str:
-        """Names everything that an offset depends on: the documents, their split, the tokenizer."""
-        return sha256_of_json([[asdict(d) for d in self.documents], self.n_train, self.tokenizer.sha256])
+        """Names everything that samples depend on: the documents but for added ones, their split, the tokenizer."""
+        base = self.documents[: self.split("valid").stop]
+        return sha256_of_json([[asdict(d) for d in base], self.n_train, self.tokenizer.sha256])
+
+    @cached_property
+    def database_sha256(self) -> str:
+        """Names everything that neighbors depend on: `sha256`, and what was added and removed since."""
+        if not self.additions and not self.removed:
+            return self.sha256
+        added = [asdict(d) for d in self.documents[self.split("valid").stop :]]
+        return sha256_of_json([self.sha256, added, self.additions, sorted(self.removed)])
 
     @staticmethod
     def load(folder: str | Path) -> Corpus:
         """Open what `build_corpus` wrote. Raises if it is missing, damaged or of another version."""
         folder = Path(folder)
-        made_with = read_json(folder / "manifest.json", REPAIR)
+        made_with = read_json(folder / "manifest.json", REPAIR, MANIFEST_FIELDS)
+        documents = _documents_of(folder / "manifest.json", made_with)
+        for name in ("tokens.bin", "tokenizer.json"):  # read whole, before anything is made of it
+            found = sha256_of_file(folder / name) if (folder / name).exists() else "no file"
+            require_match(folder / name, {"sha256": found}, {"sha256": made_with[f"{name}_sha256"]}, REPAIR)
         tokenizer = load_tokenizer(folder / "tokenizer.json", made_with["tokenizer"])
-        documents = [DocumentEntry(*entry) for entry in made_with["documents"]]
-        corpus = Corpus(np.zeros(0), documents, made_with["n_train"], tokenizer, made_with)
-        file, dtype = folder / "tokens.bin", np.dtype(made_with["dtype"])
-        expected = int(corpus.starts[-1]) * dtype.itemsize
-        found = file.stat().st_size if file.exists() else 0
-        if found != expected:
-            raise ValueError(f"{file} holds {found} bytes, but its manifest says {expected}. Rebuild it: {REPAIR}")
-        if tokenizer.sha256 != made_with["tokenizer_sha256"]:
-            raise ValueError(f"{folder / 'tokenizer.json'} was altered after the corpus was made. Rebuild it: {REPAIR}")
-        corpus.tokens = np.memmap(file, dtype=dtype, mode="r")
+        corpus = Corpus(
+            np.memmap(folder / "tokens.bin", dtype=made_with["dtype"], mode="r"),
+            documents,
+            made_with["n_train"],
+            tokenizer,
+            made_with,
+            made_with["additions"],
+            made_with["removed"],
+        )
+        if len(corpus.tokens) != corpus.starts[-1]:
+            raise ValueError(
+                f"{folder / 'tokens.bin'} holds {len(corpus.tokens)} tokens, but its manifest says "
+                f"{corpus.starts[-1]}. Rebuild it: {REPAIR}"
+            )
+        if (largest := largest_token(corpus.tokens)) >= tokenizer.n_tokens:
+            raise ValueError(
+                f"{folder / 'tokens.bin'} holds token {largest}, but there are {tokenizer.n_tokens}. "
+                f"Rebuild it: {REPAIR}"
+            )
         return corpus
 
     @staticmethod
@@ -188,7 +259,7 @@ class Corpus:
         arrays = [tds.text_to_i(text).numpy() for _, text in parts]
         name = Path(getattr(tds, "path", "text")).name
         documents = [
-            DocumentEntry(f"{name} [{part}]", _sha256(text), len(text.encode()), len(array))
+            DocumentEntry(f"{name} [{part}]", sha256_of_text(text), len(text.encode()), len(array))
             for (part, text), array in zip(parts, arrays, strict=True)
         ]
         return Corpus(np.concatenate(arrays), documents, 1, CharTokenizer(tds.itos))
@@ -203,7 +274,7 @@ class Corpus:
     @property
     def valid(self) -> str:
         """The validation text, decoded anew at each access."""
-        return self.text(self.n_train_tokens, len(self.tokens) - self.n_train_tokens)
+        return self.text(self.n_train_tokens, self.end_of_valid - self.n_train_tokens)
 
     @property
     def n_tokens(self) -> int:
@@ -233,9 +304,26 @@ class Corpus:
         """Length of the training part of `tokens`."""
         return int(self.starts[self.n_train])
 
+    @property
+    def end_of_valid(self) -> int:
+        """Where the validation part of `tokens` ends; behind it lies what was added."""
+        return int(self.starts[self.split("valid").stop])
+
     def split(self, name: str) -> range:
         """Numbers of the documents of `'train'` or `'valid'`."""
-        return {"train": range(self.n_train), "valid": range(self.n_train, len(self.documents))}[name]
+        end = len(self.documents) - sum(self.additions)
+        return {"train": range(self.n_train), "valid": range(self.n_train, end)}[name]
+
+    @property
+    def parts(self) -> list[range]:
+        """Numbers of the documents that the database was built from, then of those of each addition."""
+        ends = np.cumsum([self.split("valid").stop, *self.additions]).tolist()
+        return [self.split("train"), *map(range, ends[:-1], ends[1:])]
+
+    @property
+    def in_database(self) -> list[int]:
+        """Numbers of the documents that can be retrieved: for training, or added, and not removed."""
+        return [number for part in self.parts for number in part if number not in self.removed]
 
     def bytes_per_token(self, split: str) -> float:
         """Mean UTF-8 bytes of a token of the split, which makes nats per token comparable as bits per byte."""
@@ -299,7 +387,7 @@ def build_corpus(
 
     def documents(split: str) -> Iterator[Document]:
         for document in split_single(read_documents(texts), plan["single"], valid_fraction):
-            if (_sha256(document.text) in valid) == (split == "valid"):
+            if (sha256_of_text(document.text) in valid) == (split == "valid"):
                 yield document
 
     # As in the tutorial, every character of either part is in the vocabulary. A subword
@@ -311,30 +399,43 @@ def build_corpus(
     dtype = np.dtype("uint16" if encoder.n_tokens <= 1 << 16 else "uint32")
     entries: list[DocumentEntry] = []
     n_train = 0
-    # All three files are complete before the first one takes its place.
-    with written_whole(folder / "tokens.bin") as temporary:
-        with open(temporary, "wb") as file:
-            for split in ("train", "valid"):
-                for document in documents(split):
-                    ids = np.asarray(encoder.encode(document.text), dtype=dtype)
-                    ids.tofile(file)
-                    sha256, n_bytes = _sha256(document.text), len(document.text.encode())
-                    entries.append(DocumentEntry(document.name, sha256, n_bytes, len(ids)))
-                n_train = n_train or len(entries)
-        with written_whole(folder / "tokenizer.json") as temporary_tokenizer:
-            encoder.save(temporary_tokenizer)
-            manifest = {
-                "format_version": FORMAT_VERSION,
-                **wanted_corpus(plan, tokenizer, valid_fraction, seed),
-                "tokenizer": encoder.kind,
-                "tokenizer_sha256": encoder.sha256,
-                "dtype": str(dtype),
-                "n_train": n_train,
-                "versions": package_versions(),
-                "documents": [list(asdict(entry).values()) for entry in entries],
-            }
-            write_json(folder / "manifest.json", manifest)
+    # The manifest, which knows the hashes of the other two files, comes after them.
+    with only_writer(folder):
+        with written_whole(folder / "tokens.bin") as temporary, written_whole(folder / "tokenizer.json") as mapping:
+            with open(temporary, "wb") as file:
+                for split in ("train", "valid"):
+                    entries += write_documents(file, documents(split), encoder, dtype)
+                    n_train = n_train or len(entries)
+            encoder.save(mapping)
+            hashes = {"tokens.bin_sha256": sha256_of_file(temporary), "tokenizer.json_sha256": sha256_of_file(mapping)}
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            **wanted_corpus(plan, tokenizer, valid_fraction, seed),
+            "tokenizer": encoder.kind,
+            "dtype": str(dtype),
+            "n_train": n_train,
+            "additions": [],
+            "removed": [],
+            **hashes,
+            "versions": package_versions(),
+            "documents": [list(asdict(entry).values()) for entry in entries],
+        }
+        write_json(folder / "manifest.json", manifest)
     return Corpus.load(folder)
+
+
+def write_documents(
+    file: BinaryIO, documents: Iterable[Document], encoder: Tokenizer, dtype: np.dtype
+) -> list[DocumentEntry]:
+    """Append the tokens of documents to a file; returns their entries."""
+    entries = []
+    for document in documents:
+        ids = np.asarray(encoder.encode(document.text), dtype=dtype)
+        file.write(ids.tobytes())
+        entries.append(
+            DocumentEntry(document.name, sha256_of_text(document.text), len(document.text.encode()), len(ids))
+        )
+    return entries
 
 
 def wanted_corpus(plan: dict[str, Any], tokenizer: str, valid_fraction: float, seed: int) -> dict[str, Any]:
@@ -356,7 +457,7 @@ def plan_corpus(texts: list[tuple[str, Path]], valid_fraction: float = 0.1, seed
     Documents are drawn by a seeded hash of their text, so the split does not depend on
     the order of the files, and two copies of one text always fall on the same side.
     """
-    found = [(d.name, _sha256(d.text), len(d.text.encode())) for d in read_documents(texts)]
+    found = [(d.name, sha256_of_text(d.text), len(d.text.encode())) for d in read_documents(texts)]
     if not found:
         raise ValueError(
             f"no text in {', '.join(str(path) for _, path in texts) or 'what was named'}: all of it is empty"
@@ -366,11 +467,11 @@ def plan_corpus(texts: list[tuple[str, Path]], valid_fraction: float = 0.1, seed
         return plan | {"valid": []}
     if plan["single"]:
         whole = split_single(read_documents(texts), True, valid_fraction)
-        return plan | {"valid": [_sha256(d.text) for d in whole if d.name.endswith("[valid]")]}
+        return plan | {"valid": [sha256_of_text(d.text) for d in whole if d.name.endswith("[valid]")]}
     size: dict[str, int] = {}
     for _, sha, n_bytes in found:
         size[sha] = size.get(sha, 0) + n_bytes
-    drawn = sorted(size, key=lambda sha: _sha256(f"{seed}:{sha}"))
+    drawn = sorted(size, key=lambda sha: sha256_of_text(f"{seed}:{sha}"))
     valid: list[str] = []
     while not valid or (
         sum(size[s] for s in valid) < valid_fraction * sum(size.values()) and len(valid) < len(size) - 1
@@ -393,5 +494,6 @@ def split_single(documents: Iterable[Document], single: bool, valid_fraction: fl
         return  # any further documents are copies of this one
 
 
-def _sha256(text: str) -> str:
+def sha256_of_text(text: str) -> str:
+    """Names a document's text."""
     return hashlib.sha256(text.encode()).hexdigest()

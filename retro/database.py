@@ -35,42 +35,78 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 
     raise SystemExit(database_command())
 
-import contextlib
-import io
-import math
 import shutil
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 import torch
-from faiss.contrib.big_batch_search import big_batch_search
 from labml import monit
-from tqdm import tqdm
 
+from retro import distributed
 from retro.artifacts import (
     FORMAT_VERSION,
-    differences,
+    Fields,
     package_versions,
     read_json,
     require_match,
-    sha256_of_file,
     write_json,
-    written_whole,
 )
 from retro.bert_embeddings import PACKAGED, BERTChunkEmbeddings
 from retro.corpus import NO_TOKEN, REPAIR, Corpus
+from retro.index import (
+    KEYS_PER_LIST,
+    Truth,
+    build_index,
+    choose_index,
+    choose_n_probe,
+    ivf_of,
+    n_lists_of,
+    read_index,
+    search_many,
+    set_n_probe,
+    settle,
+    write_index,
+)
+from retro.keys import Keys, chunk_offsets
 
-INDEX_FILE, MANIFEST_FILE = "retro.index", "retro.index.json"
-TOKENS_PER_PIECE = 1 << 19  # of text: the work that an interruption can lose, and that shares its duplicates
-N_RECALL_QUERIES = 256
+MANIFEST_FILE = "retro.index.json"
+PARTS_FOLDER = "index.parts"  # of an unfinished index
 N_SPARE = 8  # neighbors fetched beyond those wanted, in case some are excluded
-MANY_QUERIES_PER_LIST = 64  # from here on, decoding a list's keys pays
-KMEANS_ITERATIONS = 10  # FAISS does 25; recall at 10 was no lower after 10, in half the time
-EXACT_UP_TO = 50_000  # chunks; brute force over these takes no longer than embedding the queries
+MANIFEST_FIELDS: Fields = {
+    "chunk_len": int,
+    "index": str,
+    "index_wanted": str,
+    "note": str,
+    "n_chunks": int,
+    "n_probe": int,
+    "d_emb": int,
+    "trim": bool,
+    "precision": ("fp32", "bf16"),
+    "embedder": str,
+    "embedder_sha256": str,
+    "corpus_sha256": str,
+    "database_sha256": str,
+    "index_sha256": str,
+    "lists_sha256": str,
+    "recall": dict,
+    "seed": int,
+    "search": float,
+    "additions": list,
+    "removed": dict,
+}
+
+
+def read_manifest(data_path: Path, repair: str = REPAIR) -> dict[str, Any]:
+    """The manifest of the database in a folder. Raises if it is missing or damaged, with the repairing command."""
+    path = data_path / MANIFEST_FILE
+    manifest = read_json(path, repair, MANIFEST_FIELDS)
+    for name in ("chunk_len", "n_probe", "d_emb"):
+        if manifest[name] < 1:
+            raise ValueError(f"{path} has {name}={manifest[name]}, but at least 1 is wanted. Rebuild it: {repair}")
+    return manifest
 
 
 def open_corpus(data_path: str | Path) -> Corpus:
@@ -92,9 +128,10 @@ def build_database(
     d_emb: int | None = None,
     n_centeroids: int = 256,
     code_size: int = 64,
-    n_probe: int = 8,
+    n_probe: int | None = 8,
     n_train: int = 50_000,
     *,
+    recall: float = 0.9,
     corpus: Any = None,
     data_path: str | Path = "data",
     index: str | None = None,
@@ -110,14 +147,15 @@ def build_database(
     * `d_emb` is the number of features of an embedding; left out, what the BERT gives
     * `n_centeroids`, `code_size` describe the index `IVF{n_centeroids},PQ{code_size}` (lists, bytes a
       key), unless `index` gives a FAISS factory string, or `auto` to choose one by the number of chunks
-    * `n_probe` is the number of lists to search
-    * `n_train` is the number of keys to train the index on, drawn with `seed`
+    * `n_probe` is the number of lists to search; None chooses it for a recall at 10 of at least `recall`
+    * `n_train` is the number of keys to train the index on, drawn with `seed`; more where `auto` chose many lists
     * `corpus` is a `Corpus` or a labml `TextDataset`; left out, the one in `data_path`
     * `bert` embeds the chunks; left out, `BERTChunkEmbeddings(device, embedder)`
 
     Writes `retro.index` and its manifest into `data_path` and returns the manifest. The keys are
     kept in `data_path/keys`, in shards: an interrupted build continues after the last one, and
-    another index over the same keys needs no embedding. Memory holds a shard and the index.
+    another index over the same keys needs no embedding. Memory holds a shard and the index; above a
+    quarter of the machine's memory, its lists lie in `retro.ivfdata`. Under `torchrun` the work is split.
     """
     data_path = Path(data_path)
     corpus = open_corpus(data_path) if corpus is None else Corpus.of(corpus)
@@ -126,260 +164,80 @@ def build_database(
         raise ValueError(
             f"d_emb={d_emb}, but {bert.embedder} gives embeddings of {bert.d_emb} features; leave d_emb out"
         )
-    offsets = chunk_offsets(corpus, chunk_len)
+    keys = Keys(data_path / "keys", corpus, chunk_len, bert)
+    n_chunks = int(keys.living.sum())
+    if not n_chunks:
+        raise ValueError("every document was removed from the database; add one: python -m retro.database --add TEXT")
     wanted = index or f"IVF{n_centeroids},PQ{code_size}"
-    factory = choose_index(len(offsets), bert.d_emb) if wanted == "auto" else wanted
+    factory = wanted
+    if wanted == "auto":
+        factory = choose_index(n_chunks, bert.d_emb)
+        n_train = max(n_train, KEYS_PER_LIST * n_lists_of(factory))
+    n_train = min(n_train, n_chunks)
+    factory, note = settle(factory, bert.d_emb, n_train)
 
-    keys = Keys(data_path / "keys", corpus, chunk_len, offsets, bert)
-    keys.compute(batch_size)
-    trained, factory, note = train_index(factory, keys, min(n_train, len(offsets)), seed)
-    for start, block in tqdm(keys.blocks(), desc="Add keys", total=keys.n_shards):
-        trained.add_with_ids(block, offsets[start : start + len(block)])
-    set_n_probe(trained, n_probe)
-    recall = measure_recall(trained, keys, seed)
-
-    path = data_path / INDEX_FILE
-    with written_whole(path) as temporary:
-        try:
-            faiss.write_index(trained, str(temporary))
-        except RuntimeError as error:  # how FAISS reports a full disk
-            raise OSError(str(error).rpartition("write error")[2] or str(error)) from error
+    def finish(filled: faiss.Index | None) -> None:
+        if filled is None:  # another process than the first
+            return
+        truth, remark = Truth.of(keys, seed), ""
+        if n_probe is None:
+            chosen, remark = choose_n_probe(filled, keys, truth, recall)
+        else:
+            chosen = n_probe
+        set_n_probe(filled, chosen)
+        measured = truth.recall(filled, keys)
         manifest = {
             "format_version": FORMAT_VERSION,
-            **wanted_database(corpus, chunk_len, wanted, embedder=bert.embedder, seed=seed),
+            **wanted_database(corpus, chunk_len, wanted, n_probe or recall, embedder=bert.embedder, seed=seed),
+            **state_of_database(corpus),
             "index": factory,
-            "note": note,
-            "n_chunks": len(offsets),
-            "n_probe": n_probe,
-            "n_train": min(n_train, len(offsets)),
+            "note": "; ".join(filter(None, (note, remark))),
+            "n_chunks": n_chunks,
+            "n_probe": chosen,
+            "n_train": n_train,
             "d_emb": bert.d_emb,
             "trim": bert.trim,
             "precision": bert.precision,
             "embedder_sha256": bert.sha256,
-            "recall": recall,
-            "index_sha256": sha256_of_file(temporary),
+            "recall": measured,
+            **write_index(filled, data_path),
             "versions": package_versions(),
         }
         write_json(data_path / MANIFEST_FILE, manifest)
-    return manifest
+        shutil.rmtree(data_path / PARTS_FOLDER, ignore_errors=True)
+
+    with distributed.only_writer(data_path):
+        keys.compute(batch_size)
+        finish(build_index(factory, keys, n_train, seed, data_path / PARTS_FOLDER))
+        distributed.wait()
+    return read_manifest(data_path)
 
 
-def wanted_database(corpus: Corpus, chunk_len: int, index: str, embedder: str, seed: int) -> dict[str, Any]:
-    """The part of a database's manifest that tells whether it has to be built again."""
+def state_of_database(corpus: Corpus) -> dict[str, Any]:
+    """The part of a database's manifest that tells which documents were added and removed since it was built."""
     return {
-        "chunk_len": chunk_len,
-        "index_wanted": index,
-        "embedder": embedder,
-        "seed": seed,
-        "corpus_sha256": corpus.sha256,
+        "database_sha256": corpus.database_sha256,
+        "additions": list(corpus.additions),
+        "removed": {str(number): corpus.documents[number].name for number in sorted(corpus.removed)},
     }
 
 
-def chunk_offsets(corpus: Corpus, chunk_len: int) -> np.ndarray:
-    """Offsets of the chunks of the training documents, ascending, int64.
+def wanted_database(
+    corpus: Corpus, chunk_len: int, index: str, search: float, embedder: str, seed: int
+) -> dict[str, Any]:
+    """The part of a database's manifest that tells whether it has to be built again.
 
-    Every document is cut from its start on; what is left at its end, shorter than a chunk, is in
-    the continuation of the last one. A document shorter than a chunk is a chunk.
+    `search` is the number of lists to search, or below 1 the recall to choose it for.
     """
-    starts = corpus.starts[: corpus.n_train + 1]
-    counts = np.maximum(1, np.diff(starts) // chunk_len)
-    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return (np.repeat(starts[:-1], counts) + within * chunk_len).astype(np.int64)
-
-
-class Keys:
-    """Embeddings of all chunks, in shards of float32 on disk.
-
-    A shard is there whole or not at all, and the manifest beside the shards says what they are
-    embeddings of; shards of anything else are thrown away.
-    """
-
-    def __init__(
-        self, folder: Path, corpus: Corpus, chunk_len: int, offsets: np.ndarray, bert: BERTChunkEmbeddings
-    ) -> None:
-        self.folder, self.corpus, self.chunk_len, self.offsets, self.bert = folder, corpus, chunk_len, offsets, bert
-        self.per_shard = max(1, TOKENS_PER_PIECE // chunk_len)
-        self.n_shards = math.ceil(len(offsets) / self.per_shard)
-
-    def _shard(self, number: int) -> Path:
-        return self.folder / f"{number:06d}.npy"
-
-    def _offsets(self, number: int) -> np.ndarray:
-        return self.offsets[number * self.per_shard : (number + 1) * self.per_shard]
-
-    def compute(self, batch_size: int) -> None:
-        """Embed the chunks whose shards are missing, each shard by itself, so that it has the same bytes always."""
-        made_with = {
-            "format_version": FORMAT_VERSION,
-            "corpus_sha256": self.corpus.sha256,
-            "chunk_len": self.chunk_len,
-            "embedder_sha256": self.bert.sha256,
-            "trim": self.bert.trim,
-            "precision": self.bert.precision,
-            "keys_per_shard": self.per_shard,
-        }
-        manifest = self.folder / "manifest.json"
-        if not manifest.exists() or differences(read_json(manifest, REPAIR), made_with):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            write_json(manifest, made_with)
-        missing = [number for number in range(self.n_shards) if not self._shard(number).exists()]
-        n_done = len(self.offsets) - sum(len(self._offsets(number)) for number in missing)
-        with tqdm(total=len(self.offsets), initial=n_done, desc="Embed", unit="chunk", mininterval=1) as bar:
-            for number in missing:
-                texts = self.corpus.texts(self._offsets(number), self.chunk_len)
-                rows = self.bert(texts, batch_size, bar.update).cpu().numpy()
-                with written_whole(self._shard(number)) as temporary, open(temporary, "wb") as file:
-                    np.save(file, rows, allow_pickle=False)
-
-    @cached_property
-    def _shards(self) -> list[np.ndarray]:
-        shards = []
-        for number in range(self.n_shards):
-            shard = np.load(self._shard(number), mmap_mode="r", allow_pickle=False)
-            expected = (len(self._offsets(number)), self.bert.d_emb)
-            if shard.shape != expected or shard.dtype != np.float32:
-                raise ValueError(
-                    f"{self._shard(number)} holds {shard.dtype} {shard.shape}, but float32 {expected} is wanted. "
-                    f"Delete the file and run the same command again."
-                )
-            shards.append(shard)
-        return shards
-
-    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(number of the first key, keys of shape `[n, d_emb]`) of each shard, in order."""
-        for number, shard in enumerate(self._shards):
-            yield number * self.per_shard, np.ascontiguousarray(shard)
-
-    def rows(self, numbers: np.ndarray) -> np.ndarray:
-        """The keys of these numbers, of shape `[len(numbers), d_emb]`."""
-        keys = np.empty((len(numbers), self.bert.d_emb), dtype=np.float32)
-        for shard in np.unique(numbers // self.per_shard):
-            at = numbers // self.per_shard == shard
-            keys[at] = self._shards[shard][numbers[at] % self.per_shard]
-        return keys
-
-
-def choose_index(n_chunks: int, d_emb: int) -> str:
-    """A FAISS factory string for a number of chunks: exact while that is cheap, then compressed."""
-    if n_chunks <= EXACT_UP_TO:
-        return "Flat"
-    # About 4 sqrt(n) lists, as FAISS' guidelines have it, as a power of two.
-    n_lists = 1 << round(math.log2(4 * math.sqrt(n_chunks)))
-    code_size = max(m for m in range(1, 65) if d_emb % m == 0)
-    if n_chunks <= 5_000_000:
-        return f"IVF{n_lists},PQ{code_size}"
-    return f"OPQ{code_size},IVF{n_lists}_HNSW32,PQ{code_size}"
-
-
-def train_index(factory: str, keys: Keys, n_train: int, seed: int) -> tuple[faiss.Index, str, str]:
-    """Make and train an index that stores keys under ids of our choice.
-
-    Returns the index, its factory string and a note: where there are fewer keys than the
-    index has centroids to learn, an exact index takes its place, and the note says so.
-    """
-    d_emb, n_chunks = keys.bert.d_emb, len(keys.offsets)
-    chosen = np.sort(np.random.default_rng(seed).choice(n_chunks, size=n_train, replace=False))
-    try:
-        index = faiss.index_factory(d_emb, factory)
-    except RuntimeError as error:
-        raise ValueError(
-            f"--index {factory!r} is no FAISS index for keys of {d_emb} features: "
-            f"{str(error).splitlines()[0].rpartition('Error: ')[2]}"
-        ) from None
-    note = ""
-    if (needed := centroids_of(index)) > n_train:
-        note = f"{factory} has {needed} centroids to learn, but there are {n_train} keys: the index is exact instead"
-        index, factory = faiss.index_factory(d_emb, "Flat"), "Flat"
-    if not index.is_trained:
-        with monit.section(f"Train {factory}"):
-            index.train(keys.rows(chosen))
-    if ivf_of(index) is None and not isinstance(index, faiss.IndexIDMap2):
-        index = faiss.IndexIDMap2(index)
-    return index, factory, note
-
-
-def ivf_of(index: faiss.Index) -> faiss.IndexIVF | None:
-    """The inverted lists inside an index, if it has any."""
-    try:
-        return faiss.downcast_index(faiss.extract_index_ivf(index))
-    except RuntimeError:
-        return None
-
-
-def centroids_of(index: faiss.Index) -> int:
-    """The most centroids that a part of the index learns from its training keys; sets how it learns them."""
-    needed = [0]
-    if (ivf := ivf_of(index)) is not None:
-        needed.append(ivf.nlist)
-        _set_clustering(ivf.cp)
-        if isinstance(ivf, faiss.IndexIVFPQ):
-            # Reorders the codes for a filter that is not used here, at ten times the cost of the rest.
-            ivf.do_polysemous_training = False
-        index = ivf
-    if (pq := getattr(index, "pq", None)) is not None:
-        needed.append(pq.ksub)
-        _set_clustering(pq.cp)
-    return max(needed)
-
-
-def _set_clustering(parameters: faiss.ClusteringParameters) -> None:
-    parameters.niter = KMEANS_ITERATIONS
-    # FAISS asks for 39 keys a centroid and warns below that; it is silenced, recall tells.
-    parameters.min_points_per_centroid = 1
-
-
-def set_n_probe(index: faiss.Index, n_probe: int) -> None:
-    """Search `n_probe` lists, where the index has lists."""
-    if (ivf := ivf_of(index)) is not None:
-        ivf.nprobe = min(n_probe, ivf.nlist)
-
-
-def measure_recall(index: faiss.Index, keys: Keys, seed: int) -> dict[str, float]:
-    """Share of the true nearest neighbors that the index finds, at 1, 2 and 10.
-
-    Keys drawn with `seed` are the queries; each one's own chunk does not count. Chunks of equal
-    text have equal distances, so a neighbor is true if it is no farther than the k-th true
-    one, whichever of the equals it is.
-    """
-    n_chunks = len(keys.offsets)
-    rng = np.random.default_rng([seed, 1])
-    chosen = np.sort(rng.choice(n_chunks, size=min(N_RECALL_QUERIES, n_chunks), replace=False))
-    queries = keys.rows(chosen)
-    n_found = min(11, n_chunks)  # one more than 10: the query itself
-    exact = faiss.ResultHeap(len(queries), n_found)
-    for start, block in keys.blocks():
-        distances, ids = faiss.knn(queries, block, min(n_found, len(block)))
-        exact.add_result(distances, ids + start)
-    exact.finalize()
-    _, found = search_many(index, queries, n_found)
-
-    recall: dict[str, list[float]] = {}
-    for row, own in enumerate(chosen):
-        true = exact.D[row][exact.I[row] != own][: n_found - 1]
-        ids = np.searchsorted(keys.offsets, found[row][(found[row] >= 0) & (found[row] != keys.offsets[own])])
-        distances = np.sort(((keys.rows(ids) - queries[row]) ** 2).sum(axis=1))
-        for k in {min(k, len(true)) for k in (1, 2, 10)} - {0}:
-            # The two distances are computed in different ways: allow for float32 rounding.
-            hits = distances[:k] <= true[k - 1] * (1 + 1e-4) + 1e-4
-            recall.setdefault(f"@{k}", []).append(float(hits.sum()) / k)
-    return {k: round(float(np.mean(v)), 4) for k, v in sorted(recall.items(), key=lambda item: int(item[0][1:]))}
-
-
-def search_many(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `index.search`; for many queries, list by list of an inverted file.
-
-    All queries that search a list are then compared with its decoded keys in one matrix product, in place of
-    a table look-up for each key and query: the same distances but for rounding, several times as fast.
-    """
-    index = faiss.downcast_index(index)
-    known = index.__class__ in (faiss.IndexIVFPQ, faiss.IndexIVFFlat)
-    if not known or len(queries) * index.nprobe < MANY_QUERIES_PER_LIST * index.nlist:
-        return index.search(queries, k)
-    # In parts, because the distances of a list's queries and keys are in memory at once.
-    parts = [queries[i : i + 8192] for i in range(0, len(queries), 8192)]
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports on every list
-        results = [big_batch_search(index, part, k, method="pairwise_distances") for part in parts]
-    return np.concatenate([d for d, _ in results]), np.concatenate([i for _, i in results])
+    return {
+        "chunk_len": chunk_len,
+        "index_wanted": index,
+        "search": search,
+        "embedder": embedder,
+        "seed": seed,
+        "corpus_sha256": corpus.sha256,
+        "database_sha256": corpus.database_sha256,
+    }
 
 
 def _distinct(rows: np.ndarray) -> tuple[list[int], list[int]]:
@@ -424,21 +282,19 @@ class RetroIndex:
         embedder: str | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        path, manifest = Path(data_path) / INDEX_FILE, Path(data_path) / MANIFEST_FILE
+        data_path = Path(data_path)
+        path = data_path / MANIFEST_FILE
         self.corpus = open_corpus(data_path) if corpus is None else Corpus.of(corpus)
-        self.made_with = made_with = read_json(manifest, REPAIR)
-        wanted: dict[str, Any] = {"corpus_sha256": self.corpus.sha256}
+        self.made_with = made_with = read_manifest(data_path)
+        wanted: dict[str, Any] = {"corpus_sha256": self.corpus.sha256, "database_sha256": self.corpus.database_sha256}
         if chunk_len is not None:
             wanted["chunk_len"] = chunk_len
-        require_match(path, made_with, wanted, f"{REPAIR} --chunk-len {chunk_len or made_with['chunk_len']}")
+        repair = f"{REPAIR} --chunk-len {chunk_len or made_with['chunk_len']}"
+        require_match(path, made_with, wanted, repair)
         self.chunk_len: int = made_with["chunk_len"]
         self.n_neighbors, self.n_extra, self.exclude_neighbor_span = n_neighbors, n_extra, exclude_neighbor_span
-
-        # FAISS trusts what it reads, so the bytes are checked first.
-        found = sha256_of_file(path) if path.exists() else "no file"
-        require_match(path, {"sha256": found}, {"sha256": made_with["index_sha256"]}, REPAIR)
         with monit.section("Load index"):
-            self.index = faiss.read_index(str(path))
+            self.index = read_index(data_path, made_with, repair)
         self.n_probe = n_probe or made_with["n_probe"]
         set_n_probe(self.index, self.n_probe)
 
@@ -497,7 +353,7 @@ class RetroIndex:
         first, row_of = _distinct(queries)
         if exclude is None:
             distances, found = search_many(self.index, queries[first], n_neighbors)
-            return distances[row_of], found[row_of]
+            return distances[row_of], self._checked(found)[row_of]
         # In one go for all ranges, a few neighbors more than wanted, without those in the range.
         distances, found = (x[row_of] for x in search_many(self.index, queries[first], n_neighbors + N_SPARE))
         ranges = np.broadcast_to(np.asarray(exclude), (len(queries), 2))
@@ -511,7 +367,16 @@ class RetroIndex:
         for span in np.unique(ranges[again], axis=0):
             rows = again[(ranges[again] == span).all(axis=1)]
             distances[rows], found[rows] = self._search_outside(queries[rows], n_neighbors, span)
-        return distances, found
+        return distances, self._checked(found)
+
+    def _checked(self, found: np.ndarray) -> np.ndarray:
+        """Offsets as they are. Raises `ValueError` if one lies outside of the text."""
+        if found.size and not -1 <= found.min() <= found.max() < len(self.corpus.tokens):
+            raise ValueError(
+                f"the index holds offset {found.max()}, but the text has {len(self.corpus.tokens)} tokens. "
+                f"Rebuild it: {REPAIR}"
+            )
+        return found
 
     def _search_outside(
         self, queries: np.ndarray, n_neighbors: int, span: Sequence[int]
@@ -537,4 +402,4 @@ class RetroIndex:
         return self.corpus.values(offsets, 2 * self.chunk_len)
 
 
-__all__ = ["NO_TOKEN", "Keys", "RetroIndex", "build_database", "choose_index", "chunk_offsets", "open_corpus"]
+__all__ = ["NO_TOKEN", "RetroIndex", "build_database", "chunk_offsets", "open_corpus"]

@@ -2,7 +2,8 @@ r"""Training samples with their neighbors, retrieved once, before training.
 
 A sample is `chunks_per_sample` chunks of consecutive text from one document, and for each chunk
 $C_u$ its nearest neighbors $\text{RET}(C_u)$. Since BERT is frozen they never change, so they are
-computed once and kept as offsets: a JSON Lines file with a header line, then one line a sample::
+computed once and kept as offsets: a JSON Lines file with a header line, which holds the hash of what
+follows, then one line a sample::
 
     {"offset": 1041, "neighbors": [[88112, 4032], ...], "distances": [[3.1, 3.4], ...]}
 
@@ -26,8 +27,8 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 
     raise SystemExit(dataset_command())
 
+import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,37 @@ from torch import Tensor
 from torch.utils.data import Dataset as PyTorchDataset
 from tqdm import tqdm
 
-from retro.artifacts import FORMAT_VERSION, package_versions, require_match
+from retro import distributed
+from retro.artifacts import (
+    FORMAT_VERSION,
+    Fields,
+    package_versions,
+    parse_json,
+    require_match,
+    sealed,
+    written_whole,
+)
 from retro.corpus import NO_TOKEN, Corpus
-from retro.database import MANIFEST_FILE, TOKENS_PER_PIECE, RetroIndex, open_corpus
+from retro.database import MANIFEST_FILE, RetroIndex, open_corpus
+from retro.keys import TOKENS_PER_PIECE
+from retro.shards import Shards
 
 DATASET_FILE = {"train": "retro_train_dataset.jsonl", "valid": "retro_valid_dataset.jsonl"}
 EXCLUDE = ("document", "sample", "span")
 REPAIR = "python -m retro.dataset"
+MAX_HEADER = 1 << 20  # bytes of a dataset's first line
+MAX_SAMPLE = 1 << 30  # tokens of a sample times neighbors of a chunk
+HEADER_FIELDS: Fields = {
+    "split": ("train", "valid"),
+    "n_samples": int,
+    "chunk_len": int,
+    "chunks_per_sample": int,
+    "n_neighbors": int,
+    "exclude": EXCLUDE,
+    "corpus_sha256": str,
+    "index_sha256": str,
+    "sha256": str,
+}
 IGNORED_TARGET = -100  # what torch's cross entropy passes over by default
 
 
@@ -98,8 +123,10 @@ def build_dataset(
             **wanted_dataset(index.made_with, chunks_per_sample, skip_range, n_neighbors, exclude, seed),
             "versions": package_versions(),
         }
-        write_samples(data_path / name, header, offsets, index)
-        headers[split] = header
+        with distributed.only_writer(data_path):
+            write_samples(data_path / name, header, offsets, index)
+        distributed.wait()
+        headers[split] = read_header(data_path / name)
     return headers
 
 
@@ -157,40 +184,38 @@ def n_tokens_of_samples(corpus: Corpus, offsets: Any, chunk_len: int, chunks_per
 
 
 def write_samples(path: Path, header: dict[str, Any], offsets: list[int], index: RetroIndex) -> None:
-    """Retrieve in blocks into `path`.part, from where an earlier call stopped, then rename it to `path`."""
-    part = path.with_name(path.name + ".part")
+    """Retrieve in blocks, each kept as a shard beside `path`, then put them together."""
     per_block = max(1, TOKENS_PER_PIECE // (header["chunk_len"] * header["chunks_per_sample"]))
-    n_done = _resume(part, header, per_block)
-    try:
-        with open(part, "ab") as file:
-            bar = tqdm(total=len(offsets), initial=n_done, desc=f"Neighbors ({header['split']})", unit="sample")
-            for start in range(n_done, len(offsets), per_block):
-                block = offsets[start : start + per_block]
-                lines = [json.dumps(sample) for sample in retrieve_samples(np.array(block), header, index)]
-                file.write(("\n".join(lines) + "\n").encode())
-                file.flush()
-                bar.update(len(block))
-            bar.close()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise OSError(
-            f"cannot write {path}: {error.strerror}. Nothing written earlier was changed; "
-            "free some space, then run the same command again to continue."
-        ) from error
+    blocks = [offsets[i : i + per_block] for i in range(0, len(offsets), per_block)]
+    shards = Shards(parts_folder(path), header, [""] * len(blocks), ".jsonl")
+    distributed.first(shards.open)
+    missing = shards.missing()
+    mine = sum(len(blocks[number]) for number in distributed.share(list(range(len(blocks)))))
+    n_done = mine - sum(len(blocks[number]) for number in missing)
+    with tqdm(total=mine, initial=n_done, desc=f"Neighbors ({header['split']})", unit="sample") as bar:
+        for number in missing:
+            lines = [json.dumps(sample) for sample in retrieve_samples(np.array(blocks[number]), header, index)]
+            with shards.written(number) as temporary:
+                temporary.write_bytes(("\n".join(lines) + "\n").encode())
+            bar.update(len(lines))
+    distributed.wait()
+    distributed.first(lambda: _put_together(path, header, shards))
 
 
-def _resume(part: Path, header: dict[str, Any], per_block: int) -> int:
-    """Make `part` hold the header and whole blocks only; returns how many samples that is."""
-    first = (json.dumps(header) + "\n").encode()
-    starts = _line_starts(part) if part.exists() else np.zeros(1, dtype=np.int64)
-    if len(starts) == 1 or part.open("rb").readline() != first:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(first)
-        return 0
-    n_done = (len(starts) - 2) // per_block * per_block
-    os.truncate(part, int(starts[n_done + 1]))
-    return n_done
+def _put_together(path: Path, header: dict[str, Any], shards: Shards) -> None:
+    files, digest = [shards.path(number) for number in range(len(shards))], hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    with written_whole(path) as temporary, open(temporary, "wb") as whole:
+        whole.write((json.dumps(sealed(header | {"sha256": digest.hexdigest()})) + "\n").encode())
+        for file in files:
+            whole.write(file.read_bytes())
+    shards.remove()
+
+
+def parts_folder(path: Path) -> Path:
+    """Where the finished blocks of an unfinished dataset lie."""
+    return path.with_suffix(".parts")
 
 
 def retrieve_samples(offsets: np.ndarray, header: dict[str, Any], index: RetroIndex) -> Iterator[dict[str, Any]]:
@@ -244,15 +269,22 @@ class Dataset(PyTorchDataset):
         with open(self.path, "rb") as file:
             self.inline = file.read(1) == b"["  # the tutorial's: one list of texts
         if self.inline:
-            self.samples = json.loads(self.path.read_text(encoding="utf-8"))
+            self.samples = _read_inline(self.path)
             return
         self.corpus = Corpus.of(tds)
-        self.lines = _line_starts(self.path)
         self.header = read_header(self.path)
         require_match(self.path, self.header, {"corpus_sha256": self.corpus.sha256}, REPAIR)
+        self.lines = _line_starts(self.path)
         if (found := len(self.lines) - 2) != self.header["n_samples"]:
             raise ValueError(
                 f"{self.path} has {found} samples, but its header says {self.header['n_samples']}. Rebuild it: {REPAIR}"
+            )
+        require_match(self.path, {"sha256": _sha256_of_body(self.path)}, {"sha256": self.header["sha256"]}, REPAIR)
+        length, most = self.header["chunk_len"] * self.header["chunks_per_sample"], len(self.corpus.tokens)
+        if length > most or length * self.header["n_neighbors"] > MAX_SAMPLE:
+            raise ValueError(
+                f"{self.path} has samples of {length} tokens with {self.header['n_neighbors']} neighbors a chunk, but "
+                f"the corpus has {most} tokens, and {MAX_SAMPLE} is the most of both. Rebuild it: {REPAIR}"
             )
         self.bytes = np.memmap(self.path, mode="r", dtype=np.uint8)
 
@@ -261,8 +293,23 @@ class Dataset(PyTorchDataset):
         return len(self.samples) if self.inline else self.header["n_samples"]
 
     def line(self, idx: int) -> dict[str, Any]:
-        """Sample `idx` as it is written: offsets and distances."""
-        return json.loads(self.bytes[self.lines[idx + 1] : self.lines[idx + 2]].tobytes())
+        """Sample `idx` as it is written: offsets and distances. Raises `ValueError` for what cannot be one."""
+        text = self.bytes[self.lines[idx + 1] : self.lines[idx + 2]].tobytes()
+        try:
+            sample = json.loads(text)
+            offset, rows, n = sample["offset"], sample["neighbors"], len(self.corpus.tokens)
+            fits = type(offset) is int and 0 <= offset < n and len(rows) <= self.header["chunks_per_sample"]
+            for row in rows if fits else ():
+                fits &= type(row) is list and len(row) <= self.header["n_neighbors"]
+                fits &= all(type(start) is int and 0 <= start < n for start in row)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"{self.path}, line {idx + 2} is no sample of a corpus of {len(self.corpus.tokens)} tokens: "
+                f"{text[:80]!r}. Rebuild it: {REPAIR}"
+            )
+        return sample
 
     def __getitem__(self, idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """Sample `idx`, as described above."""
@@ -295,15 +342,41 @@ class Dataset(PyTorchDataset):
 def read_header(path: Path) -> dict[str, Any]:
     """First line of a dataset: what made it. Raises `ValueError` if it is not one."""
     with open(path, "rb") as file:
-        first = file.readline()
-    try:
-        header = json.loads(first)
-        if header["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format version {header['format_version']}, not {FORMAT_VERSION}")
-        header["n_samples"], header["corpus_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a dataset of retro ({error}). Rebuild it: {REPAIR}") from None
+        first = file.readline(MAX_HEADER)
+    header = parse_json(path, first, REPAIR, HEADER_FIELDS)
+    for name in ("chunk_len", "chunks_per_sample", "n_neighbors", "n_samples"):
+        if header[name] < 1:
+            raise ValueError(f"{path} has {name}={header[name]}, but at least 1 is wanted. Rebuild it: {REPAIR}")
     return header
+
+
+def _sha256_of_body(path: Path) -> str:
+    """The hash of everything but the first line."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.readline()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_inline(path: Path) -> list[Any]:
+    """The tutorial's samples: lists of a text, the text shifted by one, and texts of neighbors of each chunk."""
+    try:
+        samples = json.loads(path.read_text(encoding="utf-8"))
+        fits = bool(samples) and all(
+            len(sample) == 3
+            and all(type(text) is str and text for text in sample[:2])
+            and sample[2]
+            and all(type(row) is list and all(type(text) is str for text in row) for row in sample[2])
+            and any(text for row in sample[2] for text in row)
+            for sample in samples
+        )
+    except (ValueError, TypeError, RecursionError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{path} holds no list of [text, text, neighbors]. Rebuild it: {REPAIR}")
+    return samples
 
 
 def _line_starts(path: Path) -> np.ndarray:

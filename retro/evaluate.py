@@ -121,11 +121,10 @@ class Evaluation:
             row |= {"share_of_bytes": float(self.of_chunks(self.n_bytes)[chosen].sum() / self.n_bytes.sum())}
             row |= {"bits_per_byte": {v: self.bits_per_byte(v, chosen)["value"] for v in self.nats}}
             filtered.append(row | {"gain": {f"over {v}": self.gain(v, chosen) for v in others}})
-        first = self.corpus.split("valid").start
         database = self.index.made_with
         return {
             "format_version": FORMAT_VERSION,
-            "documents": [d.name for d in self.corpus.documents[first:]],
+            "documents": [self.corpus.documents[i].name for i in self.corpus.split("valid")],
             "n_tokens": len(self.n_bytes),
             "n_bytes": float(self.n_bytes.sum()),
             "n_chunks": len(self.offsets),
@@ -133,7 +132,7 @@ class Evaluation:
             "window": self.window,
             "stride": self.stride,
             "database": {k: database[k] for k in ("n_chunks", "chunk_len", "index", "n_probe", "recall", "embedder")}
-            | {"n_documents": self.index.corpus.n_train, "index_sha256": database["index_sha256"]},
+            | {"n_documents": len(self.index.corpus.in_database), "index_sha256": database["index_sha256"]},
             "bits_per_byte": {variant: self.bits_per_byte(variant) for variant in self.nats},
             # Sums of each document: two evaluations of the same documents can be compared in pairs.
             "by_document": {v: (self._by_document(nats) / math.log(2)).tolist() for v, nats in self.nats.items()}
@@ -182,7 +181,7 @@ def held_out_texts(paths: Sequence[str | Path], tokenizer: Tokenizer) -> Corpus:
 
 
 def require_held_out(corpus: Corpus, *seen: Corpus) -> None:
-    """Raise `ValueError` if a validation document is among the training documents of a corpus in `seen`.
+    """Raise `ValueError` if a validation document trained, or was added to a database, in a corpus in `seen`.
 
     Documents are compared by the hash of their text and by name: another version of a file is no new text,
     and neither is the file of which another part was held out.
@@ -191,7 +190,7 @@ def require_held_out(corpus: Corpus, *seen: Corpus) -> None:
     for other in seen:
         if other.sha256 == corpus.sha256:
             continue  # a corpus keeps its own two sides apart, even where both are parts of one document
-        trained = [other.documents[i] for i in other.split("train")]
+        trained = [other.documents[i] for part in other.parts for i in part]
         by_name, by_text = {_whole_name(d.name) for d in trained}, {d.sha256: d.name for d in trained}
         found = [f"{d.name} has the text of {by_text[d.sha256]}" for d in evaluated if d.sha256 in by_text]
         found += [
@@ -276,7 +275,7 @@ def evaluate(
         name: losses(net, corpus, index, offsets, ret, window, stride, batch_size, device, name)
         for name, (net, ret) in passes.items()
     }
-    lengths = np.diff(np.append(offsets, len(corpus.tokens)))
+    lengths = np.diff(np.append(offsets, corpus.end_of_valid))
     overlap = longest_common(corpus, index, offsets, neighbors[:, :N_LEAKAGE_NEIGHBORS]) / lengths
     before = np.concatenate([np.full_like(read[:1], -1), read[:-1]])  # a chunk reads the neighbors of the one before
     before[np.isin(offsets, corpus.starts)] = -1
@@ -308,7 +307,9 @@ def _bytes_of_tokens(corpus: Corpus) -> np.ndarray:
     Where a tokenizer does not keep a text exactly, they are scaled so that a document has its own number.
     """
     base = int(corpus.starts[corpus.n_train])
-    n_bytes = corpus.tokenizer.n_bytes[np.asarray(corpus.tokens[base:], dtype=np.int64)].astype(np.float64)
+    n_bytes = corpus.tokenizer.n_bytes[np.asarray(corpus.tokens[base : corpus.end_of_valid], dtype=np.int64)].astype(
+        np.float64
+    )
     for number, (start, end) in zip(corpus.split("valid"), _documents(corpus), strict=True):
         part = n_bytes[start - base : end - base]
         if part.sum():
@@ -372,7 +373,7 @@ def losses(
     """
     model.eval()
     m, base = model.chunk_len, int(offsets[0])
-    nats = np.zeros(len(corpus.tokens) - base)
+    nats = np.zeros(corpus.end_of_valid - base)
     # Long ones first, so that a batch has windows of about one length.
     todo = sorted(windows(corpus, window, stride), key=lambda w: w[0] - w[1])
     for i in tqdm(range(0, len(todo), batch_size), desc=f"Evaluate ({name})", unit="batch", mininterval=1):

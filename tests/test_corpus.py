@@ -95,7 +95,7 @@ def test_a_damaged_corpus_is_refused_with_the_command_that_rebuilds_it(tmp_path)
     build_corpus([tmp_path / "a.txt"], tmp_path / "corpus")
     tokens = tmp_path / "corpus" / "tokens.bin"
     tokens.write_bytes(tokens.read_bytes()[:-2])
-    with pytest.raises(ValueError, match=r"tokens\.bin holds .* bytes.*python -m retro\.database"):
+    with pytest.raises(ValueError, match=r"tokens\.bin was made with sha256=.*python -m retro\.database"):
         Corpus.load(tmp_path / "corpus")
     (tmp_path / "corpus" / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json is not the JSON.*python -m retro\.database"):

@@ -1,0 +1,121 @@
+r"""The keys of the database: an embedding of every chunk, on disk.
+
+Chunks are cut from the documents that are in the database: the training documents, and what was added later.
+Their embeddings are computed once, in shards, and kept: another index over the same keys needs no embedding, and
+adding a document embeds that document alone. A shard holds float32 rows, and the rows of all shards, one after
+the other, are those of `chunk_offsets`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from retro import distributed
+from retro.artifacts import sha256_of_json
+from retro.bert_embeddings import BERTChunkEmbeddings
+from retro.corpus import Corpus
+from retro.shards import Shards
+
+TOKENS_PER_PIECE = 1 << 19  # of text: the work that an interruption can lose, and that shares its duplicates
+
+
+def chunk_offsets(corpus: Corpus, chunk_len: int, documents: range | None = None) -> np.ndarray:
+    """Offsets of the chunks of the database's documents, or of some `documents`, ascending, int64.
+
+    Every document is cut from its start on; what is left at its end, shorter than a chunk, is in
+    the continuation of the last one. A document shorter than a chunk is a chunk.
+    """
+    if documents is None:
+        return np.concatenate([chunk_offsets(corpus, chunk_len, part) for part in corpus.parts])
+    starts = corpus.starts[documents.start : documents.stop + 1]
+    counts = np.maximum(1, np.diff(starts) // chunk_len)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return (np.repeat(starts[:-1], counts) + within * chunk_len).astype(np.int64)
+
+
+class Keys:
+    """Embeddings of all chunks of a corpus' database, in shards of float32 on disk.
+
+    * `folder` holds the shards
+    * `bert` gives the embeddings
+
+    `offsets` (n) are the chunks', `living` (n) tells those of documents that have not been removed.
+    """
+
+    def __init__(self, folder: Path, corpus: Corpus, chunk_len: int, bert: BERTChunkEmbeddings) -> None:
+        self.corpus, self.chunk_len, self.bert = corpus, chunk_len, bert
+        per_shard = max(1, TOKENS_PER_PIECE // chunk_len)
+        self.pieces: list[np.ndarray] = []  # offsets of each shard's chunks
+        labels: list[str] = []
+        for part in corpus.parts:
+            offsets = chunk_offsets(corpus, chunk_len, part)
+            self.pieces += [offsets[i : i + per_shard] for i in range(0, len(offsets), per_shard)]
+            # The first part is the corpus itself, which the manifest names.
+            label = sha256_of_json([corpus.documents[i].sha256 for i in part]) if part.start else ""
+            labels += [label] * (len(self.pieces) - len(labels))
+        self.offsets = np.concatenate(self.pieces)
+        self.living = ~np.isin(corpus.document_of(self.offsets), list(corpus.removed))
+        self.firsts = np.cumsum([0] + [len(piece) for piece in self.pieces])  # number of each shard's first key
+        made_with = {
+            "corpus_sha256": corpus.sha256,
+            "chunk_len": chunk_len,
+            "embedder_sha256": bert.sha256,
+            "trim": bert.trim,
+            "precision": bert.precision,
+            "keys_per_shard": per_shard,
+        }
+        self.shards = Shards(folder, made_with, labels, ".npy")
+
+    def compute(self, batch_size: int) -> None:
+        """Embed the chunks whose shards are missing, each shard by itself, so that it has the same bytes always."""
+        distributed.first(self.shards.open)
+        missing = self.shards.missing()
+        mine = sum(len(self.pieces[number]) for number in distributed.share(list(range(len(self.pieces)))))
+        n_done = mine - sum(len(self.pieces[number]) for number in missing)
+        with tqdm(total=mine, initial=n_done, desc="Embed", unit="chunk", mininterval=1) as bar:
+            for number in missing:
+                texts = self.corpus.texts(self.pieces[number], self.chunk_len)
+                rows = self.bert(texts, batch_size, bar.update).cpu().numpy()
+                with self.shards.written(number) as temporary, open(temporary, "wb") as file:
+                    np.save(file, rows, allow_pickle=False)
+        distributed.wait()
+
+    @cached_property
+    def _rows(self) -> list[np.ndarray]:
+        return [self._open(number) for number in range(len(self.pieces))]
+
+    def _open(self, number: int) -> np.ndarray:
+        file, expected = self.shards.path(number), (len(self.pieces[number]), self.bert.d_emb)
+        try:
+            shard = np.load(file, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # numpy raises many kinds for a crafted header
+            raise ValueError(f"{file} is no numpy array ({error}). Delete it and run the same command again.") from None
+        if shard.shape != expected or shard.dtype != np.float32:
+            raise ValueError(
+                f"{file} holds {shard.dtype} {shard.shape}, but float32 {expected} is wanted. "
+                f"Delete the file and run the same command again."
+            )
+        return shard
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(number of the first key, keys of shape `[n, d_emb]`) of each shard, in order."""
+        for number in range(len(self.pieces)):
+            yield int(self.firsts[number]), self.block(number)
+
+    def block(self, number: int) -> np.ndarray:
+        """The keys of shard `number`, of shape `[n, d_emb]`."""
+        return np.ascontiguousarray(self._rows[number])
+
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        """The keys of these numbers, of shape `[len(numbers), d_emb]`."""
+        keys = np.empty((len(numbers), self.bert.d_emb), dtype=np.float32)
+        shards = np.searchsorted(self.firsts, numbers, side="right") - 1
+        for shard in np.unique(shards):
+            at = shards == shard
+            keys[at] = self._rows[shard][numbers[at] - self.firsts[shard]]
+        return keys
