@@ -19,7 +19,8 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retro.artifacts import differences, read_json
+from retro import distributed
+from retro.artifacts import differences, read_json, remove_unfinished
 from retro.presets import PRESETS, Preset, texts_of
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Main:
 
     @wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
+        if distributed.rank():  # the first process speaks for all
+            os.environ["TQDM_DISABLE"] = "1"
+            sys.stdout = open(os.devnull, "w")
         try:
             main(argv)
         except (ValueError, OSError) as error:
@@ -73,7 +77,9 @@ def _add_database_options(parser: argparse.ArgumentParser) -> None:
         "--valid-fraction", type=float, help="share of the text to hold out, in whole documents (default: 0.1)"
     )
     parser.add_argument("--index", metavar="FACTORY_STRING", help="FAISS index, as Flat or IVF256,PQ64; or auto")
-    parser.add_argument("--n-probe", type=int, help="lists of the index to search")
+    searched = parser.add_mutually_exclusive_group()
+    searched.add_argument("--n-probe", type=int, help="lists of the index to search")
+    searched.add_argument("--recall", type=float, help="search as many lists as this recall at 10 needs (default: 0.9)")
 
 
 def _add_dataset_options(parser: argparse.ArgumentParser) -> None:
@@ -92,8 +98,12 @@ def _preset(args: argparse.Namespace) -> Preset:
     """The preset with the options of the command line in place of its own."""
     preset = PRESETS[args.preset or "demo"]
     given = {k: v for k, v in vars(args).items() if v is not None and hasattr(preset, k)}
+    if "recall" in given:
+        given["n_probe"] = None
+        if not 0 < given["recall"] < 1:
+            raise ValueError(f"--recall {given['recall']} is not a share between 0 and 1")
     for name in ("chunk_len", "n_probe", "chunks_per_sample", "n_neighbors", "skip_range"):
-        if given.get(name, 1) < 1:
+        if (given.get(name) or 1) < 1 or given.get(name) == 0:
             raise ValueError(f"--{name.replace('_', '-')} {given[name]} is not at least 1")
     if not 0 <= given.get("valid_fraction", 0) < 1:
         raise ValueError(f"--valid-fraction {given['valid_fraction']} is not a share from 0 up to (not including) 1")
@@ -114,9 +124,17 @@ def prepare_corpus(preset: Preset, texts: Sequence[str], data_path: Path, seed: 
     repair = f"{REPAIR} --tokenizer {preset.tokenizer} --data-path {data_path}"
     fraction = preset.valid_fraction
     wanted = wanted_corpus(plan_corpus(find_texts(paths), fraction, seed), preset.tokenizer, fraction, seed)
+    corpus = None
     if _found(folder / "manifest.json", wanted, repair, rebuild):
-        return Corpus.load(folder)
-    corpus = build_corpus(paths, folder, preset.tokenizer, fraction, seed)
+        try:
+            corpus = Corpus.load(folder)
+        except ValueError as error:  # torn or altered, but of these texts: nothing is lost
+            say(f"made again: {error}")
+    distributed.wait()  # until all have looked
+    if corpus is not None:
+        return corpus
+    distributed.first(lambda: build_corpus(paths, folder, preset.tokenizer, fraction, seed))
+    corpus = Corpus.load(folder)
     valid = ", ".join(corpus.documents[i].name for i in list(corpus.split("valid"))[:4])
     say(
         f"corpus: {len(corpus.documents):,} documents, {len(corpus.tokens):,} tokens of {corpus.n_tokens:,} kinds; "
@@ -130,14 +148,27 @@ def prepare_database(
 ) -> dict[str, Any]:
     """The database's manifest: found, or built."""
     from retro.corpus import REPAIR
-    from retro.database import MANIFEST_FILE, build_database, wanted_database
+    from retro.database import MANIFEST_FILE, PARTS_FOLDER, build_database, read_manifest, wanted_database
+    from retro.index import verify_index
 
-    wanted = wanted_database(corpus, preset.chunk_len, preset.index, preset.embedder, seed)
+    search = preset.n_probe or preset.recall
+    wanted = wanted_database(corpus, preset.chunk_len, preset.index, search, preset.embedder, seed)
     repair = f"{REPAIR} --chunk-len {preset.chunk_len} --index {preset.index} --data-path {data_path}"
-    if not _found(data_path / MANIFEST_FILE, wanted, repair, rebuild):
+    found = _found(data_path / MANIFEST_FILE, wanted, repair, rebuild)
+    if found:
+        try:
+            verify_index(data_path, read_manifest(data_path, repair), repair)
+        except ValueError as error:  # torn or altered, but of this text: nothing is lost
+            say(f"made again: {error}")
+            found = False
+    distributed.wait()  # until all have looked
+    if found:
+        distributed.first(lambda: remove_unfinished(data_path, data_path / PARTS_FOLDER))
+    else:
         build_database(
             preset.chunk_len,
             n_probe=preset.n_probe,
+            recall=preset.recall,
             corpus=corpus,
             data_path=data_path,
             index=preset.index,
@@ -145,7 +176,7 @@ def prepare_database(
             device=device,
             seed=seed,
         )
-    manifest = read_json(data_path / MANIFEST_FILE, repair)
+    manifest = read_manifest(data_path, repair)
     if manifest["note"]:
         say(f"note: {manifest['note']}")
     say(f"database: {describe(manifest)}")
@@ -162,15 +193,34 @@ def prepare_dataset(
     preset: Preset, corpus: Corpus, database: dict[str, Any], data_path: Path, seed: int, device: Any, rebuild: bool
 ) -> dict[str, Any]:
     """Counts of the training dataset, found or built."""
-    from retro.dataset import DATASET_FILE, REPAIR, Dataset, audit, build_dataset, default_exclude, wanted_dataset
-    from retro.dataset import read_header as header_of
+    from retro.dataset import (
+        DATASET_FILE,
+        REPAIR,
+        Dataset,
+        audit,
+        build_dataset,
+        default_exclude,
+        parts_folder,
+        read_header,
+        wanted_dataset,
+    )
 
     p, exclude = preset, preset.exclude or default_exclude(corpus)
     wanted = wanted_dataset(database, p.chunks_per_sample, p.skip_range, p.n_neighbors, exclude, seed)
     repair = f"{REPAIR} --data-path {data_path} --exclude {exclude} --chunks-per-sample {p.chunks_per_sample}"
     paths = [data_path / name for name in DATASET_FILE.values()]
-    found = [_found(path, wanted, repair, rebuild, lambda path, _: header_of(path)) for path in paths]
-    if not all(found):
+    found = all([_found(path, wanted, repair, rebuild, lambda path, _: read_header(path)) for path in paths])
+    if found:
+        try:
+            for path in paths:
+                Dataset(path, corpus)
+        except ValueError as error:  # torn or altered, but of this database: nothing is lost
+            say(f"made again: {error}")
+            found = False
+    distributed.wait()  # until all have looked
+    if found:
+        distributed.first(lambda: remove_unfinished(data_path, *map(parts_folder, paths)))
+    else:
         build_dataset(
             None,
             p.chunks_per_sample,
@@ -215,6 +265,9 @@ def database_command(argv: Sequence[str] | None = None) -> None:
     """`python -m retro.database`: texts to corpus and database."""
     parser = new_parser("Build the key-value database of a text: BERT embeddings in a FAISS index.", texts=True)
     _add_database_options(parser)
+    change = parser.add_mutually_exclusive_group()
+    change.add_argument("--add", metavar="TEXT", nargs="+", help="add texts to a database, embedding only them")
+    change.add_argument("--remove", metavar="NAME", nargs="+", help="take documents out of a database")
     args = parser.parse_args(argv)
     args.data_path = args.data_path or DATA
     preset = _preset(args)
@@ -222,6 +275,9 @@ def database_command(argv: Sequence[str] | None = None) -> None:
     from retro.device import pick_device
 
     device = pick_device(args.device)
+    if args.add or args.remove:
+        _change_database(args, device)
+        return
     if not args.texts and args.preset is None and (args.data_path / "corpus" / "manifest.json").exists():
         corpus = Corpus.load(args.data_path / "corpus")  # another index over the text that is there
     else:
@@ -233,6 +289,21 @@ def database_command(argv: Sequence[str] | None = None) -> None:
         say(f"next: python -m retro.evaluate --run RUN TEXT ... --database {args.data_path}")
 
 
+def _change_database(args: argparse.Namespace, device: Any) -> None:
+    """Add documents to a database, or take some out."""
+    from retro.living import add_documents, remove_documents
+
+    if args.texts:
+        raise ValueError(f"{args.texts[0]}: texts to build a database of, but --add and --remove change one")
+    if args.add:
+        manifest = add_documents(args.add, args.data_path, device=device)
+    else:
+        manifest = remove_documents(args.remove, args.data_path, device=device)
+    removed = ", ".join(manifest["removed"].values()) or "none"
+    say(f"database: {describe(manifest)}; {sum(manifest['additions'])} documents added since, removed: {removed}")
+    say(f"next: python -m retro.dataset --data-path {args.data_path}, before another model is trained on it")
+
+
 @command
 def dataset_command(argv: Sequence[str] | None = None) -> None:
     """`python -m retro.dataset`: the database's text to samples with neighbors."""
@@ -241,11 +312,10 @@ def dataset_command(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.data_path = args.data_path or DATA
     preset = _preset(args)
-    from retro.corpus import REPAIR
-    from retro.database import MANIFEST_FILE, open_corpus
+    from retro.database import open_corpus, read_manifest
     from retro.device import pick_device
 
-    corpus, manifest = open_corpus(args.data_path), read_json(args.data_path / MANIFEST_FILE, REPAIR)
+    corpus, manifest = open_corpus(args.data_path), read_manifest(args.data_path)
     prepare_dataset(preset, corpus, manifest, args.data_path, args.seed, pick_device(args.device), rebuild=True)
     say(f"next: python -m retro.train --data-path {args.data_path}")
 
@@ -270,6 +340,9 @@ def train_command(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--no-retrieval", action="store_true", help="without cross-attention: the baseline of retro.evaluate"
+    )
+    parser.add_argument(
+        "--fsdp", action="store_true", help="under torchrun: spread the weights over the processes, for large models"
     )
     parser.add_argument("--resume", metavar="RUN", type=Path, help="continue the run in this folder")
     args = parser.parse_args(argv)
@@ -305,10 +378,14 @@ def train_command(argv: Sequence[str] | None = None) -> None:
         model_shape=preset.model | ({"ca_layers": ()} if args.no_retrieval else {}),
         device=device,
         prompt=preset.prompt,
+        fsdp=args.fsdp,
     )
+    if distributed.rank():
+        return
     report_run(run, summary, args.data_path, device, preset.prompt, counts)
     say(f"\neverything took {time.perf_counter() - started:.0f} s; samples with other prompts: ")
-    say(f'  python -m retro.sample --run {run} --show-neighbors "YOUR PROMPT"')
+    elsewhere = "" if args.data_path.resolve().is_relative_to(Path.cwd()) else f" --data-path {args.data_path}"
+    say(f'  python -m retro.sample --run {run}{elsewhere} --show-neighbors "YOUR PROMPT"')
 
 
 def _resume(args: argparse.Namespace, device: Any) -> None:
@@ -322,7 +399,11 @@ def _resume(args: argparse.Namespace, device: Any) -> None:
         config = TrainConfig(**{**made_with["train"], "steps": args.steps, "epochs": args.epochs})
     data_path = data_path_of(args.data_path, args.resume, made_with)
     prompt = PRESETS[args.preset or "demo"].prompt
-    run, summary = train(data_path=data_path, config=config, device=device, resume=args.resume, prompt=prompt)
+    run, summary = train(
+        data_path=data_path, config=config, device=device, resume=args.resume, prompt=prompt, fsdp=args.fsdp
+    )
+    if distributed.rank():
+        return
     report_run(run, summary, data_path, device, prompt)
 
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
+
+from retro import distributed
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA if there is one, else Apple's GPU, else the CPU.
+    """`auto` is CUDA if there is one, else Apple's GPU, else the CPU; of several processes each takes a GPU.
 
     Raises `ValueError` for a device that this machine or this build of torch does not have.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's number of the process on its machine
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used here ({reason}). Use --device auto or --device cpu") from None
+    if distributed.n_processes() > 1:
+        distributed.join(device)
+    return device
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -29,7 +29,6 @@ read, and a chunk all of whose neighbors are missing reads nothing at all.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,9 +38,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retro.artifacts import FORMAT_VERSION, read_json
+from retro.artifacts import FORMAT_VERSION, read_json, write_json
+from retro.weights import load_tensors, newest_checkpoint, save_tensors, verify_checkpoint
 
 ROWS = 128  # of a block of causal attention
+
+
+MAX_LAYERS, MAX_WIDTH = 1 << 12, 1 << 24  # of a model whose shape was read from a file
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,12 @@ class RetroConfig:
     encoder_ca_layers: tuple[int, ...] = (3,)  # P_enc, encoder layers that read the decoder, from 0
 
     def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            most = MAX_LAYERS if name.endswith("layers") else MAX_WIDTH
+            numbers = value if name.endswith("ca_layers") else (value,)
+            least = 0 if name.endswith("ca_layers") else 1
+            if not isinstance(numbers, tuple) or not all(type(n) is int and least <= n <= most for n in numbers):
+                raise ValueError(f"{name}={value!r:.80} is not of whole numbers from {least} to {most}")
         _check_layers("ca_layers", self.ca_layers, self.n_layers)
         _check_layers("encoder_ca_layers", self.encoder_ca_layers, self.n_encoder_layers)
         if self.d_k % 2:
@@ -67,7 +76,7 @@ class RetroConfig:
 
 
 def config_of(values: dict[str, Any]) -> RetroConfig:
-    """A config from what JSON made of it: lists become tuples again."""
+    """A config from what JSON made of it: lists become tuples again. Raises `ValueError` or `TypeError` otherwise."""
     tuples: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     return RetroConfig(**tuples)
 
@@ -465,38 +474,37 @@ class RetroModel(nn.Module):
 
         Raises `FileNotFoundError` or `ValueError` when there is none or it is damaged.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         folder = newest_checkpoint(Path(folder))
-        config = read_json(folder / "config.json", "python -m retro.train --resume RUN, from an older checkpoint")
+        if (folder / "state.json").exists():
+            verify_checkpoint(folder)
+        path = folder / "config.json"
+        config = read_json(path, "python -m retro.train --resume RUN, from an older checkpoint")
         config.pop("format_version")
-        model = RetroModel.from_config(config_of(config))
         try:
-            model.load_state_dict(load_file(folder / "model.safetensors"))
-        except (SafetensorError, RuntimeError) as error:
+            shape = config_of(config)
+        except (TypeError, ValueError) as error:
             raise ValueError(
-                f"{folder / 'model.safetensors'} is damaged or of another shape than its config.json "
-                f"({str(error).splitlines()[0][:160]}). Delete {folder} to fall back to an older checkpoint."
+                f"{path} describes no model ({error}); delete {folder} to fall back to an older one"
             ) from None
+        tensors = load_tensors(folder, "model")
+        with torch.device("meta"):  # takes no memory, whatever size the config claims
+            expected = {name: weight.shape for name, weight in RetroModel.from_config(shape).state_dict().items()}
+        if expected != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise ValueError(
+                f"{folder / 'model.safetensors'} is damaged or of another shape than its config.json. "
+                f"Delete {folder} to fall back to an older checkpoint."
+            )
+        model = RetroModel.from_config(shape)
+        model.load_state_dict(tensors)
         return model.to(device)
 
     def save(self, folder: Path, config: RetroConfig) -> None:
         """Write `model.safetensors` and `config.json` into a folder."""
-        from safetensors.torch import save_file
-
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: weight.contiguous().cpu() for name, weight in self.state_dict().items()},
-                  folder / "model.safetensors")  # fmt: skip
-        config_json = json.dumps({"format_version": FORMAT_VERSION, **asdict(config)}, indent=1)
-        (folder / "config.json").write_text(config_json + "\n")
+        save_tensors(folder, "model", self.state_dict())
+        write_config(folder, config)
 
 
-def newest_checkpoint(folder: Path) -> Path:
-    """`folder` itself if it is a checkpoint, else the last of its `checkpoints/`."""
-    if (folder / "config.json").exists():
-        return folder
-    found = sorted(p for p in (folder / "checkpoints").glob("[0-9]*") if (p / "config.json").exists())
-    if not found:
-        raise FileNotFoundError(f"{folder} holds no checkpoint. Train a model: python -m retro.train")
-    return found[-1]
+def write_config(folder: Path, config: RetroConfig) -> None:
+    """Write `config.json`."""
+    write_json(folder / "config.json", {"format_version": FORMAT_VERSION, **asdict(config)})

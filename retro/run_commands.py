@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retro.artifacts import differences, read_json, require_match, write_json
+from retro.artifacts import differences, require_match, write_json
 from retro.commands import command, describe, new_parser, say
 
 if TYPE_CHECKING:
@@ -29,14 +29,14 @@ def report_run(
 
     `counts` are the dataset's, if they have been counted.
     """
-    from retro.corpus import REPAIR
-    from retro.database import MANIFEST_FILE, open_corpus
+    from retro.database import open_corpus, read_manifest
     from retro.dataset import DATASET_FILE, Dataset, audit
+    from retro.train import read_run
 
-    manifest = read_json(data_path / MANIFEST_FILE, REPAIR)
+    manifest = read_manifest(data_path)
     corpus = open_corpus(data_path)
     counts = counts or audit(Dataset(data_path / DATASET_FILE["train"], corpus))
-    reads = bool(read_json(run / "run.json", REPAIR)["model"]["ca_layers"])
+    reads = bool(read_run(run)["model"]["ca_layers"])
     off = f"({summary['valid_bpb_without_retrieval']:.3f} with retrieval switched off)" if reads else "(no retrieval)"
     rows = {
         "model": f"{summary['n_parameters']:,} parameters, {summary['steps']:,} steps on {summary['device']}",
@@ -63,8 +63,9 @@ def _sample(
     from retro.database import RetroIndex
     from retro.model import RetroModel
     from retro.sample import Sampler
+    from retro.train import read_run
 
-    made_with = read_json(run / "run.json", "python -m retro.train")["dataset"]
+    made_with = read_run(run)["dataset"]
     model = RetroModel.load(run, device)
     index = RetroIndex(made_with["chunk_len"], n_neighbors=made_with["n_neighbors"], data_path=data_path, device=device)
     sampler = Sampler(device, model, index.corpus, made_with["chunk_len"], index=index)
@@ -96,9 +97,10 @@ def sample_command(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--show-neighbors", action="store_true", help="print what each chunk retrieved")
     args = parser.parse_args(argv)
     from retro.device import pick_device
+    from retro.train import read_run
 
     device = pick_device(args.device)
-    made_with = read_json(args.run / "run.json", "python -m retro.train")
+    made_with = read_run(args.run)
     data_path = data_path_of(args.data_path, args.run, made_with)
     options = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p", "seed")}
     _sample(args.run, data_path, device, args.prompt, args.length, args.show_neighbors, options)
@@ -125,9 +127,10 @@ def evaluate_command(argv: Sequence[str] | None = None) -> None:
     from retro.device import pick_device
     from retro.evaluate import evaluate, held_out_texts, plot, require_held_out, table
     from retro.model import RetroModel
+    from retro.train import read_run
 
     device = pick_device(args.device)
-    run = read_json(args.run / "run.json", "python -m retro.train")
+    run = read_run(args.run)
     made_with, data_path = run["dataset"], data_path_of(args.data_path, args.run, run)
     trained_on = open_corpus(data_path)
     repair = f"{REPAIR} --data-path {data_path}"
@@ -175,11 +178,11 @@ def evaluate_command(argv: Sequence[str] | None = None) -> None:
 def _open_database(path: Path, trained_on: Corpus, chunk_len: int, tokenizer: str) -> Corpus:
     """The corpus of a database, if the run can read what it retrieves: same tokens, same chunks."""
     from retro.corpus import REPAIR
-    from retro.database import MANIFEST_FILE, open_corpus
+    from retro.database import open_corpus, read_manifest
 
     options = f"--tokenizer {tokenizer} --valid-fraction 0 --chunk-len {chunk_len} --data-path {path}"
     corpus = open_corpus(path)
-    made_with = read_json(path / MANIFEST_FILE, f"{REPAIR} {options}")
+    made_with = read_manifest(path, f"{REPAIR} {options}")
     made_with = {"chunk_len": made_with["chunk_len"], "tokenizer_sha256": corpus.tokenizer.sha256}
     wanted = {"chunk_len": chunk_len, "tokenizer_sha256": trained_on.tokenizer.sha256}
     require_match(path, made_with, wanted, f"{REPAIR} {options}")
@@ -189,9 +192,10 @@ def _open_database(path: Path, trained_on: Corpus, chunk_len: int, tokenizer: st
 def _load_baseline(path: Path, run: dict[str, Any], data_path: Path, device: Any) -> tuple[RetroModel, list[str]]:
     """A model without retrieval of the same data, and in what else it differs from the run."""
     from retro.model import RetroModel
+    from retro.train import read_run
 
     repair = f"python -m retro.train --no-retrieval --data-path {data_path}"
-    baseline = read_json(path / "run.json", repair)
+    baseline = read_run(path, repair)
     sameness = {"corpus_sha256": run["dataset"]["corpus_sha256"]}
     require_match(path / "run.json", baseline["dataset"], sameness, repair)
     if baseline["model"]["ca_layers"]:
@@ -204,8 +208,13 @@ def _load_baseline(path: Path, run: dict[str, Any], data_path: Path, device: Any
 
 
 def data_path_of(named: Path | None, run: Path, made_with: dict[str, Any]) -> Path:
-    """The folder of a run's data: as named, or as it was when the run was made."""
+    """The folder of a run's data: as named, or, if that is in the current folder, as it was when the run was made."""
     path = named or Path(made_with["data_path"])
+    if named is None and not path.resolve().is_relative_to(Path.cwd().resolve()):
+        raise ValueError(
+            f"{run / 'run.json'} says that its data lie in {path}, which is not in the current folder. "
+            f"If you trust it, name it yourself: --data-path {path}"
+        )
     if not path.exists():
         where = "" if named else f", where {run} was made,"
         raise FileNotFoundError(f"{path}{where} does not exist; name the folder of the run's data with --data-path")

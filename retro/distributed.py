@@ -1,0 +1,77 @@
+"""Several processes, started by `torchrun`, one after the other or side by side.
+
+Every stage runs under `torchrun --nproc-per-node N -m retro.STAGE ...` with no option of its own: `torchrun` tells
+each process its number and how many there are, in its environment. What can be split is split by number (shards of
+text, blocks of samples, the samples of a step); what cannot, the first process does while the others wait. What is
+written does not depend on how many there were.
+
+The process group is Hugging Face accelerate's, the same that training uses: gloo on CPUs, NCCL on GPUs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from retro import artifacts
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import PartialState
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=7)  # how long processes wait for the slowest
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def n_processes() -> int:
+    """How many processes there are, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join(device: torch.device | None = None) -> PartialState:
+    """Join the other processes, which compute on this kind of device; later calls find what the first one joined."""
+    import torch
+    from accelerate import PartialState
+
+    if not PartialState._shared_state and n_processes() > 1:
+        atexit.register(lambda: PartialState().destroy_process_group())
+    use_cpu = device.type == "cpu" if device is not None else not torch.cuda.is_available()
+    return PartialState(cpu=use_cpu, timeout=PATIENCE)
+
+
+def wait() -> None:
+    """Return when every process has come here."""
+    if n_processes() > 1:
+        join().wait_for_everyone()
+
+
+def first(work: Callable[[], T]) -> T | None:
+    """What `work` returns in the first process, None in the others, which wait until it is done."""
+    result = work() if rank() == 0 else None
+    wait()
+    return result
+
+
+def share(numbers: list[int]) -> list[int]:
+    """Those of the numbers that are this process's to work on."""
+    return [number for number in numbers if number % n_processes() == rank()]
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """`retro.artifacts.only_writer`, of which the first process is the holder for all."""
+    if rank():
+        yield
+        return
+    with artifacts.only_writer(folder):
+        yield

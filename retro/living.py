@@ -1,0 +1,200 @@
+r"""A living database: documents added to it and taken out of it, nothing else embedded again.
+
+The retrieval database of RETRO is separate from the model: a model trained before reads whatever is retrieved, so
+a database can grow or forget after training (the paper retrieves from ten times as much text as it trains on, and
+can do so because neighbors are only read, section 2 of arXiv:2112.04426).
+
+Added documents lie behind all others in `tokens.bin`, so every offset stays what it was; only their chunks are
+embedded, and added to the index with the centroids that it has. The chunks of a removed document leave the index;
+its tokens stay in `tokens.bin`, and samples of it in the dataset, until the corpus is built again. Held-out text can
+not be added. The corpus is changed first, then the index; whoever is killed in between gives the same command again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+
+from retro import distributed
+from retro.artifacts import only_writer, require_match, sha256_of_file, write_json, written_whole
+from retro.bert_embeddings import BERTChunkEmbeddings
+from retro.corpus import REPAIR, Corpus, Document, find_texts, read_documents, sha256_of_text, write_documents
+from retro.database import (
+    MANIFEST_FILE,
+    PARTS_FOLDER,
+    build_database,
+    read_manifest,
+    state_of_database,
+)
+from retro.index import INDEX_FILE, LISTS_FILE, Truth, add_rows, read_index, verify_index, write_index
+from retro.keys import Keys
+
+MEASURE_UP_TO = 4_000_000  # keys; above, recall stays as it was measured when the index was built
+
+
+def add_documents(
+    paths: Sequence[str | Path],
+    data_path: str | Path = "data",
+    *,
+    bert: BERTChunkEmbeddings | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Add texts to the database in `data_path`; returns its manifest.
+
+    What is in it already is passed over, what was removed comes back. Raises `ValueError` for text that is
+    held out, that the tokenizer cannot write, or that has the name of another document.
+    """
+    data_path = Path(data_path)
+    with _alone(data_path):
+        corpus = Corpus.load(data_path / "corpus")
+        new, back = _sort_out(corpus, list(read_documents(find_texts(paths))))
+        if new or back:
+            _rewrite(data_path / "corpus", corpus, new, corpus.removed - set(back))
+        manifest = _follow(data_path, bert, device)
+    return manifest or _from_keys(data_path, bert, device)
+
+
+def remove_documents(
+    names: Sequence[str],
+    data_path: str | Path = "data",
+    *,
+    bert: BERTChunkEmbeddings | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Take documents out of the database in `data_path`; returns its manifest.
+
+    Raises `ValueError` for a name that no document of the database has, and if none would be left.
+    """
+    data_path = Path(data_path)
+    with _alone(data_path):
+        corpus = Corpus.load(data_path / "corpus")
+        numbers = {corpus.documents[i].name: i for part in corpus.parts for i in part}
+        for name in names:
+            if name not in numbers:
+                near = difflib.get_close_matches(name, numbers, n=3)
+                held_out = name in [corpus.documents[i].name for i in corpus.split("valid")]
+                raise ValueError(
+                    f"no document of the database is called {name!r}"
+                    + (", it is held out" if held_out else f"; there is {', '.join(near)}" if near else "")
+                )
+        removed = corpus.removed | {numbers[name] for name in names}
+        if len(removed) == sum(map(len, corpus.parts)):
+            raise ValueError("this would leave no document in the database; add another one first: --add TEXT")
+        if removed != corpus.removed:
+            _rewrite(data_path / "corpus", corpus, [], removed)
+        manifest = _follow(data_path, bert, device)
+    return manifest or _from_keys(data_path, bert, device)
+
+
+@contextmanager
+def _alone(data_path: Path) -> Iterator[None]:
+    if distributed.n_processes() > 1:
+        raise ValueError("a database is changed by one process; run --add and --remove without torchrun")
+    with only_writer(data_path):
+        yield
+
+
+def _sort_out(corpus: Corpus, documents: list[Document]) -> tuple[list[Document], list[int]]:
+    """The documents that are new, and the numbers of those that come back."""
+    held_out = {corpus.documents[i].sha256: corpus.documents[i].name for i in corpus.split("valid")}
+    known = {corpus.documents[i].sha256: i for part in corpus.parts for i in part}
+    names = {corpus.documents[i].name for i in corpus.in_database}
+    new: dict[str, Document] = {}
+    back = []
+    for document in documents:
+        sha256 = sha256_of_text(document.text)
+        if sha256 in held_out:
+            raise ValueError(f"{document.name} has the text of {held_out[sha256]}, which is held out; leave it out")
+        if sha256 in known:
+            back += [known[sha256]] * (known[sha256] in corpus.removed)
+        elif document.name in names:
+            raise ValueError(
+                f"the database has another text by the name of {document.name}; take that out first "
+                f"(python -m retro.database --remove {document.name}), or rename the file"
+            )
+        else:
+            new[sha256] = document
+    return list(new.values()), back
+
+
+def _rewrite(folder: Path, corpus: Corpus, new: list[Document], removed: frozenset[int] | set[int]) -> None:
+    """Write a corpus with documents behind those it has, and with others marked as removed."""
+    manifest = corpus.made_with | {"removed": sorted(removed)}
+    with only_writer(folder):
+        if new:
+            with written_whole(folder / "tokens.bin") as temporary:
+                shutil.copyfile(folder / "tokens.bin", temporary)
+                with open(temporary, "ab") as file:
+                    entries = write_documents(file, new, corpus.tokenizer, corpus.tokens.dtype)
+                manifest |= {
+                    "tokens.bin_sha256": sha256_of_file(temporary),
+                    "additions": [*corpus.additions, len(new)],
+                    "documents": manifest["documents"] + [[e.name, e.sha256, e.n_bytes, e.n_tokens] for e in entries],
+                }
+        write_json(folder / "manifest.json", manifest)
+
+
+def _follow(data_path: Path, bert: BERTChunkEmbeddings | None, device: torch.device | str) -> dict[str, Any] | None:
+    """Bring the index to where the corpus is; None if it is of a kind that cannot forget."""
+    corpus, manifest = Corpus.load(data_path / "corpus"), read_manifest(data_path)
+    if manifest["database_sha256"] == corpus.database_sha256:
+        return manifest
+    bert = bert or BERTChunkEmbeddings(device, manifest["embedder"], manifest["trim"], manifest["precision"])
+    require_match(
+        data_path / MANIFEST_FILE,
+        manifest,
+        {"corpus_sha256": corpus.sha256, "embedder_sha256": bert.sha256, "precision": bert.precision},
+        REPAIR,
+    )
+    keys = Keys(data_path / "keys", corpus, manifest["chunk_len"], bert)
+    keys.compute(batch_size=4096)
+    was_removed = set(map(int, manifest["removed"]))
+    added = {i for part in corpus.parts[len(manifest["additions"]) + 1 :] for i in part}
+    come = list((added | was_removed) - corpus.removed)
+    index = _writable(data_path, manifest)
+    for number in corpus.removed - was_removed - added:
+        try:
+            index.remove_ids(faiss.IDSelectorRange(int(corpus.starts[number]), int(corpus.starts[number + 1])))
+        except RuntimeError:  # as an HNSW graph
+            return None
+    numbers = np.flatnonzero(np.isin(corpus.document_of(keys.offsets), come))
+    if len(numbers):
+        add_rows(index, keys.rows(numbers), keys.offsets[numbers])
+    manifest |= state_of_database(corpus) | {"n_chunks": index.ntotal}
+    if len(keys.offsets) <= MEASURE_UP_TO:
+        manifest["recall"] = Truth.of(keys, manifest["seed"]).recall(index, keys)
+    manifest |= write_index(index, data_path)
+    write_json(data_path / MANIFEST_FILE, manifest)
+    shutil.rmtree(data_path / PARTS_FOLDER, ignore_errors=True)
+    return manifest
+
+
+def _writable(data_path: Path, manifest: dict[str, Any]) -> faiss.Index:
+    """The index in memory; if its lists are on disk, a copy of them, so that the old ones stay until all is done."""
+    if not manifest["lists_sha256"]:
+        return read_index(data_path, manifest, REPAIR, writable=True)
+    verify_index(data_path, manifest, REPAIR)
+    copy = data_path / PARTS_FOLDER
+    copy.mkdir(exist_ok=True)
+    for name in (INDEX_FILE, LISTS_FILE):
+        shutil.copyfile(data_path / name, copy / name)
+    return read_index(copy, manifest, REPAIR, writable=True)
+
+
+def _from_keys(data_path: Path, bert: BERTChunkEmbeddings | None, device: torch.device | str) -> dict[str, Any]:
+    """Build the index anew from the keys, which are all there."""
+    manifest = read_manifest(data_path)
+    bert = bert or BERTChunkEmbeddings(device, manifest["embedder"], manifest["trim"], manifest["precision"])
+    search, wanted = manifest["search"], manifest["index_wanted"]
+    options: dict[str, Any] = {"n_probe": int(search)} if search >= 1 else {"n_probe": None, "recall": search}
+    return build_database(
+        manifest["chunk_len"], data_path=data_path, index=wanted, bert=bert, seed=manifest["seed"], **options
+    )
