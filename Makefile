@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench results docs clean
+.PHONY: demo test check chaos fuzz bench results docs clean
 
 demo: .venv/installed
 	$(BIN)/python -m retro.train --preset demo
@@ -14,6 +14,13 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# Kills at 200 points; more than 10,000 mutated files. The tests do the same, with fewer.
+chaos: .venv/installed
+	$(BIN)/python tests/chaos.py --points 200
+
+fuzz: .venv/installed
+	RETRO_FUZZ=550 $(BIN)/python -m pytest tests/test_hostile.py
 
 # All stages, or one: make bench STAGE=train
 bench: .venv-bench/installed

