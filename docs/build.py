@@ -34,10 +34,13 @@ from source import Module, Section
 # The order to read in: each part needs those before it.
 READING_ORDER = {
     "The way of the data": (
-        "corpus", "tokenizer", "bert_embeddings", "database", "model", "dataset", "sample", "evaluate", "report",
-        "train",
+        "corpus", "tokenizer", "bert_embeddings", "keys", "index", "database", "living", "model", "dataset", "sample",
+        "evaluate", "report", "train",
     ),
-    "Around it": ("artifacts", "presets", "commands", "run_commands", "device"),
+    "Around it": (
+        "artifacts", "shards", "weights", "distributed", "plan", "presets", "commands", "run_commands", "device",
+    ),
+    "Using it": ("docs/at_scale.md",),
     "Worked examples": ("examples/own_text.py", "examples/compare_with_reference.py"),
 }  # fmt: skip
 COLORS = {
@@ -54,10 +57,19 @@ def load(root: Path, order: dict[str, tuple[str, ...]]) -> list[Module]:
     """The package (its `__init__.py` is the index) and all modules of the reading order."""
     modules = [Module(root / "retro" / "__init__.py", "retro", "index.html", "retro/__init__.py")]
     for entry in (entry for part in order.values() for entry in part):
+        if entry.endswith(".md"):
+            modules.append(prose_page(root / entry, entry))
+            continue
         path = root / (entry if entry.endswith(".py") else f"retro/{entry}.py")
         name = path.stem if entry.endswith(".py") else f"retro.{entry}"
         modules.append(Module(path, name, f"{path.stem}.html", path.relative_to(root).as_posix()))
     return modules
+
+
+def prose_page(path: Path, shown_path: str) -> Module:
+    """A page of prose alone: Markdown whose first line is its title, taken for a module that is all docstring."""
+    title, _, text = path.read_text(encoding="utf-8").partition("\n")
+    return Module(path, title.lstrip("# "), f"{path.stem}.html", shown_path, f'r"""{text.strip()}\n"""\n')
 
 
 def code_lines(module: Module, links: dict[tuple[int, int], str]) -> dict[int, str]:

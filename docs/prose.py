@@ -39,7 +39,7 @@ class Prose:
         self.names = library
         self.formulas: list[Formula] = []
         self.problems: list[str] = []
-        self.markdown = MarkdownIt("commonmark", {"html": False, "typographer": True}).enable("smartquotes")
+        self.markdown = MarkdownIt("commonmark", {"html": False, "typographer": True}).enable(["smartquotes", "table"])
         self.markdown.use(dollarmath_plugin, allow_labels=False, allow_space=False, double_inline=True)
         self.markdown.inline.ruler.before("emphasis", "product", _product)
         self.markdown.core.ruler.push("mentions", self._mentions)
