@@ -27,8 +27,9 @@ from transformers import BertModel
 
 from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.corpus import Corpus, build_corpus
-from retro.database import Keys, RetroIndex, build_database, chunk_offsets
+from retro.database import RetroIndex, build_database
 from retro.dataset import DATASET_FILE, Dataset, build_dataset
+from retro.keys import Keys
 from retro.model import RetroConfig, RetroModel
 from retro.sample import Sampler
 
@@ -311,7 +312,7 @@ def growth(variant: str, folder: Path) -> Result:
     bert = BERTChunkEmbeddings("cpu")
     bert(chunks_of(folder, 16)[:20_000])  # so that its buffers are no growth
     corpus = stage("corpus", lambda: build_corpus([place / "text"], place / "corpus", "char"))
-    keys = Keys(place / "keys", corpus, 16, chunk_offsets(corpus, 16), bert)
+    keys = Keys(place / "keys", corpus, 16, bert)
     stage("embed", lambda: keys.compute(4096))
     stage("index", lambda: build_database(16, corpus=corpus, data_path=place, bert=bert))
     index = stage("load", lambda: RetroIndex(16, corpus=corpus, data_path=place, bert=bert))

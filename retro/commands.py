@@ -266,15 +266,25 @@ def database_command(argv: Sequence[str] | None = None) -> None:
     parser = new_parser("Build the key-value database of a text: BERT embeddings in a FAISS index.", texts=True)
     _add_database_options(parser)
     change = parser.add_mutually_exclusive_group()
+    change.add_argument(
+        "--plan", action="store_true", help="build nothing: say what --n-tokens of such text would take"
+    )
     change.add_argument("--add", metavar="TEXT", nargs="+", help="add texts to a database, embedding only them")
     change.add_argument("--remove", metavar="NAME", nargs="+", help="take documents out of a database")
+    parser.add_argument("--n-tokens", type=float, metavar="N", help="size to plan for, as 1e9")
+    parser.add_argument("--n-processes", type=int, default=1, metavar="N", help="processes to plan for (default: 1)")
     args = parser.parse_args(argv)
     args.data_path = args.data_path or DATA
     preset = _preset(args)
+    if args.plan != (args.n_tokens is not None):
+        raise ValueError("--plan and --n-tokens go together: python -m retro.database --plan --n-tokens 1e9 [TEXT ...]")
     from retro.corpus import Corpus
     from retro.device import pick_device
 
     device = pick_device(args.device)
+    if args.plan:
+        _plan(args, preset, device)
+        return
     if args.add or args.remove:
         _change_database(args, device)
         return
@@ -287,6 +297,18 @@ def database_command(argv: Sequence[str] | None = None) -> None:
         say(f"next: python -m retro.dataset --data-path {args.data_path}")
     else:  # nothing to validate on: a database for models that are trained already
         say(f"next: python -m retro.evaluate --run RUN TEXT ... --database {args.data_path}")
+
+
+def _plan(args: argparse.Namespace, preset: Preset, device: Any) -> None:
+    """Say what a database will take."""
+    from retro.plan import check_size, describe, measure, plan
+
+    check_size(args.n_tokens, args.n_processes)
+    texts = [Path(text) for text in args.texts] or texts_of(preset, args.data_path)
+    say(f"measuring this machine on a sample of {texts[0]}{' and others' if len(texts) > 1 else ''}")
+    p = preset
+    rates = measure(texts, p.tokenizer, p.chunk_len, p.embedder, device, p.index, p.valid_fraction)
+    say(describe(plan(args.n_tokens, rates, p.index, args.n_processes)))
 
 
 def _change_database(args: argparse.Namespace, device: Any) -> None:

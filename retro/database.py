@@ -176,39 +176,33 @@ def build_database(
     n_train = min(n_train, n_chunks)
     factory, note = settle(factory, bert.d_emb, n_train)
 
-    def finish(filled: faiss.Index | None) -> None:
-        if filled is None:  # another process than the first
-            return
-        truth, remark = Truth.of(keys, seed), ""
-        if n_probe is None:
-            chosen, remark = choose_n_probe(filled, keys, truth, recall)
-        else:
-            chosen = n_probe
-        set_n_probe(filled, chosen)
-        measured = truth.recall(filled, keys)
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            **wanted_database(corpus, chunk_len, wanted, n_probe or recall, embedder=bert.embedder, seed=seed),
-            **state_of_database(corpus),
-            "index": factory,
-            "note": "; ".join(filter(None, (note, remark))),
-            "n_chunks": n_chunks,
-            "n_probe": chosen,
-            "n_train": n_train,
-            "d_emb": bert.d_emb,
-            "trim": bert.trim,
-            "precision": bert.precision,
-            "embedder_sha256": bert.sha256,
-            "recall": measured,
-            **write_index(filled, data_path),
-            "versions": package_versions(),
-        }
-        write_json(data_path / MANIFEST_FILE, manifest)
-        shutil.rmtree(data_path / PARTS_FOLDER, ignore_errors=True)
-
     with distributed.only_writer(data_path):
         keys.compute(batch_size)
-        finish(build_index(factory, keys, n_train, seed, data_path / PARTS_FOLDER))
+        filled = build_index(factory, keys, n_train, seed, data_path / PARTS_FOLDER)
+        if filled is not None:  # in the first process
+            truth, remark, chosen = Truth.of(keys, seed), "", n_probe
+            if chosen is None:
+                chosen, remark = choose_n_probe(filled, keys, truth, recall)
+            set_n_probe(filled, chosen)
+            manifest = {
+                "format_version": FORMAT_VERSION,
+                **wanted_database(corpus, chunk_len, wanted, n_probe or recall, embedder=bert.embedder, seed=seed),
+                **state_of_database(corpus),
+                "index": factory,
+                "note": "; ".join(filter(None, (note, remark))),
+                "n_chunks": n_chunks,
+                "n_probe": chosen,
+                "n_train": n_train,
+                "d_emb": bert.d_emb,
+                "trim": bert.trim,
+                "precision": bert.precision,
+                "embedder_sha256": bert.sha256,
+                "recall": truth.recall(filled, keys),
+                **write_index(filled, data_path),
+                "versions": package_versions(),
+            }
+            write_json(data_path / MANIFEST_FILE, manifest)
+            shutil.rmtree(data_path / PARTS_FOLDER, ignore_errors=True)
         distributed.wait()
     return read_manifest(data_path)
 

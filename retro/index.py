@@ -152,7 +152,7 @@ def add_rows(index: faiss.Index, rows: np.ndarray, ids: np.ndarray) -> None:
     """
     ivf = ivf_of(index)
     old = faiss.downcast_InvertedLists(ivf.invlists) if ivf is not None else None
-    if not isinstance(old, faiss.OnDiskInvertedLists):
+    if ivf is None or not isinstance(old, faiss.OnDiskInvertedLists):
         index.add_with_ids(rows, ids)
         return
     ivf.own_invlists = False
