@@ -26,7 +26,7 @@ fuzz: .venv/installed
 bench: .venv-bench/installed
 	.venv-bench/bin/python benchmarks/bench.py $(STAGE)
 
-# What retrieval brings, on two corpora; QUICK=1 takes ten minutes in place of an hour and a half.
+# What retrieval brings, on two corpora, in an hour; QUICK=1 takes eleven minutes.
 results: .venv/installed
 	$(BIN)/python results/run.py $(if $(QUICK),--quick)
 

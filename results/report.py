@@ -118,15 +118,15 @@ def _of_corpus(name: str, part: dict[str, Any], shares: tuple[float, ...], count
         f"{part['documents']['held out']:,} are held out ({part['bytes']['valid'] / 1e6:.2f} MB).",
         f"Headroom: of the chunks that read neighbors, {reads} or more in a row with them.",
         "",
-        "| model | steps | parameters | tokens a second | training | bits per byte | gain of retrieval over it |",
-        "|---|---|---|---|---|---|---|",
+        "| model | steps | parameters | training | bits per byte | gain of retrieval over it |",
+        "|---|---|---|---|---|---|",
     ]
     run_of = {"on": "retro", "off": "retro", "random": "retro"}
     for variant, value in main["bits_per_byte"].items():
         run, gain = runs[run_of.get(variant, variant)], main["gain"].get(f"over {variant}")
         lines.append(
-            f"| {NAMES[variant]} | {run['steps']:,} | {run['n_parameters']:,} | {run['tokens_per_second']:,.0f} "
-            f"| {run['train_bpb']:.3f} | {interval(value, sign=False)} | {interval(gain) if gain else ''} |"
+            f"| {NAMES[variant]} | {run['steps']:,} | {run['n_parameters']:,} | {run['train_bpb']:.3f} "
+            f"| {interval(value, sign=False)} | {interval(gain) if gain else ''} |"
         )
     lines += [
         "",

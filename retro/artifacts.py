@@ -33,12 +33,13 @@ TEMPORARY = ".tmp"  # how the names of unfinished files end
 _PACKAGES = ("torch", "transformers", "tokenizers", "faiss-cpu", "numpy")
 
 
-def sha256_of_file(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal; read in blocks of a mebibyte."""
+def sha256_of_file(path: Path, n_bytes: int | None = None) -> str:
+    """The sha256 of a file's bytes, or of the first `n_bytes`, in hexadecimal; read in blocks of a mebibyte."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(1 << 20 if n_bytes is None else min(1 << 20, n_bytes)):
             digest.update(block)
+            n_bytes = None if n_bytes is None else n_bytes - len(block)
     return digest.hexdigest()
 
 

@@ -225,28 +225,32 @@ class Corpus:
         folder = Path(folder)
         made_with = read_json(folder / "manifest.json", REPAIR, MANIFEST_FIELDS)
         documents = _documents_of(folder / "manifest.json", made_with)
-        for name in ("tokens.bin", "tokenizer.json"):  # read whole, before anything is made of it
-            found = sha256_of_file(folder / name) if (folder / name).exists() else "no file"
+        n_tokens = sum(document.n_tokens for document in documents)
+        # Both are read whole before anything is made of them. Behind the tokens may lie those of an addition that
+        # was killed before it wrote the manifest.
+        for name, n_bytes in (
+            ("tokens.bin", n_tokens * np.dtype(made_with["dtype"]).itemsize),
+            ("tokenizer.json", None),
+        ):
+            found = sha256_of_file(folder / name, n_bytes) if (folder / name).exists() else "no file"
             require_match(folder / name, {"sha256": found}, {"sha256": made_with[f"{name}_sha256"]}, REPAIR)
-        tokenizer = load_tokenizer(folder / "tokenizer.json", made_with["tokenizer"])
         corpus = Corpus(
-            np.memmap(folder / "tokens.bin", dtype=made_with["dtype"], mode="r"),
+            np.memmap(folder / "tokens.bin", dtype=made_with["dtype"], mode="r")[:n_tokens],
             documents,
             made_with["n_train"],
-            tokenizer,
+            load_tokenizer(folder / "tokenizer.json", made_with["tokenizer"]),
             made_with,
             made_with["additions"],
             made_with["removed"],
         )
-        if len(corpus.tokens) != corpus.starts[-1]:
+        if len(corpus.tokens) != n_tokens:
             raise ValueError(
                 f"{folder / 'tokens.bin'} holds {len(corpus.tokens)} tokens, but its manifest says "
-                f"{corpus.starts[-1]}. Rebuild it: {REPAIR}"
+                f"{n_tokens}. Rebuild it: {REPAIR}"
             )
-        if (largest := largest_token(corpus.tokens)) >= tokenizer.n_tokens:
+        if (largest := largest_token(corpus.tokens)) >= corpus.n_tokens:
             raise ValueError(
-                f"{folder / 'tokens.bin'} holds token {largest}, but there are {tokenizer.n_tokens}. "
-                f"Rebuild it: {REPAIR}"
+                f"{folder / 'tokens.bin'} holds token {largest}, but there are {corpus.n_tokens}. Rebuild it: {REPAIR}"
             )
         return corpus
 

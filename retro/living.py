@@ -13,6 +13,7 @@ not be added. The corpus is changed first, then the index; whoever is killed in 
 from __future__ import annotations
 
 import difflib
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -132,7 +133,9 @@ def _rewrite(folder: Path, corpus: Corpus, new: list[Document], removed: frozens
         if new:
             with written_whole(folder / "tokens.bin") as temporary:
                 shutil.copyfile(folder / "tokens.bin", temporary)
-                with open(temporary, "ab") as file:
+                with open(temporary, "r+b") as file:
+                    file.truncate(corpus.tokens.nbytes)  # behind them may lie what another addition left
+                    file.seek(0, os.SEEK_END)
                     entries = write_documents(file, new, corpus.tokenizer, corpus.tokens.dtype)
                 manifest |= {
                     "tokens.bin_sha256": sha256_of_file(temporary),
