@@ -58,6 +58,7 @@ from retro.bert_embeddings import PACKAGED, BERTChunkEmbeddings
 from retro.corpus import NO_TOKEN, REPAIR, Corpus
 from retro.index import (
     KEYS_PER_LIST,
+    LISTS_FILE,
     Truth,
     build_index,
     choose_index,
@@ -68,6 +69,7 @@ from retro.index import (
     search_many,
     set_n_probe,
     settle,
+    take_place,
     write_index,
 )
 from retro.keys import Keys, chunk_offsets
@@ -202,6 +204,9 @@ def build_database(
                 "versions": package_versions(),
             }
             write_json(data_path / MANIFEST_FILE, manifest)
+            take_place(data_path, manifest)
+            if not manifest["lists_sha256"]:
+                (data_path / LISTS_FILE).unlink(missing_ok=True)
             shutil.rmtree(data_path / PARTS_FOLDER, ignore_errors=True)
         distributed.wait()
     return read_manifest(data_path)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=7)  # how long processes wait for the slowest
+PATIENCE = timedelta(days=1)  # how long processes wait for the slowest
 
 
 def rank() -> int:
@@ -43,10 +43,16 @@ def join(device: torch.device | None = None) -> PartialState:
     import torch
     from accelerate import PartialState
 
-    if not PartialState._shared_state and n_processes() > 1:
-        atexit.register(lambda: PartialState().destroy_process_group())
     use_cpu = device.type == "cpu" if device is not None else not torch.cuda.is_available()
-    return PartialState(cpu=use_cpu, timeout=PATIENCE)
+    if n_processes() > 1 and not torch.distributed.is_initialized():
+        # Each attempt has names of its own: what was restarted would else meet the addresses of the dead (torch 2.13).
+        store, *_ = next(torch.distributed.rendezvous("env://"))
+        store = torch.distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        torch.distributed.init_process_group(
+            "gloo" if use_cpu else "nccl", store=store, rank=rank(), world_size=n_processes(), timeout=PATIENCE
+        )
+        atexit.register(torch.distributed.destroy_process_group)
+    return PartialState(cpu=use_cpu)
 
 
 def wait() -> None:

@@ -18,8 +18,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -34,6 +36,8 @@ from retro.keys import Keys
 from retro.shards import Shards
 
 INDEX_FILE, LISTS_FILE = "retro.index", "retro.ivfdata"
+FILES = {LISTS_FILE: "lists_sha256", INDEX_FILE: "index_sha256"}  # and their hashes in the manifest
+NEW = ".new"  # how the names of files end that wait for their manifest
 N_RECALL_QUERIES = 256
 MANY_QUERIES_PER_LIST = 64  # from here on, decoding a list's keys pays
 KMEANS_ITERATIONS = 10  # FAISS does 25; recall at 10 was no lower after 10, in half the time
@@ -182,7 +186,10 @@ def write_faiss(index: faiss.Index, path: Path) -> None:
 
 
 def write_index(index: faiss.Index, data_path: Path) -> dict[str, str]:
-    """Write an index, and its lists if they are on disk, into a data folder; returns their hashes for the manifest."""
+    """Write an index, and its lists if they are on disk, beside those of a data folder; returns their hashes.
+
+    When the manifest with these hashes is written, `take_place` puts them in the place of the old ones.
+    """
     ivf = ivf_of(index)
     lists = faiss.downcast_InvertedLists(ivf.invlists) if ivf is not None else None
     hashes, source = {"index_sha256": "", "lists_sha256": ""}, None
@@ -190,17 +197,27 @@ def write_index(index: faiss.Index, data_path: Path) -> dict[str, str]:
         source = Path(lists.filename)
         hashes["lists_sha256"] = sha256_of_file(source)
         lists.filename = LISTS_FILE  # found beside the index, wherever that is moved
-    with written_whole(data_path / INDEX_FILE) as temporary:
+        with open(source, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(source, data_path / f"{LISTS_FILE}{NEW}")
+    with written_whole(data_path / f"{INDEX_FILE}{NEW}") as temporary:
         write_faiss(index, temporary)
         hashes["index_sha256"] = sha256_of_file(temporary)
-        if source is not None:  # last, when nothing more can fail for want of space
-            with open(source, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(source, data_path / LISTS_FILE)
-    if not hashes["lists_sha256"]:
-        (data_path / LISTS_FILE).unlink(missing_ok=True)
     _TRUSTED.add(hashes["index_sha256"])
     return hashes
+
+
+def take_place(data_path: Path, manifest: Mapping[str, Any]) -> None:
+    """Put new files, if they are those that the manifest speaks of, in the place of the old ones.
+
+    The manifest is what counts: killed before it is written, there is the old index, and after it the new one, which
+    whoever comes next puts in its place.
+    """
+    for name, key in FILES.items():
+        new = data_path / f"{name}{NEW}"
+        with contextlib.suppress(FileNotFoundError):  # another process did it
+            if new.exists() and sha256_of_file(new) == manifest[key]:
+                os.replace(new, data_path / name)
 
 
 _TRUSTED: set[str] = set()  # hashes of index files that this process wrote, or that a trial has read
@@ -216,7 +233,7 @@ index.search(np.zeros((1, index.d), dtype=np.float32), 4)
 """
 
 
-def read_index(data_path: Path, manifest: dict[str, str | int], repair: str, writable: bool = False) -> faiss.Index:
+def read_index(data_path: Path, manifest: Mapping[str, Any], repair: str, writable: bool = False) -> faiss.Index:
     """The index of a data folder, mapped from its file; in memory if it is to be `writable`.
 
     FAISS trusts what it reads, and a crafted file crashes it. So the hash is compared first, and an index
@@ -238,21 +255,19 @@ def read_index(data_path: Path, manifest: dict[str, str | int], repair: str, wri
         index = faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR if writable else flags)
     except RuntimeError as error:
         raise ValueError(f"{path} cannot be read ({str(error)[-160:]}). Rebuild it: {repair}") from None
-    require_match(path, {"d_emb": index.d, "n_chunks": index.ntotal}, _only(manifest, "d_emb", "n_chunks"), repair)
+    wanted = {name: manifest[name] for name in ("d_emb", "n_chunks")}
+    require_match(path, {"d_emb": index.d, "n_chunks": index.ntotal}, wanted, repair)
     return index
 
 
-def verify_index(data_path: Path, manifest: dict[str, str | int], repair: str) -> None:
+def verify_index(data_path: Path, manifest: Mapping[str, Any], repair: str) -> None:
     """Raise `ValueError` if a file of the index is missing, or has not the bytes that its manifest speaks of."""
-    for name, key in ((INDEX_FILE, "index_sha256"), (LISTS_FILE, "lists_sha256")):
+    take_place(data_path, manifest)
+    for name, key in FILES.items():
         path = data_path / name
         if manifest[key] or name == INDEX_FILE:
             found = sha256_of_file(path) if path.exists() else "no file"
             require_match(path, {"sha256": found}, {"sha256": manifest[key]}, repair)
-
-
-def _only(values: dict[str, str | int], *names: str) -> dict[str, str | int]:
-    return {name: values[name] for name in names}
 
 
 def new_index(d_emb: int, factory: str) -> faiss.Index:

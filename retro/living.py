@@ -35,7 +35,7 @@ from retro.database import (
     read_manifest,
     state_of_database,
 )
-from retro.index import INDEX_FILE, LISTS_FILE, Truth, add_rows, read_index, verify_index, write_index
+from retro.index import INDEX_FILE, LISTS_FILE, Truth, add_rows, read_index, take_place, verify_index, write_index
 from retro.keys import Keys
 
 MEASURE_UP_TO = 4_000_000  # keys; above, recall stays as it was measured when the index was built
@@ -149,6 +149,7 @@ def _follow(data_path: Path, bert: BERTChunkEmbeddings | None, device: torch.dev
     """Bring the index to where the corpus is; None if it is of a kind that cannot forget."""
     corpus, manifest = Corpus.load(data_path / "corpus"), read_manifest(data_path)
     if manifest["database_sha256"] == corpus.database_sha256:
+        take_place(data_path, manifest)
         return manifest
     bert = bert or BERTChunkEmbeddings(device, manifest["embedder"], manifest["trim"], manifest["precision"])
     require_match(
@@ -176,6 +177,7 @@ def _follow(data_path: Path, bert: BERTChunkEmbeddings | None, device: torch.dev
         manifest["recall"] = Truth.of(keys, manifest["seed"]).recall(index, keys)
     manifest |= write_index(index, data_path)
     write_json(data_path / MANIFEST_FILE, manifest)
+    take_place(data_path, manifest)
     shutil.rmtree(data_path / PARTS_FOLDER, ignore_errors=True)
     return manifest
 

@@ -20,7 +20,6 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", 
 
 
 def torchrun(*arguments, cwd, restarts=0):
-    # A static rendezvous (the default) does not survive restarts: its store keeps the addresses of the dead.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", restarts, HERE / "chaos.py", "--stages", *arguments]
     return subprocess.Popen(

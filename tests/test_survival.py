@@ -153,6 +153,25 @@ def test_an_index_is_the_same_whether_filled_at_once_or_in_parts_on_disk_or_in_m
     assert [x.tolist() for x in RetroIndex(data_path=tmp_path / "moved", bert=bert).search(queries, 5)] == found["disk"]
 
 
+@pytest.mark.parametrize("died", ["before its manifest", "after its manifest"])
+def test_an_index_and_its_manifest_change_at_one_moment(copy, bert, monkeypatch, died):
+    from retro import database as database_module
+
+    before = (copy / "retro.index").read_bytes()
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(database_module, "take_place" if died.startswith("after") else "write_json", die)
+    with pytest.raises(KeyboardInterrupt):
+        build_database(CHUNK_LEN, data_path=copy, index="SQ8", bert=bert)
+    assert (copy / "retro.index").read_bytes() == before and (copy / "retro.index.new").exists()
+    monkeypatch.undo()
+    index = RetroIndex(data_path=copy, bert=bert)
+    assert index.made_with["index"] == ("SQ8" if died.startswith("after") else "Flat")
+    assert ((copy / "retro.index").read_bytes() == before) == died.startswith("before")
+
+
 def test_keys_are_found_by_number_across_shards(copy, bert, small_pieces):
     corpus = Corpus.load(copy / "corpus")
     keys = Keys(copy / "keys", corpus, CHUNK_LEN, bert)
