@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -350,6 +351,7 @@ def test_an_evaluation_without_room_for_a_neighbor_has_neither_headroom_nor_over
 
 def test_the_index_may_be_another_than_in_training(index, evaluation, data, bert):
     again = RetroIndex(CHUNK_LEN, data_path=data, bert=bert)
+    again.index = faiss.read_index(str(data / "retro.index"))  # in memory; the other is mapped from its file
     again.index.remove_ids(np.unique(evaluation.neighbors[:, 0]))  # nobody's nearest neighbor is left
     other = evaluate(model_of(index), index.corpus, again, window=WINDOW)
     assert not np.isin(other.neighbors, evaluation.neighbors[:, 0]).any() and (other.neighbors >= 0).all()
