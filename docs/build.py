@@ -34,8 +34,8 @@ from source import Module, Section
 # The order to read in: each part needs those before it.
 READING_ORDER = {
     "The way of the data": (
-        "corpus", "tokenizer", "bert_embeddings", "keys", "index", "database", "living", "model", "dataset", "sample",
-        "evaluate", "report", "train",
+        "corpus", "tokenizer", "bert_embeddings", "keys", "faiss_index", "database", "living", "model", "dataset",
+        "sample", "evaluate", "report", "train",
     ),
     "Around it": (
         "artifacts", "shards", "weights", "distributed", "plan", "presets", "commands", "run_commands", "device",
@@ -151,6 +151,9 @@ def row(module: Module, section: Section, prose: str, code: str) -> str:
 def module_page(module: Module, library: Library, prose: Prose) -> str:
     """Everything between the header and the footer of a module's page."""
     sections = module.sections()
+    if module.shown_path.endswith(".md"):  # prose alone, in one column
+        text = f"<h1>{module.name}</h1>{prose.html(sections[0], module)}"
+        return f'<section class="index" data-source="{module.shown_path}:1">{text}</section>'
     lines = code_lines(module, library.code_links(module))
     rows = []
     for i, section in enumerate(sections):

@@ -16,7 +16,7 @@ The modules, in reading order:
 * `retro.corpus` documents with boundaries, as one array of tokens (`retro.tokenizer` makes them)
 * `retro.bert_embeddings` chunks of text to vectors
 * `retro.keys` the vectors of all chunks, on disk
-* `retro.index` the FAISS index over them: chosen, filled in parts, searched, and how good it is
+* `retro.faiss_index` the FAISS index over them: chosen, filled in parts, searched, and how good it is
 * `retro.database` vectors to nearest chunks; `retro.living` adds documents and takes them out
 * `retro.model` the transformer
 * `retro.dataset` samples with precomputed neighbors

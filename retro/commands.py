@@ -149,7 +149,7 @@ def prepare_database(
     """The database's manifest: found, or built."""
     from retro.corpus import REPAIR
     from retro.database import MANIFEST_FILE, PARTS_FOLDER, build_database, read_manifest, wanted_database
-    from retro.index import verify_index
+    from retro.faiss_index import verify_index
 
     search = preset.n_probe or preset.recall
     wanted = wanted_database(corpus, preset.chunk_len, preset.index, search, preset.embedder, seed)

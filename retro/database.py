@@ -56,7 +56,7 @@ from retro.artifacts import (
 )
 from retro.bert_embeddings import PACKAGED, BERTChunkEmbeddings
 from retro.corpus import NO_TOKEN, REPAIR, Corpus
-from retro.index import (
+from retro.faiss_index import (
     KEYS_PER_LIST,
     LISTS_FILE,
     Truth,

@@ -35,7 +35,7 @@ from retro.database import (
     read_manifest,
     state_of_database,
 )
-from retro.index import INDEX_FILE, LISTS_FILE, Truth, add_rows, read_index, take_place, verify_index, write_index
+from retro.faiss_index import INDEX_FILE, LISTS_FILE, Truth, add_rows, read_index, take_place, verify_index, write_index
 from retro.keys import Keys
 
 MEASURE_UP_TO = 4_000_000  # keys; above, recall stays as it was measured when the index was built

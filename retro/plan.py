@@ -31,7 +31,7 @@ import torch
 
 from retro.bert_embeddings import PACKAGED, BERTChunkEmbeddings
 from retro.corpus import Corpus, build_corpus, find_texts, plan_corpus, read_documents
-from retro.index import (
+from retro.faiss_index import (
     EXACT_UP_TO,
     KEYS_PER_LIST,
     KEYS_PER_PART,

@@ -90,14 +90,14 @@ def warm_up() -> None:
     import transformers.models.bert.tokenization_bert  # noqa: F401
 
     import retro.dataset
-    import retro.index
+    import retro.faiss_index
     import retro.keys
     import retro.living
     import retro.run_commands
     import retro.train
 
     retro.keys.TOKENS_PER_PIECE, retro.dataset.TOKENS_PER_PIECE = 16 * 64, 4 * 16 * 8
-    retro.index.KEYS_PER_PART = 128
+    retro.faiss_index.KEYS_PER_PART = 128
 
 
 def start(stage: str, folder: Path, kill_at: int | None = None, count: Path | None = None) -> int:

@@ -16,7 +16,7 @@ from conftest import CHUNK_LEN, CHUNKS_PER_SAMPLE
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from retro import index as index_module
+from retro import faiss_index as index_module
 from retro.artifacts import sealed, sha256_of_file
 from retro.commands import database_command
 from retro.corpus import Corpus, build_corpus

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import CHUNK_LEN, CHUNKS_PER_SAMPLE
 
-from retro import index as index_module
+from retro import faiss_index as index_module
 from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.commands import database_command
 from retro.corpus import Corpus

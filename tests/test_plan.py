@@ -15,7 +15,7 @@ from conftest import CHUNK_LEN
 from retro import plan as planner
 from retro.corpus import Corpus
 from retro.database import read_manifest
-from retro.index import N_RECALL_QUERIES, centroids_of, new_index
+from retro.faiss_index import N_RECALL_QUERIES, centroids_of, new_index
 from retro.plan import Rates, describe, index_bytes, measure, plan
 
 RATES = Rates(

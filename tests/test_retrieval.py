@@ -12,7 +12,7 @@ from labml_helpers.datasets.text import TextFileDataset
 from retro.corpus import Corpus, build_corpus
 from retro.database import RetroIndex, build_database, chunk_offsets
 from retro.dataset import DATASET_FILE, Dataset, audit, build_dataset
-from retro.index import KMEANS_ITERATIONS, MANY_QUERIES_PER_LIST, centroids_of, search_many
+from retro.faiss_index import KMEANS_ITERATIONS, MANY_QUERIES_PER_LIST, centroids_of, search_many
 
 
 def brute_force(bert, corpus, queries, k, excluded=None):

@@ -130,7 +130,7 @@ def test_a_corpus_torn_between_its_files_is_made_again_by_the_same_command(plays
 def test_an_index_is_the_same_whether_filled_at_once_or_in_parts_on_disk_or_in_memory(
     copy, bert, monkeypatch, tmp_path
 ):
-    from retro import index as index_module
+    from retro import faiss_index as index_module
 
     corpus = Corpus.load(copy / "corpus")
     monkeypatch.setattr(keys_module, "TOKENS_PER_PIECE", 64 * CHUNK_LEN)
