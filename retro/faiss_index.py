@@ -227,7 +227,10 @@ _TRIAL = """
 import resource, sys
 import faiss, numpy as np
 path, flags, most = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-resource.setrlimit(resource.RLIMIT_AS, (most, most))
+try:
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+except (ValueError, OSError):
+    pass  # not every system has the limit
 index = faiss.read_index(path, flags)
 index.search(np.zeros((1, index.d), dtype=np.float32), 4)
 """
@@ -246,7 +249,7 @@ def read_index(data_path: Path, manifest: Mapping[str, Any], repair: str, writab
     if sha256 not in _TRUSTED:
         most = 3 * sum(f.stat().st_size for f in (path, data_path / LISTS_FILE) if f.exists()) + (8 << 30)
         trial = [sys.executable, "-P", "-c", _TRIAL, str(path), str(flags), str(most)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         if (result := subprocess.run(trial, capture_output=True, env=environment)).returncode:
             said = result.stderr.decode(errors="replace").strip().splitlines() or [f"status {result.returncode}"]
             raise ValueError(f"{path} cannot be read: FAISS failed on it ({said[-1][:160]}). Rebuild it: {repair}")

@@ -1,8 +1,8 @@
 r"""A living database: documents added to it and taken out of it, nothing else embedded again.
 
-The retrieval database of RETRO is separate from the model: a model trained before reads whatever is retrieved, so
-a database can grow or forget after training (the paper retrieves from ten times as much text as it trains on, and
-can do so because neighbors are only read, section 2 of arXiv:2112.04426).
+The database of RETRO is apart from the model: a model trained before reads whatever is retrieved, so its database can
+grow or forget without training. (The paper trains with 600 billion tokens in it and evaluates with 1.75 trillion,
+section 2.1 of arXiv:2112.04426.)
 
 Added documents lie behind all others in `tokens.bin`, so every offset stays what it was; only their chunks are
 embedded, and added to the index with the centroids that it has. The chunks of a removed document leave the index;
@@ -28,13 +28,7 @@ from retro import distributed
 from retro.artifacts import only_writer, require_match, sha256_of_file, write_json, written_whole
 from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.corpus import REPAIR, Corpus, Document, find_texts, read_documents, sha256_of_text, write_documents
-from retro.database import (
-    MANIFEST_FILE,
-    PARTS_FOLDER,
-    build_database,
-    read_manifest,
-    state_of_database,
-)
+from retro.database import MANIFEST_FILE, PARTS_FOLDER, build_database, read_manifest, state_of_database
 from retro.faiss_index import INDEX_FILE, LISTS_FILE, Truth, add_rows, read_index, take_place, verify_index, write_index
 from retro.keys import Keys
 
