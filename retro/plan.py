@@ -29,7 +29,7 @@ import faiss
 import numpy as np
 import torch
 
-from retro.bert_embeddings import PACKAGED, BERTChunkEmbeddings
+from retro.bert_embeddings import PACKAGED, TOKENS_PER_BATCH, BERTChunkEmbeddings
 from retro.corpus import Corpus, build_corpus, find_texts, plan_corpus, read_documents
 from retro.faiss_index import (
     EXACT_UP_TO,
@@ -58,6 +58,7 @@ N_CODE_TRAIN = 1 << 16  # keys that FAISS learns codes and a rotation from, at m
 OPQ_ROUNDS, OPQ_ITERATIONS = 50, 40 + 49 * 4  # of k-means, in all rounds of learning a rotation
 BYTES_PER_CHUNK = 35  # of memory: its offset twice, the document it is in, whether it is living, a number at training
 BYTES_PER_DOCUMENT = 1000  # of memory: its entry, a third, and again as text while the manifest is written
+BYTES_OF_SHARD = 300_000_000  # of memory that embedding a whole shard took beyond its sample, 230 to 460 MB in trials
 GROWTH = 1.5  # room that a list takes for its keys: it doubles when it is full
 
 
@@ -196,7 +197,7 @@ def _memory(p: Plan, rates: Rates) -> dict[str, float]:
     merging = 0.0 if p.on_disk else GROWTH * codes + codes / max(1, p.n_parts) * (p.n_parts > 1)
     tables = p.n_chunks * BYTES_PER_CHUNK + p.n_documents * BYTES_PER_DOCUMENT
     return {
-        "building": rates.base_memory + tables + p.learnt_bytes + max(training, filling, merging),
+        "building": rates.base_memory + BYTES_OF_SHARD + tables + p.learnt_bytes + max(training, filling, merging),
         "serving": rates.base_memory
         + p.n_documents * BYTES_PER_DOCUMENT / 3
         + (p.learnt_bytes if p.on_disk else p.files["index"]),
@@ -330,20 +331,24 @@ def _write_sample(texts: Sequence[str | Path], folder: Path) -> Path:
 
 
 def _embedding(corpus: Corpus, chunk_len: int, bert: BERTChunkEmbeddings) -> tuple[float, np.ndarray]:
-    """Seconds to embed a chunk, and the keys. Equal chunks of a shard are embedded once: how many are, is counted."""
-    offsets = chunk_offsets(corpus, chunk_len)[: TOKENS_PER_PIECE // chunk_len]
+    """Seconds to embed a chunk, and keys. Equal chunks of a shard are embedded once: how many are, is counted."""
+    offsets = chunk_offsets(corpus, chunk_len)[: max(1, TOKENS_PER_PIECE // chunk_len)]
     decoding, texts = _timed(lambda: corpus.texts(offsets, chunk_len))
-    words = [" ".join((bert._trim_chunk(text) if bert.trim else text).lower().split()) for text in texts]
-    distinct = list(dict(zip(words, texts, strict=True)).values())
-    drawn = np.random.default_rng(0).permutation(len(distinct))
-    bert([distinct[i] for i in drawn[:64]])  # the first call takes longer
-    n, seconds = 128, 0.0
+    words = [bert._trim_chunk(text) for text in texts] if bert.trim else texts
+    ids = bert.tokenizer(words, add_special_tokens=False, truncation=True, max_length=bert.max_len)["input_ids"]
+    distinct = {tuple(row): text for row, text in zip(ids, texts, strict=True)}
+    lengths = np.array([len(row) for row in distinct])
+    drawn = np.random.default_rng(0).permutation(np.unique(lengths))  # whole lengths, because batches have one
+    totals = np.cumsum([lengths[lengths == length].sum() for length in drawn])
+    bert(texts[:64])  # the first call takes longer
+    n_tokens = TOKENS_PER_BATCH
     while True:  # until it takes long enough
-        some = [distinct[i] for i in drawn[:n]]
+        chosen = np.isin(lengths, drawn[: int(np.searchsorted(totals, n_tokens)) + 1])
+        some = [text for text, take in zip(distinct.values(), chosen, strict=True) if take]
         seconds, keys = _timed(lambda: bert(some, 4096).cpu().numpy())  # noqa: B023
-        if n >= len(distinct) or seconds >= EMBED_SECONDS / 2:
-            return decoding / len(texts) + seconds / len(some) * len(distinct) / len(texts), keys
-        n *= min(8, math.ceil(EMBED_SECONDS / seconds))
+        if chosen.all() or seconds >= EMBED_SECONDS / 2:
+            return (decoding + seconds * lengths.sum() / max(1, lengths[chosen].sum())) / len(texts), keys
+        n_tokens *= 2
 
 
 def _writing(folder: Path) -> float:
@@ -370,9 +375,12 @@ def _products(keys: np.ndarray, index: str) -> dict[str, float]:
 
     ivf = ivf_of(new_index(d, index if "PQ" in index else choose_index(EXACT_UP_TO + 1, d)))
     assert ivf is not None
-    pq = faiss.ProductQuantizer(ivf.pq.d, ivf.pq.M, ivf.pq.nbits)
+    m = min(
+        8, ivf.pq.M
+    )  # parts of a key, as many as are learnt in a second; its rate depends on how many keys there are
+    pq = faiss.ProductQuantizer(m * ivf.pq.dsub, m, ivf.pq.nbits)
     pq.cp.niter, pq.cp.min_points_per_centroid = KMEANS_ITERATIONS, 1
-    parts = np.ascontiguousarray(x[: n // 2, : pq.d])
+    parts = rng.standard_normal((N_CODE_TRAIN, pq.d), dtype=np.float32)
     codes, _ = _timed(lambda: pq.train(parts))
     encode, _ = _timed(lambda: pq.compute_codes(parts))
 
@@ -386,7 +394,7 @@ def _products(keys: np.ndarray, index: str) -> dict[str, float]:
     return {
         "kmeans_products": n * k * d * KMEANS_ITERATIONS / kmeans,
         "code_products": len(parts) * pq.ksub * pq.d * KMEANS_ITERATIONS / codes,
-        "encode_seconds": encode / len(parts),
+        "encode_seconds": encode / len(parts) * ivf.pq.M / m,
         "assign_products": n * k * d / assign,
         "link_seconds": link / (n // 2) / math.log2(n // 2),
         "walk_seconds": walk / (n // 2) / math.log2(n // 2),

@@ -48,6 +48,7 @@ def measured(plays):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planner, "EMBED_SECONDS", 0.05)
         patch.setattr(planner, "N_SAMPLE_KEYS", 1 << 10)
+        patch.setattr(planner, "N_CODE_TRAIN", 1 << 10)
         return measure([plays], "bpe:512", CHUNK_LEN)
 
 

@@ -1,0 +1,408 @@
+"""Check what a larger database takes and brings: `make scale`, or one of its two stages.
+
+    python benchmarks/scale.py plan     # retro.plan against real builds, of 0.5, 2 and 8 million tokens
+    python benchmarks/scale.py index    # the planner's indexes, filled with 2 million vectors
+
+Writes `scale.json` and `SCALE.md` beside this file; a single stage replaces its part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+TOKENIZER, CHUNK_LEN = "bpe:4096", 32
+SIZES = {"1": 1_650_000, "4": 6_600_000, "16": 26_400_000}  # bytes of Python, 3.3 of which are a token
+
+N_KEYS, N_QUERIES, N_CLUSTERS, D = 2_000_000, 1000, 10_000, 384
+# Standard deviation of chunk embeddings (all-MiniLM-L6-v2, 32 tokens of plays) along their first, second, 4th, 8th, ...
+# principal axis; the mean's length. Around its 100 nearest, a chunk's own variance is 0.59 of the whole.
+AXES, SPREAD = (1, 2, 4, 8, 16, 32, 64, 128, 256, 384), (0.65, 0.57, 0.49, 0.42, 0.35, 0.29, 0.23, 0.165, 0.09, 0.01)
+MEAN_LENGTH, WITHIN = 1.8, 0.6
+RECALL = 0.9
+
+
+def child(*arguments: str) -> dict[str, Any]:
+    """One step in a process of its own; adds how many cores something else kept busy meanwhile."""
+    used, busy, start = resource.getrusage(resource.RUSAGE_CHILDREN), _busy_seconds(), time.perf_counter()
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
+    after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
+    own = after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
+    result = json.loads(done.stdout)
+    return result | {"cores_busy_elsewhere": max(0.0, (_busy_seconds() - busy - own) / seconds)}
+
+
+def _busy_seconds() -> float:
+    """Seconds that the cores were neither idle nor waiting for a disk, since the machine started."""
+    ticks = [int(n) for n in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+# Stage plan: the same sample, the smallest text, is measured before each build.
+
+
+def check_plan(folder: Path) -> Iterator[dict[str, Any]]:
+    from retro.plan import Rates, plan
+
+    write_texts(folder)
+    for size in SIZES:
+        rates = child("_measure", str(folder / "texts-1"))
+        build = child("_build", str(folder / f"texts-{size}"), str(folder / f"data-{size}"))
+        busy = [result.pop("cores_busy_elsewhere") for result in (rates, build)]
+        planned = asdict(plan(build["n_tokens"], Rates(**rates)))
+        shutil.rmtree(folder / f"data-{size}")
+        yield {"size": size, "rates": rates, "planned": planned, "build": build, "cores_busy_elsewhere": max(busy)}
+
+
+def write_texts(folder: Path) -> None:
+    """Python sources of the installed packages, drawn at random; the smaller text is the beginning of the larger."""
+    files = sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py"))
+    files = [files[i] for i in np.random.default_rng(0).permutation(len(files))]
+    for size, n_bytes in SIZES.items():
+        (folder / f"texts-{size}").mkdir()
+        for number, file in enumerate(files):
+            content = file.read_bytes()
+            if 0 < len(content) <= 100_000 and b"\0" not in content and content.decode(errors="ignore").strip():
+                (folder / f"texts-{size}" / f"{number:05d}.py").write_bytes(content)
+                n_bytes -= len(content)
+                if n_bytes <= 0:
+                    break
+
+
+def measure_rates(texts: str) -> dict[str, Any]:
+    from retro.plan import measure
+
+    return asdict(measure([texts], TOKENIZER, CHUNK_LEN))
+
+
+def build(texts: str, data: str) -> dict[str, Any]:
+    """A database, by the command; seconds of its stages, bytes, and the most memory it held."""
+    import retro.commands
+    import retro.database
+    import retro.faiss_index
+    from retro.keys import Keys
+
+    seconds = dict.fromkeys(("corpus", "embed", "train", "add", "merge", "recall"), 0.0)
+    peak: dict[str, int] = {}  # bytes, up to the end of a stage
+
+    def watch(owner: Any, name: str, stage: str, wrap: Callable[..., Any] = lambda work: work) -> None:
+        work = getattr(owner, name)
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            taken, result = timed(lambda: work(*arguments, **options))
+            seconds[stage] += taken
+            peak[stage] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            return result
+
+        setattr(owner, name, wrap(watched))
+
+    watch(retro.commands, "prepare_corpus", "corpus")
+    watch(Keys, "compute", "embed")
+    watch(retro.faiss_index, "_trained", "train")
+    watch(retro.faiss_index, "_add", "add")
+    watch(retro.faiss_index, "_merged", "merge")
+    watch(retro.database, "write_index", "merge")
+    watch(retro.faiss_index.Truth, "of", "recall", staticmethod)
+    watch(retro.faiss_index.Truth, "recall", "recall")
+    options = ["--tokenizer", TOKENIZER, "--chunk-len", str(CHUNK_LEN), "--index", "auto", "--data-path", data]
+    total, status = timed(lambda: retro.commands.database_command([texts, *options]))
+    if status:
+        raise SystemExit(status)
+    folder, corpus = Path(data), retro.database.open_corpus(data)
+    manifest = retro.database.read_manifest(folder)
+    return {
+        "n_tokens": len(corpus.tokens),
+        "n_chunks": manifest["n_chunks"],
+        "index": manifest["index"],
+        "recall": manifest["recall"],
+        "n_probe": manifest["n_probe"],
+        "files": {
+            "text": sum(file.stat().st_size for file in Path(texts).iterdir()),
+            "tokens": (folder / "corpus" / "tokens.bin").stat().st_size,
+            "manifest": (folder / "corpus" / "manifest.json").stat().st_size,
+            "keys": sum(file.stat().st_size for file in (folder / "keys").iterdir()),
+            "index": sum(file.stat().st_size for file in folder.glob("retro.i*") if file.suffix != ".json"),
+        },
+        "memory": max(peak.values()),
+        "peak": peak,
+        "seconds": seconds | {"start": total - sum(seconds.values())},
+    }
+
+
+# Stage index.
+
+
+class Vectors:
+    """Rows of a mixture of Gaussians, in the place of `retro.keys.Keys`; the last ones are queries, in no index.
+
+    The clusters' centers and the rows around them have the spread of chunk embeddings along random axes, divided
+    between the two. Sizes of clusters are lognormal: most have less than the mean, few have many times of it.
+    """
+
+    def __init__(self, n: int, n_queries: int, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        axes = np.linalg.qr(rng.standard_normal((D, D)))[0].astype(np.float32)
+        std = np.exp(np.interp(np.log(np.arange(1, D + 1)), np.log(AXES), np.log(SPREAD))).astype(np.float32)
+        around = axes * (std * np.sqrt(WITHIN))  # the columns of `axes` are the axes
+        mean = rng.standard_normal(D)
+        centers = rng.standard_normal((N_CLUSTERS, D), dtype=np.float32) @ (axes * (std * np.sqrt(1 - WITHIN))).T
+        centers += (mean / np.linalg.norm(mean) * MEAN_LENGTH).astype(np.float32)
+        weights = rng.lognormal(size=N_CLUSTERS)
+        self.n = n
+        self.all = np.empty((n + n_queries, D), dtype=np.float32)
+        for start in range(0, len(self.all), 1 << 16):
+            block = self.all[start : start + (1 << 16)]
+            clusters = rng.choice(N_CLUSTERS, size=len(block), p=weights / weights.sum())
+            block[:] = rng.standard_normal(block.shape, dtype=np.float32) @ around.T + centers[clusters]
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        return np.arange(len(self.all))
+
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        return self.all[numbers]
+
+    def truth(self) -> Any:
+        import faiss
+
+        from retro.faiss_index import Truth
+
+        queries = self.all[self.n :]
+        distances, _ = faiss.knn(queries, self.all[: self.n], 10)
+        return Truth(np.arange(self.n, len(self.all)), queries, distances)
+
+
+def check_indexes(n: int, n_queries: int = N_QUERIES) -> Iterator[dict[str, Any]]:
+    from retro.faiss_index import choose_index
+
+    vectors = Vectors(n, n_queries)
+    taken, truth = timed(vectors.truth)
+    rng = np.random.default_rng(1)
+    pairs = vectors.all[rng.integers(n, size=(2, 10_000))]
+    random = float(np.median(((pairs[0] - pairs[1]) ** 2).sum(1)))
+    near = {str(k): float(np.median(truth.distances[:, k - 1])) / random for k in (1, 2, 10)}
+    length = float(np.linalg.norm(vectors.all[:10_000], axis=1).mean())
+    yield {"n": n, "n_queries": n_queries, "near": near, "length": length, "truth_seconds": taken}
+    for factory in ("Flat", choose_index(max(n, 50_001), D), choose_index(5_000_001, D)):
+        yield check_index(factory, vectors, truth)
+
+
+def check_index(factory: str, vectors: Vectors, truth: Any) -> dict[str, Any]:
+    import faiss
+
+    from retro.faiss_index import KEYS_PER_LIST, centroids_of, choose_n_probe, n_lists_of, new_index, set_n_probe
+    from retro.plan import N_TRAIN, index_bytes
+
+    n, index = vectors.n, new_index(D, factory)
+    centroids_of(index)
+    n_train = min(n, max(N_TRAIN, KEYS_PER_LIST * n_lists_of(factory))) if n_lists_of(factory) else 0
+    rows = vectors.all[np.sort(np.random.default_rng(0).choice(n, size=n_train, replace=False))]
+    busy, used, start = _busy_seconds(), time.process_time(), time.perf_counter()
+    train_seconds, _ = timed(lambda: index.train(rows) if n_train else None)
+    if not n_train:
+        index = faiss.IndexIDMap2(index)
+
+    def add() -> None:
+        for first in range(0, n, 1 << 14):
+            end = min(n, first + (1 << 14))
+            index.add_with_ids(vectors.all[first:end], vectors.offsets[first:end])
+
+    add_seconds, _ = timed(add)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "index"
+        faiss.write_index(index, str(file))
+        n_bytes = file.stat().st_size
+    choose_seconds, (n_probe, note) = timed(lambda: choose_n_probe(index, vectors, truth, RECALL))
+    set_n_probe(index, n_probe)
+    recall = truth.recall(index, vectors)
+    n_threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    search_seconds, _ = timed(lambda: index.search(truth.queries, 10))
+    faiss.omp_set_num_threads(n_threads)
+    elsewhere = (_busy_seconds() - busy - time.process_time() + used) / (time.perf_counter() - start)
+    return {
+        "index": factory,
+        "n_train": n_train,
+        "n_probe": n_probe if n_train else None,
+        "note": note,
+        "recall": recall,
+        "queries_per_second": len(truth.queries) / search_seconds,
+        "bytes": n_bytes,
+        "planned_bytes": index_bytes(factory, n, D),
+        "train_seconds": train_seconds,
+        "add_seconds": add_seconds,
+        "choose_seconds": choose_seconds,
+        "cores_busy_elsewhere": max(0.0, elsewhere),
+    }
+
+
+# The page.
+
+
+def off(planned: float, real: float) -> str:
+    return f"{planned / real - 1:+.0%}"
+
+
+def report(record: dict[str, Any]) -> str:
+    """The whole of `SCALE.md`."""
+    lines = [
+        "# Measured: what larger databases take, and what their indexes find",
+        "",
+        "Made by `make scale` (`benchmarks/scale.py`), which says how.",
+    ]
+    for name, table in (("plan", _plan_tables), ("index", _index_tables)):
+        if name in record:
+            lines += ["", *table(record[name]["results"])]
+    lines += ["", "## When and where", ""]
+    for name, part in record.items():
+        m, busy = part["machine"], [r["cores_busy_elsewhere"] for r in part["results"] if "cores_busy_elsewhere" in r]
+        lines.append(
+            f"- `python benchmarks/scale.py {name}`: {m['date']}, {part['minutes']:.0f} minutes, {m['processor']}, "
+            f"{m['cores']} cores, {m['memory'] / 1e9:.0f} GB of memory, {m['threads']} threads, {m['python']}, "
+            f"{', '.join(f'{k} {v}' for k, v in m['versions'].items())}; "
+            f"cores busy with anything else: {', '.join(f'{b:.2f}' for b in busy)}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _plan_tables(results: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "## The planner against real builds",
+        "",
+        "Python sources of installed packages, drawn at random, tokenizer bpe:4096, chunks of 32 tokens, index auto.",
+        "Before each build, `retro.plan` measured a sample, always the smallest of the three texts, and foretold what",
+        "`python -m retro.database` would take for as many tokens as it then made. Wanted: bytes within 20%, time",
+        "within 30%. Each cell: foretold, real, difference.",
+        "",
+        "| | " + " | ".join(f"{r['build']['n_tokens']:,} tokens" for r in results) + " |",
+        "|---|" + "---|" * len(results),
+    ]
+
+    def row(label: str, cell: Callable[[dict[str, Any], dict[str, Any]], str]) -> None:
+        lines.append(f"| {label} | " + " | ".join(cell(r["planned"], r["build"]) for r in results) + " |")
+
+    def pair(planned: float, real: float, unit: float, digits: int) -> str:
+        return f"{planned / unit:,.{digits}f}, {real / unit:,.{digits}f}, **{off(planned, real)}**"
+
+    row("index", lambda p, b: p["index"] if p["index"] == b["index"] else f"{p['index']}, {b['index']}")
+    row("chunks", lambda p, b: pair(p["n_chunks"], b["n_chunks"], 1, 0))
+    for name in results[0]["build"]["files"]:
+        row(f"{name}, MB", lambda p, b: pair(p["files"][name], b["files"][name], 1e6, 2))  # noqa: B023
+    row("memory while building, MB", lambda p, b: pair(p["memory"]["building"], b["memory"], 1e6, 0))
+    row("**time, s**", lambda p, b: pair(sum(p["seconds"].values()), sum(b["seconds"].values()), 1, 1))
+    for stage in results[0]["planned"]["seconds"]:
+        row(f"{stage}, s", lambda p, b: f"{p['seconds'][stage]:.1f}, {b['seconds'][stage]:.1f}")  # noqa: B023
+    recalls = [f"{r['build']['recall']['@10']:.1%}" for r in results]
+    return [*lines, "", f"Recall at 10 of the three databases: {', '.join(recalls)}."]
+
+
+def _index_tables(results: list[dict[str, Any]]) -> list[str]:
+    about, *rows = results
+    near = ", ".join(f"{near:.2f}" for near in about["near"].values())
+    lines = [
+        "## Indexes of millions of keys",
+        "",
+        f"{about['n']:,} vectors of {D} features, a mixture of {N_CLUSTERS:,} Gaussians of lognormal weights, with the",
+        f"spread of real chunk embeddings along each axis, {WITHIN:.0%} of the variance within clusters; length "
+        f"{about['length']:.1f},",
+        f"as MiniLM's. {about['n_queries']:,} queries from the same mixture, in no index. The distance to the nearest,",
+        f"second and tenth neighbor is {near} of that between random vectors (squared; 0.47 to the first and 0.56",
+        "to the tenth among 16,000 chunks of plays). Lists are searched until recall at 10 is 90%, or 99% of what the",
+        "codes allow.",
+        "",
+        "| index | recall @1 | @2 | @10 | lists searched | queries/s, 1 thread | bytes a chunk: foretold, real "
+        "| learnt from | training | adding |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        shares = " | ".join(f"{r['recall'][k]:.1%}" for k in ("@1", "@2", "@10"))
+        planned, real = (r[k] / about["n"] for k in ("planned_bytes", "bytes"))
+        training = f"{r['n_train']:,} | {r['train_seconds']:,.0f} s" if r["n_train"] else "| "
+        lines.append(
+            f"| {r['index']} | {shares} | {r['n_probe'] or ''} | {r['queries_per_second']:,.0f} "
+            f"| {planned:,.2f}, {real:,.2f} | {training} | {r['add_seconds']:,.0f} s |"
+        )
+    notes = [f"{r['index']}: {r['note']}." for r in rows if r["note"]]
+    return [*lines, "", *notes, "Training and adding: all threads." + (about.get("remark") or "")]
+
+
+def machine() -> dict[str, Any]:
+    import faiss
+
+    from retro.plan import memory_of_machine
+
+    processor = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            processor = line.split(":", 1)[1].strip()
+            break
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "memory": memory_of_machine(),
+        "threads": faiss.omp_get_max_threads(),
+        "python": f"Python {platform.python_version()}",
+        "versions": {name: version(name) for name in ("torch", "transformers", "faiss-cpu", "numpy")},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", help="plan, index (default: both)")
+    parser.add_argument("--n", type=int, default=N_KEYS, help=f"vectors of stage index (default: {N_KEYS:,})")
+    args = parser.parse_args()
+    if unknown := set(args.stages) - {"plan", "index"}:
+        parser.error(f"no stage {', '.join(unknown)}; there are plan, index")
+    file = HERE / "scale.json"
+    record = json.loads(file.read_text()) if file.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HOME"] = folder  # labml writes to ~/.labml
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        for name in args.stages or ("plan", "index"):
+            started, results = time.perf_counter(), []
+            for result in check_plan(Path(folder)) if name == "plan" else check_indexes(args.n):
+                results.append(result)
+                print(json.dumps(result), flush=True)
+            minutes = (time.perf_counter() - started) / 60
+            record[name] = {"machine": machine(), "minutes": minutes, "results": results}
+            record = {name: record[name] for name in ("plan", "index") if name in record}
+            file.write_text(json.dumps(record, indent=1) + "\n")
+            (HERE / "SCALE.md").write_text(report(record))
+    print((HERE / "SCALE.md").read_text())
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] in (["_measure"], ["_build"]):
+        out = os.dup(1)
+        os.dup2(2, 1)  # progress goes to stderr, the result alone to stdout
+        answer = (measure_rates if sys.argv[1] == "_measure" else build)(*sys.argv[2:])
+        os.write(out, (json.dumps(answer) + "\n").encode())
+    else:
+        main()
