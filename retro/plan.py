@@ -58,7 +58,10 @@ N_CODE_TRAIN = 1 << 16  # keys that FAISS learns codes and a rotation from, at m
 OPQ_ROUNDS, OPQ_ITERATIONS = 50, 40 + 49 * 4  # of k-means, in all rounds of learning a rotation
 BYTES_PER_CHUNK = 35  # of memory: its offset twice, the document it is in, whether it is living, a number at training
 BYTES_PER_DOCUMENT = 1000  # of memory: its entry, a third, and again as text while the manifest is written
-BYTES_OF_SHARD = 300_000_000  # of memory that embedding a whole shard took beyond its sample, 230 to 460 MB in trials
+# Memory that embedding takes beyond its sample: some, and more for each shard, whose batches are of new shapes; the
+# CPU's kernels are kept for the last 1024 of them. Seen: 0.3 GB after one shard, 1.7 GB after 14.
+BYTES_OF_SHARDS, N_GROWING = (2e8, 1.1e8), 20
+MOST_TABLE_BYTES = 1 << 31  # FAISS makes a table of distances between centroids and codes, unless it takes more
 GROWTH = 1.5  # room that a list takes for its keys: it doubles when it is full
 
 
@@ -100,6 +103,7 @@ class Plan:
     index: str
     note: str
     n_train: int  # keys that the index learns from
+    n_shards: int  # of keys
     n_parts: int  # of the index while it is filled
     on_disk: bool  # whether its lists are searched in a file
     learnt_bytes: int  # of the index before anything is in it
@@ -178,6 +182,7 @@ def plan(n_tokens: float, rates: Rates, index: str = "auto", n_processes: int = 
         index=factory,
         note=note,
         n_train=min(n_train, n) if n_parts else 0,
+        n_shards=math.ceil(n / max(1, TOKENS_PER_PIECE // rates.chunk_len)),
         n_parts=n_parts,
         on_disk=n_parts > 0 and filled > ON_DISK_ABOVE * memory_of_machine(),
         learnt_bytes=learnt,
@@ -191,16 +196,18 @@ def plan(n_tokens: float, rates: Rates, index: str = "auto", n_processes: int = 
 def _memory(p: Plan, rates: Rates) -> dict[str, float]:
     """The most bytes in memory at one time, while the database is built and while it is searched."""
     d, rotated, codes = rates.d_emb, "OPQ" in p.index, p.files["index"] - p.learnt_bytes
+    code = re.search(r",PQ(\d+)$", p.index)
+    table = 4.0 * 256 * int(code[1]) * n_lists_of(p.index) if code else 0.0
+    learnt = p.learnt_bytes + (table if table <= MOST_TABLE_BYTES else 0.0)
     # The sample of keys, rotated too; residuals, and what a rotation is learnt from, of those that codes learn from.
     training = 4 * d * (p.n_train * (1 + rotated) + min(p.n_train, N_CODE_TRAIN) * (1 + 2 * rotated))
-    filling = GROWTH * codes / max(1, p.n_parts)
-    merging = 0.0 if p.on_disk else GROWTH * codes + codes / max(1, p.n_parts) * (p.n_parts > 1)
+    part = codes / max(1, p.n_parts)
+    merging = learnt + (part if p.on_disk else part + GROWTH * codes) if p.n_parts else GROWTH * codes
+    embedding = BYTES_OF_SHARDS[0] + BYTES_OF_SHARDS[1] * min(p.n_shards, N_GROWING)
     tables = p.n_chunks * BYTES_PER_CHUNK + p.n_documents * BYTES_PER_DOCUMENT
     return {
-        "building": rates.base_memory + BYTES_OF_SHARD + tables + p.learnt_bytes + max(training, filling, merging),
-        "serving": rates.base_memory
-        + p.n_documents * BYTES_PER_DOCUMENT / 3
-        + (p.learnt_bytes if p.on_disk else p.files["index"]),
+        "building": rates.base_memory + embedding + tables + learnt + max(training, merging),
+        "serving": rates.base_memory + p.n_documents * BYTES_PER_DOCUMENT / 3 + learnt + (0 if p.on_disk else codes),
     }
 
 
@@ -223,7 +230,7 @@ def _seconds(p: Plan, rates: Rates) -> dict[str, float]:
     return {
         "start": r.start_seconds,
         "corpus": p.files["text"] * r.corpus_seconds,
-        "embed": (n * r.embed_seconds + keys) * share(math.ceil(n / max(1, TOKENS_PER_PIECE // r.chunk_len))),
+        "embed": (n * r.embed_seconds + keys) * share(p.n_shards),
         "train": learning + lists * depth * r.link_seconds + p.learnt_bytes / r.file_bytes,
         "add": (n * a_key + keys + p.files["parts"] / r.file_bytes) * share(p.n_parts),
         "merge": (p.files["parts"] + p.files["index"]) / r.file_bytes,

@@ -121,6 +121,7 @@ def start(stage: str, folder: Path, kill_at: int | None = None, count: Path | No
                 os.kill(os.getpid(), signal.SIGKILL)
 
     status = 1
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it starts with &
     try:
         os.chdir(folder)
         log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
