@@ -11,9 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from retro import distributed
 from retro.artifacts import read_json, require_match, sha256_of_file
@@ -23,6 +20,9 @@ REPAIR = "delete the folder to fall back to an older checkpoint"
 
 def save_tensors(folder: Path, stem: str, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors as `STEM.safetensors`; where some are spread over processes, each process its own rows."""
+    from safetensors.torch import save_file
+    from torch.distributed.tensor import DTensor
+
     spread = any(isinstance(tensor, DTensor) for tensor in tensors.values())
     rank, size = distributed.rank(), distributed.n_processes()
     own = {
@@ -38,6 +38,9 @@ def save_tensors(folder: Path, stem: str, tensors: Mapping[str, torch.Tensor]) -
 
 def load_tensors(folder: Path, stem: str) -> dict[str, torch.Tensor]:
     """Whole tensors of what `save_tensors` wrote in however many processes. Raises `ValueError` if it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     files = sorted(folder.glob(f"{stem}-*-of-*.safetensors")) or [folder / f"{stem}.safetensors"]
     if len(files) > 1 and not files[-1].stem.endswith(f"-{len(files) - 1:05d}-of-{len(files):05d}"):
         raise ValueError(f"{folder} lacks some of the parts that {files[-1].name} belongs to; {REPAIR}")
@@ -58,6 +61,8 @@ def load_tensors(folder: Path, stem: str) -> dict[str, torch.Tensor]:
 
 def spread_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """A tensor spread over processes as a parameter is, if it is and has its shape."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
         return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
     return tensor
