@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check chaos fuzz bench results docs clean
+.PHONY: demo test check chaos fuzz bench scale results docs clean
 
 demo: .venv/installed
 	$(BIN)/python -m retro.train --preset demo
@@ -25,6 +25,10 @@ fuzz: .venv/installed
 # All stages, or one: make bench STAGE=train
 bench: .venv-bench/installed
 	.venv-bench/bin/python benchmarks/bench.py $(STAGE)
+
+# The planner against real builds, and indexes of two million keys; or one: make scale STAGE=plan
+scale: .venv/installed
+	$(BIN)/python benchmarks/scale.py $(STAGE)
 
 # What retrieval brings, on two corpora, in an hour; QUICK=1 takes eleven minutes.
 results: .venv/installed
