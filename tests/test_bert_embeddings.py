@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ def test_partial_words_are_stripped_where_something_is_left(chunk, trimmed):
 
 def test_an_embedding_is_the_mean_of_its_tokens_states_whatever_its_batch(bert):
     texts = ["To be, or not to be", "that is the question:", "Whether", "To be, or not to be", "a " * 300]
+    texts += ["or not to be", "that is the question"]  # in a batch with longer ones
     together = bert(texts)
     for text, row in zip(texts, together, strict=True):
         ids = bert.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
@@ -31,19 +34,42 @@ def test_an_embedding_is_the_mean_of_its_tokens_states_whatever_its_batch(bert):
         torch.testing.assert_close(row, states.mean(dim=0), rtol=1e-4, atol=1e-5)
 
 
-def test_each_distinct_chunk_goes_through_bert_once_and_nothing_is_padded(bert, monkeypatch):
+def test_each_distinct_chunk_goes_through_bert_once_beside_chunks_of_its_length(bert, monkeypatch):
     seen, forward = [], bert.model.forward
 
-    def spy(input_ids):
-        seen.append(input_ids)
-        return forward(input_ids=input_ids)
+    def spy(input_ids, attention_mask):
+        seen.append((tuple(input_ids.shape), attention_mask is not None))
+        return forward(input_ids=input_ids, attention_mask=attention_mask)
 
     monkeypatch.setattr(bert.model, "forward", spy)
     texts = ["the king", "The King", "my lord", "a horse, a horse", "", "the king"]  # the BERT knows no capitals
+    texts += ["a horse, my horse", "a horse, a"]
     progress = []
+    bert(texts, progress=progress.append)
+    assert seen == [((3, 5), True), ((2, 2), False)]
     bert(texts, batch_size=1, progress=progress.append)
-    assert [tuple(ids.shape) for ids in seen] == [(1, 2), (1, 2), (1, 5)]
-    assert sum(progress) == len(texts)
+    assert seen[2:] == [((1, 5), False), ((1, 5), False), ((1, 4), False), ((1, 2), False), ((1, 2), False)]
+    assert sum(progress) == 2 * len(texts)
+
+
+def test_real_chunks_are_embedded_in_few_shapes_and_hardly_padded(bert, plays, monkeypatch):
+    text = "".join(path.read_text() for path in sorted(plays.iterdir()))
+    chunks = [text[i : i + 60] for i in range(0, len(text), 60)]
+    shapes, n_tokens, lengths = [], 0, set()
+
+    def spy(input_ids, attention_mask):
+        nonlocal n_tokens
+        shapes.append(tuple(input_ids.shape))
+        present = input_ids != 0
+        n_tokens += int(present.sum())
+        lengths.update(present.sum(dim=1).tolist())
+        return SimpleNamespace(last_hidden_state=torch.zeros(*input_ids.shape, bert.d_emb))
+
+    monkeypatch.setattr(bert.model, "forward", spy)
+    for some in (chunks, chunks[::2], chunks[1::2]):
+        bert(some)
+    assert sum(n * length for n, length in shapes) < 1.25 * n_tokens
+    assert len(set(shapes)) <= len(lengths) + 3  # one for each length, and where each call ends
 
 
 def test_bf16_keeps_directions_and_neighbors(bert, plays):
