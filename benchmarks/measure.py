@@ -312,8 +312,8 @@ def growth(variant: str, folder: Path) -> Result:
     bert = BERTChunkEmbeddings("cpu")
     bert(chunks_of(folder, 16)[:20_000])  # so that its buffers are no growth
     corpus = stage("corpus", lambda: build_corpus([place / "text"], place / "corpus", "char"))
-    keys = Keys(place / "keys", corpus, 16, bert)
-    stage("embed", lambda: keys.compute(4096))
+    keys = Keys(place / "keys", corpus, 16, bert.made_with)
+    stage("embed", lambda: keys.compute(bert, 4096))
     stage("index", lambda: build_database(16, corpus=corpus, data_path=place, bert=bert))
     index = stage("load", lambda: RetroIndex(16, corpus=corpus, data_path=place, bert=bert))
     stage("dataset", lambda: build_dataset(16, corpus=corpus, data_path=place, index=index))

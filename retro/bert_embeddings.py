@@ -125,6 +125,17 @@ class BERTChunkEmbeddings:
         self.d_emb: int = self.model.config.hidden_size
         self.max_len: int = self.model.config.max_position_embeddings
 
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """What embeddings depend on, as it stands in a database's manifest."""
+        return {
+            "embedder": self.embedder,
+            "embedder_sha256": self.sha256,
+            "trim": self.trim,
+            "precision": self.precision,
+            "d_emb": self.d_emb,
+        }
+
     @cached_property
     def sha256(self) -> str:
         """Hash of the weights, as rounded, and the vocabulary; two BERTs of one hash give the same embeddings."""

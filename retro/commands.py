@@ -148,8 +148,16 @@ def prepare_database(
 ) -> dict[str, Any]:
     """The database's manifest: found, or built."""
     from retro.corpus import REPAIR
-    from retro.database import MANIFEST_FILE, PARTS_FOLDER, build_database, read_manifest, wanted_database
-    from retro.faiss_index import verify_index
+    from retro.database import (
+        KEYS_FOLDER,
+        MANIFEST_FILE,
+        PARTS_FOLDER,
+        build_database,
+        read_manifest,
+        wanted_database,
+    )
+    from retro.faiss_index import holds_keys, new_index, verify_index
+    from retro.keys import Keys
 
     search = preset.n_probe or preset.recall
     wanted = wanted_database(corpus, preset.chunk_len, preset.index, search, preset.embedder, seed)
@@ -157,8 +165,11 @@ def prepare_database(
     found = _found(data_path / MANIFEST_FILE, wanted, repair, rebuild)
     if found:
         try:
-            verify_index(data_path, read_manifest(data_path, repair), repair)
-        except ValueError as error:  # torn or altered, but of this text: nothing is lost
+            manifest = read_manifest(data_path, repair)
+            verify_index(data_path, manifest, repair)
+            if not holds_keys(new_index(manifest["d_emb"], manifest["index"])):
+                Keys(data_path / KEYS_FOLDER, corpus, manifest["chunk_len"], manifest).verify()
+        except (ValueError, FileNotFoundError) as error:  # torn or altered, but of this text: nothing is lost
             say(f"made again: {error}")
             found = False
     distributed.wait()  # until all have looked

@@ -3,8 +3,8 @@ r"""The key-value database: from a chunk's embedding to the chunks that are near
 The training documents are cut into chunks $N$ of `chunk_len` tokens. The *key* of a chunk is its
 embedding $\text{BERT}(N)$; its *value* is the pair $[N, F]$ of the chunk and its continuation $F$,
 the `chunk_len` tokens that follow it in the same document (section 2.2 of arXiv:2112.04426). Only
-the keys are stored, in a FAISS index, each under the offset of its chunk; the value is read from
-the corpus at that offset. Chunks do not overlap.
+the keys are stored, in files and in a FAISS index, each under the offset of its chunk; the value is
+read from the corpus at that offset. Chunks do not overlap.
 
 The index trades memory and time for accuracy, and a FAISS factory string names the bargain. For $n$ keys
 of $d$ features:
@@ -14,7 +14,8 @@ of $d$ features:
   and searches the `n_probe` lists nearest to the query, 8 of them: $n/32$ keys instead of $n$. What is
   lost are neighbors in lists that are not searched. Product quantization (PQ) cuts a key into 64 parts of 6
   features and stores for each part the number of the nearest of 256 centroids: 64 bytes instead of
-  1536. What is lost is the order of neighbors that are almost equally far.
+  1536. What is lost is the order of neighbors that are almost equally far; so four times as many as are
+  wanted are found by their codes, and those whose keys are nearest are taken. The keys stay on disk.
 * `OPQ64_256,IVF65536_HNSW32,PQ64` first rotates the keys so that PQ loses less, and finds the lists
   through a graph (HNSW), because comparing with 65,536 centroids would itself take long.
 
@@ -24,7 +25,8 @@ nearest neighbors that the index finds, on a sample of keys, against brute force
 Where this differs from the tutorial: there are documents, so a continuation ends with its own; the
 held-out ones are not in the database; and what a query must not find is left out inside the search, so
 that $k$ neighbors come back wherever $k$ exist. The tutorial fetches a few more than it needs and
-filters them (`RetroIndex.filter_neighbors`), which can leave none. The paper searches $2 \cdot 10^{12}$ tokens with
+filters them (`RetroIndex.filter_neighbors`), which can leave none. The
+tutorial takes neighbors in the order of their codes. The paper searches $2 \cdot 10^{12}$ tokens with
 SCaNN, in 10 ms a query (section 2.2).
 """
 
@@ -65,8 +67,8 @@ from retro.faiss_index import (
     choose_n_probe,
     ivf_of,
     n_lists_of,
+    nearest,
     read_index,
-    search_many,
     set_n_probe,
     settle,
     take_place,
@@ -75,6 +77,7 @@ from retro.faiss_index import (
 from retro.keys import Keys, chunk_offsets
 
 MANIFEST_FILE = "retro.index.json"
+KEYS_FOLDER = "keys"
 PARTS_FOLDER = "index.parts"  # of an unfinished index
 N_SPARE = 8  # neighbors fetched beyond those wanted, in case some are excluded
 MANIFEST_FIELDS: Fields = {
@@ -166,7 +169,7 @@ def build_database(
         raise ValueError(
             f"d_emb={d_emb}, but {bert.embedder} gives embeddings of {bert.d_emb} features; leave d_emb out"
         )
-    keys = Keys(data_path / "keys", corpus, chunk_len, bert)
+    keys = Keys(data_path / KEYS_FOLDER, corpus, chunk_len, bert.made_with)
     n_chunks = int(keys.living.sum())
     if not n_chunks:
         raise ValueError("every document was removed from the database; add one: python -m retro.database --add TEXT")
@@ -179,7 +182,7 @@ def build_database(
     factory, note = settle(factory, bert.d_emb, n_train)
 
     with distributed.only_writer(data_path):
-        keys.compute(batch_size)
+        keys.compute(bert, batch_size)
         filled = build_index(factory, keys, n_train, seed, data_path / PARTS_FOLDER)
         if filled is not None:  # in the first process
             truth, remark, chosen = Truth.of(keys, seed), "", n_probe
@@ -195,10 +198,7 @@ def build_database(
                 "n_chunks": n_chunks,
                 "n_probe": chosen,
                 "n_train": n_train,
-                "d_emb": bert.d_emb,
-                "trim": bert.trim,
-                "precision": bert.precision,
-                "embedder_sha256": bert.sha256,
+                **bert.made_with,
                 "recall": truth.recall(filled, keys),
                 **write_index(filled, data_path),
                 "versions": package_versions(),
@@ -306,6 +306,7 @@ class RetroIndex:
             {"precision": self.bert.precision, "trim": self.bert.trim, "embedder_sha256": self.bert.sha256},
             f"{REPAIR} --embedder {self.bert.embedder}",
         )
+        self.keys = Keys(data_path / KEYS_FOLDER, self.corpus, self.chunk_len, made_with)
 
     def filter_neighbors(self, offset: int, neighbor_offsets: Sequence[int]) -> list[int]:
         """The tutorial's filter: neighbors that do not overlap the query chunk at `offset`.
@@ -351,10 +352,10 @@ class RetroIndex:
         """
         first, row_of = _distinct(queries)
         if exclude is None:
-            distances, found = search_many(self.index, queries[first], n_neighbors)
+            distances, found = nearest(self.index, self.keys, queries[first], n_neighbors)
             return distances[row_of], self._checked(found)[row_of]
         # In one go for all ranges, a few neighbors more than wanted, without those in the range.
-        distances, found = (x[row_of] for x in search_many(self.index, queries[first], n_neighbors + N_SPARE))
+        distances, found = (x[row_of] for x in nearest(self.index, self.keys, queries[first], n_neighbors + N_SPARE))
         ranges = np.broadcast_to(np.asarray(exclude), (len(queries), 2))
         barred = (found < 0) | ((found >= ranges[:, :1]) & (found < ranges[:, 1:]))
         order = np.argsort(barred, axis=1, kind="stable")[:, :n_neighbors]
@@ -389,7 +390,7 @@ class RetroIndex:
         else:
             parameters = faiss.SearchParameters(sel=selector)
         try:
-            return self.index.search(queries, n_neighbors, params=parameters)
+            return nearest(self.index, self.keys, queries, n_neighbors, parameters)
         except RuntimeError as error:
             raise ValueError(
                 f"the index {self.made_with['index']} cannot leave documents out of a search ({str(error)[-80:]}). "

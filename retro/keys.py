@@ -1,16 +1,16 @@
 r"""The keys of the database: an embedding of every chunk, on disk.
 
 Chunks are cut from the documents that are in the database: the training documents, and what was added later.
-Their embeddings are computed once, in shards, and kept: another index over the same keys needs no embedding, and
-adding a document embeds that document alone. A shard holds float32 rows, and the rows of all shards, one after
-the other, are those of `chunk_offsets`.
+Their embeddings are computed once, in shards, and kept: what an index of codes finds is compared by its whole keys,
+another index over the same keys needs no embedding, and adding a document embeds that document alone. A shard holds
+float32 rows, and the rows of all shards, one after the other, are those of `chunk_offsets`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from retro import distributed
 from retro.artifacts import sha256_of_json
 from retro.bert_embeddings import BERTChunkEmbeddings
-from retro.corpus import Corpus
+from retro.corpus import REPAIR, Corpus
 from retro.shards import Shards
 
 TOKENS_PER_PIECE = 1 << 19  # of text: the work that an interruption can lose, and that shares its duplicates
@@ -42,13 +42,13 @@ class Keys:
     """Embeddings of all chunks of a corpus' database, in shards of float32 on disk.
 
     * `folder` holds the shards
-    * `bert` gives the embeddings
+    * `embedder` is what the embeddings depend on: `BERTChunkEmbeddings.made_with`, or a database's manifest
 
-    `offsets` (n) are the chunks', `living` (n) tells those of documents that have not been removed.
+    `offsets` (n) are the chunks', ascending, `living` (n) tells those of documents that have not been removed.
     """
 
-    def __init__(self, folder: Path, corpus: Corpus, chunk_len: int, bert: BERTChunkEmbeddings) -> None:
-        self.corpus, self.chunk_len, self.bert = corpus, chunk_len, bert
+    def __init__(self, folder: Path, corpus: Corpus, chunk_len: int, embedder: Mapping[str, Any]) -> None:
+        self.corpus, self.chunk_len, self.d_emb = corpus, chunk_len, int(embedder["d_emb"])
         per_shard = max(1, TOKENS_PER_PIECE // chunk_len)
         self.pieces: list[np.ndarray] = []  # offsets of each shard's chunks
         labels: list[str] = []
@@ -64,14 +64,13 @@ class Keys:
         made_with = {
             "corpus_sha256": corpus.sha256,
             "chunk_len": chunk_len,
-            "embedder_sha256": bert.sha256,
-            "trim": bert.trim,
-            "precision": bert.precision,
+            **{name: embedder[name] for name in ("embedder_sha256", "trim", "precision")},
             "keys_per_shard": per_shard,
         }
         self.shards = Shards(folder, made_with, labels, ".npy")
+        self._opened: dict[int, np.ndarray] = {}
 
-    def compute(self, batch_size: int) -> None:
+    def compute(self, bert: BERTChunkEmbeddings, batch_size: int) -> None:
         """Embed the chunks whose shards are missing, each shard by itself, so that it has the same bytes always."""
         distributed.first(self.shards.open)
         missing = self.shards.missing()
@@ -80,17 +79,29 @@ class Keys:
         with tqdm(total=mine, initial=n_done, desc="Embed", unit="chunk", mininterval=1) as bar:
             for number in missing:
                 texts = self.corpus.texts(self.pieces[number], self.chunk_len)
-                rows = self.bert(texts, batch_size, bar.update).cpu().numpy()
+                rows = bert(texts, batch_size, bar.update).cpu().numpy()
                 with self.shards.written(number) as temporary, open(temporary, "wb") as file:
                     np.save(file, rows, allow_pickle=False)
         distributed.wait()
 
-    @cached_property
-    def _rows(self) -> list[np.ndarray]:
-        return [self._open(number) for number in range(len(self.pieces))]
+    def verify(self) -> None:
+        """Raise `FileNotFoundError` if a shard is missing, or has not the bytes that its name speaks of."""
+        for number in range(len(self.pieces)):
+            self._shard(number)
+
+    def _shard(self, number: int) -> np.ndarray:
+        """A shard, mapped from its file; the first time it is read whole, to see that it is what its name says."""
+        if number not in self._opened:
+            self._opened[number] = self._open(number)
+        return self._opened[number]
 
     def _open(self, number: int) -> np.ndarray:
-        file, expected = self.shards.path(number), (len(self.pieces[number]), self.bert.d_emb)
+        try:
+            file, expected = self.shards.path(number), (len(self.pieces[number]), self.d_emb)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{self.shards.folder} has no shard {number}, or a damaged one. Make it again: {REPAIR}"
+            ) from None
         try:
             shard = np.load(file, mmap_mode="r", allow_pickle=False)
         except Exception as error:  # numpy raises many kinds for a crafted header
@@ -109,13 +120,24 @@ class Keys:
 
     def block(self, number: int) -> np.ndarray:
         """The keys of shard `number`, of shape `[n, d_emb]`."""
-        return np.ascontiguousarray(self._rows[number])
+        return np.ascontiguousarray(self._shard(number))
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:
         """The keys of these numbers, of shape `[len(numbers), d_emb]`."""
-        keys = np.empty((len(numbers), self.bert.d_emb), dtype=np.float32)
-        shards = np.searchsorted(self.firsts, numbers, side="right") - 1
-        for shard in np.unique(shards):
-            at = shards == shard
-            keys[at] = self._rows[shard][numbers[at] - self.firsts[shard]]
+        keys = np.empty((len(numbers), self.d_emb), dtype=np.float32)
+        order = np.argsort(numbers, kind="stable")
+        shards = np.searchsorted(self.firsts, numbers[order], side="right") - 1
+        for at in np.split(order, np.flatnonzero(np.diff(shards)) + 1) if len(order) else ():
+            shard = int(np.searchsorted(self.firsts, numbers[at[0]], side="right")) - 1
+            keys[at] = self._shard(shard)[numbers[at] - self.firsts[shard]]
         return keys
+
+    def numbers_of(self, offsets: np.ndarray) -> np.ndarray:
+        """Numbers of the keys of chunks at `offsets`. Raises `ValueError` for an offset that no chunk has."""
+        numbers = np.minimum(np.searchsorted(self.offsets, offsets), len(self.offsets) - 1)
+        if len(wrong := np.flatnonzero(self.offsets[numbers] != offsets)):
+            raise ValueError(
+                f"the index holds offset {offsets[wrong[0]]}, where no chunk begins, of a text of "
+                f"{len(self.corpus.tokens)} tokens. Rebuild it: {REPAIR}"
+            )
+        return numbers

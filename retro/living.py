@@ -28,7 +28,7 @@ from retro import distributed
 from retro.artifacts import only_writer, require_match, sha256_of_file, write_json, written_whole
 from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.corpus import REPAIR, Corpus, Document, find_texts, read_documents, sha256_of_text, write_documents
-from retro.database import MANIFEST_FILE, PARTS_FOLDER, build_database, read_manifest, state_of_database
+from retro.database import KEYS_FOLDER, MANIFEST_FILE, PARTS_FOLDER, build_database, read_manifest, state_of_database
 from retro.faiss_index import INDEX_FILE, LISTS_FILE, Truth, add_rows, read_index, take_place, verify_index, write_index
 from retro.keys import Keys
 
@@ -152,8 +152,8 @@ def _follow(data_path: Path, bert: BERTChunkEmbeddings | None, device: torch.dev
         {"corpus_sha256": corpus.sha256, "embedder_sha256": bert.sha256, "precision": bert.precision},
         REPAIR,
     )
-    keys = Keys(data_path / "keys", corpus, manifest["chunk_len"], bert)
-    keys.compute(batch_size=4096)
+    keys = Keys(data_path / KEYS_FOLDER, corpus, manifest["chunk_len"], manifest)
+    keys.compute(bert, batch_size=4096)
     was_removed = set(map(int, manifest["removed"]))
     added = {i for part in corpus.parts[len(manifest["additions"]) + 1 :] for i in part}
     come = list((added | was_removed) - corpus.removed)

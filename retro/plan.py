@@ -33,11 +33,13 @@ from retro.bert_embeddings import PACKAGED, TOKENS_PER_BATCH, BERTChunkEmbedding
 from retro.corpus import Corpus, build_corpus, find_texts, plan_corpus, read_documents
 from retro.faiss_index import (
     EXACT_UP_TO,
+    GRAPH_BREADTH,
     KEYS_PER_LIST,
     KEYS_PER_PART,
     KMEANS_ITERATIONS,
     N_RECALL_QUERIES,
     ON_DISK_ABOVE,
+    ROTATION_KEYS,
     choose_index,
     ivf_of,
     memory_of_machine,
@@ -54,13 +56,11 @@ SAMPLE_CHARS = 4_000_000  # of text that is read
 EMBED_SECONDS = 5.0
 N_SAMPLE_KEYS = 1 << 14
 N_TRAIN = 50_000  # `build_database`'s default
-N_CODE_TRAIN = 1 << 16  # keys that FAISS learns codes and a rotation from, at most
+N_CODE_TRAIN = 1 << 16  # keys that FAISS learns codes from, at most
 OPQ_ROUNDS, OPQ_ITERATIONS = 50, 40 + 49 * 4  # of k-means, in all rounds of learning a rotation
 BYTES_PER_CHUNK = 35  # of memory: its offset twice, the document it is in, whether it is living, a number at training
 BYTES_PER_DOCUMENT = 1000  # of memory: its entry, a third, and again as text while the manifest is written
-# Memory that embedding takes beyond its sample: some, and more for each shard, whose batches are of new shapes; the
-# CPU's kernels are kept for the last 1024 of them. Seen: 0.3 GB after one shard, 1.7 GB after 14.
-BYTES_OF_SHARDS, N_GROWING = (2e8, 1.1e8), 20
+BYTES_OF_SHARDS = 3e8  # of memory: embedding whole shards takes as much more than the sample did
 MOST_TABLE_BYTES = 1 << 31  # FAISS makes a table of distances between centroids and codes, unless it takes more
 GROWTH = 1.5  # room that a list takes for its keys: it doubles when it is full
 
@@ -200,13 +200,12 @@ def _memory(p: Plan, rates: Rates) -> dict[str, float]:
     table = 4.0 * 256 * int(code[1]) * n_lists_of(p.index) if code else 0.0
     learnt = p.learnt_bytes + (table if table <= MOST_TABLE_BYTES else 0.0)
     # The sample of keys, rotated too; residuals, and what a rotation is learnt from, of those that codes learn from.
-    training = 4 * d * (p.n_train * (1 + rotated) + min(p.n_train, N_CODE_TRAIN) * (1 + 2 * rotated))
+    training = 4 * d * (p.n_train * (1 + rotated) + min(p.n_train, N_CODE_TRAIN) + 2 * ROTATION_KEYS * rotated)
     part = codes / max(1, p.n_parts)
     merging = learnt + (part if p.on_disk else part + GROWTH * codes) if p.n_parts else GROWTH * codes
-    embedding = BYTES_OF_SHARDS[0] + BYTES_OF_SHARDS[1] * min(p.n_shards, N_GROWING)
     tables = p.n_chunks * BYTES_PER_CHUNK + p.n_documents * BYTES_PER_DOCUMENT
     return {
-        "building": rates.base_memory + embedding + tables + learnt + max(training, merging),
+        "building": rates.base_memory + BYTES_OF_SHARDS + tables + learnt + max(training, merging),
         "serving": rates.base_memory + p.n_documents * BYTES_PER_DOCUMENT / 3 + learnt + (0 if p.on_disk else codes),
     }
 
@@ -220,10 +219,11 @@ def _seconds(p: Plan, rates: Rates) -> dict[str, float]:
         """Of the work, that the busiest process has."""
         return math.ceil(pieces / p.n_processes) / pieces if pieces else 1.0
 
-    n_codes = min(p.n_train, N_CODE_TRAIN) * coded  # keys that codes, and a rotation for them, are learnt from
+    n_codes = min(p.n_train, N_CODE_TRAIN) * coded  # keys that codes are learnt from
+    n_rotation = min(p.n_train, ROTATION_KEYS) * rotated
     learning = p.n_train * lists * d * KMEANS_ITERATIONS / r.kmeans_products
-    learning += n_codes * 256 * d * (KMEANS_ITERATIONS + OPQ_ITERATIONS * rotated) / r.code_products
-    learning += n_codes * OPQ_ROUNDS * rotated * r.encode_seconds
+    learning += (n_codes * KMEANS_ITERATIONS + n_rotation * OPQ_ITERATIONS) * 256 * d / r.code_products
+    learning += n_rotation * OPQ_ROUNDS * r.encode_seconds
     depth = math.log2(lists) if graph else 0.0
     a_key = (depth * r.walk_seconds if graph else lists * d / r.assign_products) + coded * r.encode_seconds
     brute_force = N_RECALL_QUERIES * n * d / r.recall_products
@@ -380,12 +380,11 @@ def _products(keys: np.ndarray, index: str) -> dict[str, float]:
     clustering.niter, clustering.min_points_per_centroid = KMEANS_ITERATIONS, 1
     kmeans, _ = _timed(lambda: clustering.train(x, faiss.IndexFlatL2(d)))
 
-    ivf = ivf_of(new_index(d, index if "PQ" in index else choose_index(EXACT_UP_TO + 1, d)))
-    assert ivf is not None
-    m = min(
-        8, ivf.pq.M
-    )  # parts of a key, as many as are learnt in a second; its rate depends on how many keys there are
-    pq = faiss.ProductQuantizer(m * ivf.pq.dsub, m, ivf.pq.nbits)
+    empty = new_index(d, index if "PQ" in index else choose_index(EXACT_UP_TO + 1, d))
+    all_parts = ivf_of(empty).pq.M  # type: ignore[union-attr]
+    n_parts, width = min(8, all_parts), ivf_of(empty).pq.dsub  # type: ignore[union-attr]
+    # Some parts of a key, as many as are learnt in a second, of all keys: the rate depends on how many these are.
+    pq = faiss.ProductQuantizer(n_parts * width, n_parts, 8)
     pq.cp.niter, pq.cp.min_points_per_centroid = KMEANS_ITERATIONS, 1
     parts = rng.standard_normal((N_CODE_TRAIN, pq.d), dtype=np.float32)
     codes, _ = _timed(lambda: pq.train(parts))
@@ -395,13 +394,14 @@ def _products(keys: np.ndarray, index: str) -> dict[str, float]:
     centroids.add(x[:k])
     assign, _ = _timed(lambda: centroids.search(x, 1))
     graph = faiss.IndexHNSWFlat(d, 32)
+    graph.hnsw.efSearch = GRAPH_BREADTH
     link, _ = _timed(lambda: graph.add(x[: n // 2]))
     walk, _ = _timed(lambda: graph.search(x[n // 2 :], 1))
     recall, _ = _timed(lambda: faiss.knn(x[:N_RECALL_QUERIES], x, 11))
     return {
         "kmeans_products": n * k * d * KMEANS_ITERATIONS / kmeans,
         "code_products": len(parts) * pq.ksub * pq.d * KMEANS_ITERATIONS / codes,
-        "encode_seconds": encode / len(parts) * ivf.pq.M / m,
+        "encode_seconds": encode / len(parts) * all_parts / n_parts,
         "assign_products": n * k * d / assign,
         "link_seconds": link / (n // 2) / math.log2(n // 2),
         "walk_seconds": walk / (n // 2) / math.log2(n // 2),

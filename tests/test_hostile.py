@@ -60,7 +60,7 @@ class World:
 
     def read_keys(self):
         """The rows of a shard, from the file alone."""
-        keys = Keys(self.folder / "keys", Corpus.load(self.folder / "corpus"), CHUNK_LEN, self.bert)
+        keys = Keys(self.folder / "keys", Corpus.load(self.folder / "corpus"), CHUNK_LEN, self.bert.made_with)
         return keys.block(0).tolist()
 
     def read_run(self):
@@ -205,7 +205,7 @@ def seal(world, path):
             return
         path.write_bytes(head + b"\n" + rest)
     if path.suffix == ".npy":
-        keys = Keys(folder / "keys", Corpus.load(folder / "corpus"), CHUNK_LEN, world.bert)
+        keys = Keys(folder / "keys", Corpus.load(folder / "corpus"), CHUNK_LEN, world.bert.made_with)
         path.rename(path.with_name(keys.shards._name(0, path)))
     if path.parent.parent.name == "checkpoints" and path.name != "state.json":
         state = path.parent / "state.json"

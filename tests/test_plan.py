@@ -96,6 +96,12 @@ def test_the_bytes_of_a_plan_are_those_of_a_build(data, measured, monkeypatch):
     assert planned.files["parts"] == 0 and planned.disk["building"] == planned.disk["after"]
 
 
+def test_measured_rates_are_those_of_a_machine_and_add_up_to_hours_not_years(measured):
+    for name, value in vars(measured).items():
+        assert 0 < value < (1e-1 if name.endswith("seconds") and name != "start_seconds" else 1e15), name
+    assert all(seconds < 86_400 for seconds in plan(1e7, measured, "IVF1024,PQ64").seconds.values())
+
+
 def test_seconds_are_products_over_their_rates():
     planned = plan(4e8, RATES)  # 1e7 chunks: 4 sqrt(1e7) = 12,649 lists, as a power of two 16,384
     assert planned.n_chunks == 10_000_000 and planned.index == "OPQ64,IVF16384_HNSW32,PQ64"
@@ -104,8 +110,9 @@ def test_seconds_are_products_over_their_rates():
     assert planned.seconds["corpus"] == pytest.approx(4e8 * 3 * 1e-6)
     assert planned.seconds["embed"] == pytest.approx(1e7 * 2e-3 + keys / 5e8)
     assert planned.seconds["recall"] == pytest.approx(N_RECALL_QUERIES * 1e7 * 384 / 2e10 + keys / 5e8)
-    kmeans, codes = 10 * 32 * 16384 * 16384 * 384 / 1e11, 65536 * 256 * 384 * (10 + 40 + 49 * 4) / 1e10
-    encoded, linked = 50 * 65536 * 5e-5, 16384 * 14 * 1e-5
+    kmeans, codes = 10 * 32 * 16384 * 16384 * 384 / 1e11, 10 * 65536 * 256 * 384 / 1e10
+    codes += (40 + 49 * 4) * 16384 * 256 * 384 / 1e10  # for the rotation
+    encoded, linked = 50 * 16384 * 5e-5, 16384 * 14 * 1e-5
     assert planned.seconds["train"] == pytest.approx(kmeans + codes + encoded + linked, rel=0.001)
     added, part = 1e7 * (14 * 2e-6 + 5e-5) + keys / 5e8, planned.files["parts"] / 5e8
     assert planned.seconds["add"] == pytest.approx(added + part)

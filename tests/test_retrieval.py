@@ -12,7 +12,7 @@ from labml_helpers.datasets.text import TextFileDataset
 from retro.corpus import Corpus, build_corpus
 from retro.database import RetroIndex, build_database, chunk_offsets
 from retro.dataset import DATASET_FILE, Dataset, audit, build_dataset
-from retro.faiss_index import KMEANS_ITERATIONS, MANY_QUERIES_PER_LIST, centroids_of, search_many
+from retro.faiss_index import KMEANS_ITERATIONS, MANY_QUERIES_PER_LIST, Truth, centroids_of, search_many, set_n_probe
 
 
 def brute_force(bert, corpus, queries, k, excluded=None):
@@ -71,11 +71,74 @@ def test_searching_many_queries_at_once_finds_what_one_by_one_finds(factory):
     assert ((found == -1) == (index.search(queries, 900)[1] == -1)).all()
 
 
-def test_an_index_learns_without_the_slow_polysemous_codes():
-    index = faiss.index_factory(384, "OPQ16,IVF8,PQ16")
+def test_an_index_learns_quickly_and_walks_to_the_nearest_lists():
+    index = faiss.index_factory(384, "OPQ16,IVF64_HNSW8,PQ16")
     assert centroids_of(index) == 256
     ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
     assert not ivf.do_polysemous_training and ivf.cp.niter == ivf.pq.cp.niter == KMEANS_ITERATIONS
+    assert faiss.downcast_VectorTransform(index.chain.at(0)).max_train_points == 1 << 14
+    # As FAISS comes, the last of many lists that the graph finds are not the nearest.
+    centroids = np.random.default_rng(0).standard_normal((64, 384)).astype(np.float32)
+    ivf.quantizer.add(centroids)
+    for n_probe in (1, 16, 40):
+        set_n_probe(index, n_probe)
+        queries = centroids[::-1] + 0.1
+        found, expected = ivf.quantizer.search(queries, n_probe)[1], faiss.knn(queries, centroids, n_probe)[1]
+        assert (np.sort(found) == np.sort(expected)).mean() > 0.999, n_probe
+
+
+def coded(data, bert, path):
+    """An index of codes over the keys of `data`, all of its lists searched."""
+    shutil.copytree(data / "keys", path / "keys")
+    corpus = Corpus.load(data / "corpus")
+    manifest = build_database(CHUNK_LEN, corpus=corpus, data_path=path, index="IVF8,PQ16", n_probe=8, bert=bert)
+    return RetroIndex(corpus=corpus, data_path=path, bert=bert), manifest
+
+
+@pytest.mark.parametrize("excluded", [None, "document"])
+def test_codes_propose_neighbors_and_whole_keys_decide(data, bert, tmp_path, excluded):
+    index, _ = coded(data, bert, tmp_path)
+    corpus = index.corpus
+    span = (int(corpus.starts[1]), int(corpus.starts[2])) if excluded else None
+    queries = index.embed([corpus.text(int(corpus.starts[1]) + 7 + 9 * i, CHUNK_LEN) for i in range(100)])
+    distances, offsets = index.search(queries, 3, span)
+    n = len(chunk_offsets(corpus, CHUNK_LEN))
+    everything, all_offsets = brute_force(bert, corpus, queries, n, span)
+    for query in range(len(queries)):
+        true = dict(zip(all_offsets[query].tolist(), everything[query].tolist(), strict=True))
+        np.testing.assert_allclose(distances[query], [true[o] for o in offsets[query].tolist()], rtol=1e-3, atol=1e-3)
+    assert (np.diff(distances) >= 0).all()
+
+    def share_of_true(found):
+        return np.mean([len({*a} & {*b}) / 3 for a, b in zip(found.tolist(), all_offsets[:, :3].tolist(), strict=True)])
+
+    if not excluded:
+        assert share_of_true(offsets) > share_of_true(index.index.search(queries, 3)[1]) + 0.1
+
+
+def test_recall_is_the_share_of_true_neighbors_among_as_many_that_come_back(data, bert, tmp_path):
+    index, manifest = coded(data, bert, tmp_path)
+    truth = Truth.of(index.keys, manifest["seed"])
+    n = len(chunk_offsets(index.corpus, CHUNK_LEN))
+    exact, true = brute_force(bert, index.corpus, truth.queries, n)
+    _, found = index.search(truth.queries, 11)
+    for k in (1, 2, 10):
+        hits = []
+        for own, row, order, distances in zip(index.keys.offsets[truth.numbers], found, true, exact, strict=True):
+            true_k = [(o, d) for o, d in zip(order.tolist(), distances.tolist(), strict=True) if o != own]
+            reach = true_k[k - 1][1] + 1e-3  # chunks of one text are equally far
+            near = {o for o, d in true_k if d <= reach}
+            hits.append(len(near & {*[o for o in row.tolist() if o != own][:k]}) / k)
+        assert manifest["recall"][f"@{k}"] == pytest.approx(np.mean(hits), abs=0.005), k
+    assert 0.3 < manifest["recall"]["@10"] < 1
+
+
+def test_an_offset_where_no_chunk_begins_is_no_neighbor(index):
+    keys = index.keys
+    assert (keys.numbers_of(keys.offsets[::-1]) == np.arange(len(keys.offsets))[::-1]).all()
+    for offset in (int(keys.offsets[3]) + 1, int(keys.offsets[-1]) + CHUNK_LEN, 2**60):
+        with pytest.raises(ValueError, match=rf"holds offset {offset}, where no chunk begins.*python -m retro"):
+            keys.numbers_of(np.array([0, offset]))
 
 
 def test_chunks_start_with_their_documents_and_come_from_training_only(index):

@@ -13,6 +13,7 @@ from conftest import CHUNK_LEN, CHUNKS_PER_SAMPLE
 
 from retro import keys as keys_module
 from retro.artifacts import only_writer, write_json
+from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.commands import database_command, dataset_command
 from retro.corpus import Corpus, build_corpus
 from retro.database import RetroIndex, build_database
@@ -63,6 +64,25 @@ def test_a_damaged_shard_is_named_and_made_again(copy, bert, small_pieces, capsy
     build_database(CHUNK_LEN, corpus=corpus, data_path=copy, index="Flat", bert=bert)
     assert f"{shards[3]} is damaged" in capsys.readouterr().out.replace("\n", "")
     assert shards[3].read_bytes() == content and (copy / "retro.index").read_bytes() == index
+
+
+def test_a_damaged_key_decides_nothing_and_the_same_command_mends_it(plays, bert, tmp_path, capsys):
+    arguments = [str(plays), "--tokenizer", "bpe:400", "--chunk-len", "16", "--index", "IVF8,PQ16"]
+    arguments += ["--data-path", str(tmp_path)]
+    assert database_command(arguments) == 0
+    expected = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    (shard,) = (tmp_path / "keys").glob("*.npy")
+    shard.write_bytes(expected[shard][:-1] + b"?")
+    made_with = RetroIndex(data_path=tmp_path).made_with
+    rounded = BERTChunkEmbeddings("cpu", trim=False, precision=made_with["precision"])
+    index = RetroIndex(data_path=tmp_path, bert=rounded)
+    with pytest.raises(FileNotFoundError, match=r"keys has no shard 0, or a damaged one.*python -m retro\.database"):
+        index.search(index.embed(["To be, or not to be"]), 2)
+    capsys.readouterr()
+    assert database_command(arguments) == 0
+    said = capsys.readouterr().out.replace("\n", "")
+    assert "made again: " in said and f"{shard} is damaged" in said
+    assert expected == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
 
 def test_shards_of_other_texts_or_of_no_work_at_all_are_thrown_away(tmp_path):
@@ -174,8 +194,8 @@ def test_an_index_and_its_manifest_change_at_one_moment(copy, bert, monkeypatch,
 
 def test_keys_are_found_by_number_across_shards(copy, bert, small_pieces):
     corpus = Corpus.load(copy / "corpus")
-    keys = Keys(copy / "keys", corpus, CHUNK_LEN, bert)
-    keys.compute(64)
+    keys = Keys(copy / "keys", corpus, CHUNK_LEN, bert.made_with)
+    keys.compute(bert, 64)
     blocks = np.concatenate([block for _, block in keys.blocks()])
     numbers = np.array([0, 63, 64, 65, 200, len(blocks) - 1, 5])
     assert len(keys.pieces) > 3 and (keys.rows(numbers) == blocks[numbers]).all()
