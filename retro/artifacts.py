@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-FORMAT_VERSION = 3  # raised when the meaning of a written file changes
+FORMAT_VERSION = 4  # raised when the meaning of a written file changes
 MAX_NUMBER = 1 << 53  # what JSON's numbers hold exactly
 LOCK_FILE = ".lock"
 TEMPORARY = ".tmp"  # how the names of unfinished files end

@@ -149,31 +149,32 @@ def prepare_database(
     """The database's manifest: found, or built."""
     from retro.corpus import REPAIR
     from retro.database import (
-        KEYS_FOLDER,
         MANIFEST_FILE,
         PARTS_FOLDER,
         build_database,
+        mend_keys,
         read_manifest,
         wanted_database,
     )
-    from retro.faiss_index import holds_keys, new_index, verify_index
-    from retro.keys import Keys
+    from retro.faiss_index import verify_index
 
     search = preset.n_probe or preset.recall
     wanted = wanted_database(corpus, preset.chunk_len, preset.index, search, preset.embedder, seed)
     repair = f"{REPAIR} --chunk-len {preset.chunk_len} --index {preset.index} --data-path {data_path}"
-    found = _found(data_path / MANIFEST_FILE, wanted, repair, rebuild)
-    if found:
+
+    def whole() -> bool:
+        """Whether the database is there, of this text, and neither torn nor altered."""
+        if not _found(data_path / MANIFEST_FILE, wanted, repair, rebuild):
+            return False
         try:
-            manifest = read_manifest(data_path, repair)
-            verify_index(data_path, manifest, repair)
-            if not holds_keys(new_index(manifest["d_emb"], manifest["index"])):
-                Keys(data_path / KEYS_FOLDER, corpus, manifest["chunk_len"], manifest).verify()
-        except (ValueError, FileNotFoundError) as error:  # torn or altered, but of this text: nothing is lost
+            verify_index(data_path, read_manifest(data_path, repair), repair)
+        except ValueError as error:  # nothing is lost
             say(f"made again: {error}")
-            found = False
-    distributed.wait()  # until all have looked
-    if found:
+            return False
+        return True
+
+    if distributed.agreed(whole):
+        mend_keys(data_path, corpus, read_manifest(data_path, repair), device)
         distributed.first(lambda: remove_unfinished(data_path, data_path / PARTS_FOLDER))
     else:
         build_database(

@@ -47,7 +47,7 @@ import numpy as np
 import torch
 from labml import monit
 
-from retro import distributed
+from retro import artifacts, distributed
 from retro.artifacts import (
     FORMAT_VERSION,
     Fields,
@@ -65,6 +65,7 @@ from retro.faiss_index import (
     build_index,
     choose_index,
     choose_n_probe,
+    holds_keys,
     ivf_of,
     n_lists_of,
     nearest,
@@ -208,8 +209,30 @@ def build_database(
             if not manifest["lists_sha256"]:
                 (data_path / LISTS_FILE).unlink(missing_ok=True)
             shutil.rmtree(data_path / PARTS_FOLDER, ignore_errors=True)
+            keys.forget_others()
         distributed.wait()
     return read_manifest(data_path)
+
+
+def mend_keys(data_path: Path, corpus: Corpus, manifest: dict[str, Any], device: torch.device | str) -> None:
+    """Embed again those chunks whose keys are missing or damaged, of a database whose index needs them."""
+    keys = Keys(data_path / KEYS_FOLDER, corpus, manifest["chunk_len"], manifest)
+
+    def whole() -> bool:
+        if holds_keys(read_index(data_path, manifest, REPAIR)):
+            return True
+        try:
+            keys.verify()
+        except (ValueError, FileNotFoundError) as error:
+            print(f"made again: {error}", flush=True)
+            return False
+        return True
+
+    if not distributed.agreed(whole):
+        bert = BERTChunkEmbeddings(device, manifest["embedder"], manifest["trim"], manifest["precision"])
+        with distributed.only_writer(data_path):
+            keys.compute(bert, batch_size=4096)
+    distributed.first(lambda: artifacts.remove_unfinished(data_path, *keys.others))
 
 
 def state_of_database(corpus: Corpus) -> dict[str, Any]:
@@ -288,12 +311,15 @@ class RetroIndex:
         wanted: dict[str, Any] = {"corpus_sha256": self.corpus.sha256, "database_sha256": self.corpus.database_sha256}
         if chunk_len is not None:
             wanted["chunk_len"] = chunk_len
-        repair = f"{REPAIR} --chunk-len {chunk_len or made_with['chunk_len']}"
+        repair = f"{REPAIR} --chunk-len {chunk_len or made_with['chunk_len']} --data-path {data_path}"
         require_match(path, made_with, wanted, repair)
         self.chunk_len: int = made_with["chunk_len"]
         self.n_neighbors, self.n_extra, self.exclude_neighbor_span = n_neighbors, n_extra, exclude_neighbor_span
         with monit.section("Load index"):
             self.index = read_index(data_path, made_with, repair)
+        again = f"python -m retro.database --data-path {data_path} --chunk-len {self.chunk_len}"
+        again += f" --index {made_with['index_wanted']} --embedder {made_with['embedder']}"
+        self.keys = Keys(data_path / KEYS_FOLDER, self.corpus, self.chunk_len, made_with, again)
         self.n_probe = n_probe or made_with["n_probe"]
         set_n_probe(self.index, self.n_probe)
 
@@ -306,7 +332,6 @@ class RetroIndex:
             {"precision": self.bert.precision, "trim": self.bert.trim, "embedder_sha256": self.bert.sha256},
             f"{REPAIR} --embedder {self.bert.embedder}",
         )
-        self.keys = Keys(data_path / KEYS_FOLDER, self.corpus, self.chunk_len, made_with)
 
     def filter_neighbors(self, offset: int, neighbor_offsets: Sequence[int]) -> list[int]:
         """The tutorial's filter: neighbors that do not overlap the query chunk at `offset`.

@@ -68,6 +68,19 @@ def first(work: Callable[[], T]) -> T | None:
     return result
 
 
+def agreed(look: Callable[[], bool]) -> bool:
+    """What the first process sees: all go the same way."""
+    seen = first(look)
+    if n_processes() > 1:
+        import torch
+
+        device = join().device
+        told = torch.tensor([bool(seen)], dtype=torch.uint8, device=device)
+        torch.distributed.broadcast(told, src=0)
+        return bool(told.item())
+    return bool(seen)
+
+
 def share(numbers: list[int]) -> list[int]:
     """Those of the numbers that are this process's to work on."""
     return [number for number in numbers if number % n_processes() == rank()]

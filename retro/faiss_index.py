@@ -44,7 +44,8 @@ KMEANS_ITERATIONS = 10  # FAISS does 25; recall at 10 was no lower after 10, in 
 ROTATION_KEYS = 1 << 14  # that OPQ learns its rotation from; FAISS takes four times as many, in four times the time
 GRAPH_BREADTH = 64  # of the walk from list to list; FAISS' 16 puts 5% of the keys into a list that is not the nearest
 EXACT_UP_TO = 50_000  # chunks; brute force over these takes no longer than embedding the queries
-CANDIDATES = 4  # times as many as are wanted; twice as many again find 3% more, in twice the time
+CANDIDATES, LEAST_WANTED = 4, 11  # times as many as are wanted, of at least so many; twice as many find 3% more
+ROWS_AT_ONCE = 1 << 16  # keys of candidates in memory
 KEYS_PER_LIST = 32  # to learn a list's centroid from
 KEYS_PER_PART = 1 << 20  # of an index that is filled in parts
 ON_DISK_ABOVE = 0.25  # of the machine's memory
@@ -300,9 +301,10 @@ def centroids_of(index: faiss.Index) -> int:
     """The most centroids that a part of the index learns from its training keys; sets how it learns them."""
     needed = [0]
     if isinstance(index, faiss.IndexPreTransform):
-        rotation = faiss.downcast_VectorTransform(index.chain.at(0))
-        if isinstance(rotation, faiss.OPQMatrix):
-            rotation.max_train_points = ROTATION_KEYS
+        for number in range(index.chain.size()):
+            rotation = faiss.downcast_VectorTransform(index.chain.at(number))
+            if isinstance(rotation, faiss.OPQMatrix):
+                rotation.max_train_points = ROTATION_KEYS
     if (ivf := ivf_of(index)) is not None:
         needed.append(ivf.nlist)
         _set_clustering(ivf.cp)
@@ -400,11 +402,9 @@ def choose_n_probe(index: faiss.Index, keys: Keys, truth: Truth, target: float) 
 
 def holds_keys(index: faiss.Index) -> bool:
     """Whether an index keeps whole keys, and not codes of them that only tell about how far they are."""
-    if (ivf := ivf_of(index)) is not None:
-        return ivf.code_size == 4 * index.d
-    index = faiss.downcast_index(index)
-    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexIDMap2) else index
-    return isinstance(inner, (faiss.IndexFlat, faiss.IndexHNSWFlat))
+    outer = faiss.downcast_index(index)  # `index` stays, because it owns what this one points to
+    inner = faiss.downcast_index(outer.index) if isinstance(outer, faiss.IndexIDMap2) else outer
+    return isinstance(inner, (faiss.IndexFlat, faiss.IndexHNSWFlat, faiss.IndexIVFFlat))
 
 
 def nearest(
@@ -413,18 +413,19 @@ def nearest(
     """The `k` nearest chunks that an index finds: squared L2 distances and offsets, of shape `[q, k]`, nearest first.
 
     Codes tell distances roughly. So an index of codes is asked for `CANDIDATES` times as many, and their whole
-    keys decide. -1 is the offset where there are fewer.
+    keys decide; the best of few are the same as the first of more. -1 is the offset where there are fewer.
     """
 
     def search(n: int) -> tuple[np.ndarray, np.ndarray]:
-        return index.search(queries, n, params=parameters) if parameters else search_many(index, queries, n)
+        return search_many(index, queries, n) if parameters is None else index.search(queries, n, params=parameters)
 
     if holds_keys(index):
         return search(k)
-    _, found = search(CANDIDATES * k)
+    _, found = search(CANDIDATES * max(k, LEAST_WANTED))
     distances = np.full(found.shape, np.finfo(np.float32).max, dtype=np.float32)
-    for start in range(0, len(queries), 256):  # in parts, because all candidates' keys are in memory at once
-        rows, columns = np.nonzero(found[start : start + 256] >= 0)
+    part = max(1, ROWS_AT_ONCE // found.shape[1])
+    for start in range(0, len(queries), part):
+        rows, columns = np.nonzero(found[start : start + part] >= 0)
         rows += start
         candidates = keys.rows(keys.numbers_of(found[rows, columns]))
         candidates -= queries[rows]
@@ -439,12 +440,12 @@ def search_many(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[np.nda
     All queries that search a list are then compared with its decoded keys in one matrix product, in place of
     a table look-up for each key and query: the same distances but for rounding, several times as fast.
     """
-    index = faiss.downcast_index(index)
-    known = index.__class__ in (faiss.IndexIVFPQ, faiss.IndexIVFFlat)
-    if not known or len(queries) * index.nprobe < MANY_QUERIES_PER_LIST * index.nlist:
+    lists = faiss.downcast_index(index)
+    known = lists.__class__ in (faiss.IndexIVFPQ, faiss.IndexIVFFlat)
+    if not known or len(queries) * lists.nprobe < MANY_QUERIES_PER_LIST * lists.nlist:
         return index.search(queries, k)
     # In parts, because the distances of a list's queries and keys are in memory at once.
     parts = [queries[i : i + 8192] for i in range(0, len(queries), 8192)]
     with contextlib.redirect_stdout(io.StringIO()):  # it reports on every list
-        results = [big_batch_search(index, part, k, method="pairwise_distances") for part in parts]
+        results = [big_batch_search(lists, part, k, method="pairwise_distances") for part in parts]
     return np.concatenate([d for d, _ in results]), np.concatenate([i for _, i in results])

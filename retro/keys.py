@@ -8,7 +8,9 @@ float32 rows, and the rows of all shards, one after the other, are those of `chu
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ import numpy as np
 from tqdm import tqdm
 
 from retro import distributed
-from retro.artifacts import sha256_of_json
+from retro.artifacts import require_match, sha256_of_json
 from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.corpus import REPAIR, Corpus
 from retro.shards import Shards
 
 TOKENS_PER_PIECE = 1 << 19  # of text: the work that an interruption can lose, and that shares its duplicates
+MOST_OPEN = 256  # shards mapped at one time: each takes one of the files that a process may have open
 
 
 def chunk_offsets(corpus: Corpus, chunk_len: int, documents: range | None = None) -> np.ndarray:
@@ -41,14 +44,18 @@ def chunk_offsets(corpus: Corpus, chunk_len: int, documents: range | None = None
 class Keys:
     """Embeddings of all chunks of a corpus' database, in shards of float32 on disk.
 
-    * `folder` holds the shards
+    * `folder` holds the shards, in a folder of their own for all that they depend on: what is there for another text,
+      chunk length or BERT stays until `forget_others`
     * `embedder` is what the embeddings depend on: `BERTChunkEmbeddings.made_with`, or a database's manifest
+    * `repair` is the command that makes them again
 
-    `offsets` (n) are the chunks', ascending, `living` (n) tells those of documents that have not been removed.
+    `offsets` (n) are the chunks', ascending.
     """
 
-    def __init__(self, folder: Path, corpus: Corpus, chunk_len: int, embedder: Mapping[str, Any]) -> None:
-        self.corpus, self.chunk_len, self.d_emb = corpus, chunk_len, int(embedder["d_emb"])
+    def __init__(
+        self, folder: Path, corpus: Corpus, chunk_len: int, embedder: Mapping[str, Any], repair: str = REPAIR
+    ) -> None:
+        self.corpus, self.chunk_len, self.d_emb, self.repair = corpus, chunk_len, int(embedder["d_emb"]), repair
         per_shard = max(1, TOKENS_PER_PIECE // chunk_len)
         self.pieces: list[np.ndarray] = []  # offsets of each shard's chunks
         labels: list[str] = []
@@ -59,19 +66,28 @@ class Keys:
             label = sha256_of_json([corpus.documents[i].sha256 for i in part]) if part.start else ""
             labels += [label] * (len(self.pieces) - len(labels))
         self.offsets = np.concatenate(self.pieces)
-        self.living = ~np.isin(corpus.document_of(self.offsets), list(corpus.removed))
         self.firsts = np.cumsum([0] + [len(piece) for piece in self.pieces])  # number of each shard's first key
+        self.embedder = {name: embedder[name] for name in ("embedder_sha256", "trim", "precision")}
         made_with = {
             "corpus_sha256": corpus.sha256,
             "chunk_len": chunk_len,
-            **{name: embedder[name] for name in ("embedder_sha256", "trim", "precision")},
+            **self.embedder,
             "keys_per_shard": per_shard,
         }
-        self.shards = Shards(folder, made_with, labels, ".npy")
-        self._opened: dict[int, np.ndarray] = {}
+        self.shards = Shards(folder / sha256_of_json(made_with)[:8], made_with, labels, ".npy")
+        self._opened: dict[int, np.ndarray] = {}  # the last ones to be read, the very last at the end
+
+    @cached_property
+    def living(self) -> np.ndarray:
+        """Which of the keys are of documents that have not been removed, of shape `[n]`."""
+        return ~np.isin(self.corpus.document_of(self.offsets), list(self.corpus.removed))
 
     def compute(self, bert: BERTChunkEmbeddings, batch_size: int) -> None:
-        """Embed the chunks whose shards are missing, each shard by itself, so that it has the same bytes always."""
+        """Embed the chunks whose shards are missing, each shard by itself, so that it has the same bytes always.
+
+        Raises `ValueError` for a BERT that is not the one the keys are of.
+        """
+        require_match(self.shards.folder, bert.made_with, self.embedder, self.repair)
         distributed.first(self.shards.open)
         missing = self.shards.missing()
         mine = sum(len(self.pieces[number]) for number in distributed.share(list(range(len(self.pieces)))))
@@ -84,6 +100,17 @@ class Keys:
                     np.save(file, rows, allow_pickle=False)
         distributed.wait()
 
+    def forget_others(self) -> None:
+        """Delete the keys of other texts, chunk lengths and BERTs."""
+        for path in self.others:
+            shutil.rmtree(path)
+
+    @property
+    def others(self) -> list[Path]:
+        """Folders of keys that are not these."""
+        folder = self.shards.folder.parent
+        return [p for p in folder.iterdir() if p.is_dir() and p != self.shards.folder] if folder.exists() else []
+
     def verify(self) -> None:
         """Raise `FileNotFoundError` if a shard is missing, or has not the bytes that its name speaks of."""
         for number in range(len(self.pieces)):
@@ -91,19 +118,23 @@ class Keys:
 
     def _shard(self, number: int) -> np.ndarray:
         """A shard, mapped from its file; the first time it is read whole, to see that it is what its name says."""
-        if number not in self._opened:
-            self._opened[number] = self._open(number)
-        return self._opened[number]
+        shard = self._opened.pop(number) if number in self._opened else self._open(number)
+        self._opened[number] = shard
+        if len(self._opened) > MOST_OPEN:
+            self._opened.pop(next(iter(self._opened)))
+        return shard
 
     def _open(self, number: int) -> np.ndarray:
         try:
             file, expected = self.shards.path(number), (len(self.pieces[number]), self.d_emb)
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"{self.shards.folder} has no shard {number}, or a damaged one. Make it again: {REPAIR}"
+                f"{self.shards.folder} has no shard {number}, or a damaged one. Make it again: {self.repair}"
             ) from None
         try:
             shard = np.load(file, mmap_mode="r", allow_pickle=False)
+        except OSError:
+            raise
         except Exception as error:  # numpy raises many kinds for a crafted header
             raise ValueError(f"{file} is no numpy array ({error}). Delete it and run the same command again.") from None
         if shard.shape != expected or shard.dtype != np.float32:
@@ -125,10 +156,10 @@ class Keys:
     def rows(self, numbers: np.ndarray) -> np.ndarray:
         """The keys of these numbers, of shape `[len(numbers), d_emb]`."""
         keys = np.empty((len(numbers), self.d_emb), dtype=np.float32)
-        order = np.argsort(numbers, kind="stable")
+        order = np.argsort(numbers, kind="stable")  # read in the order of the files
         shards = np.searchsorted(self.firsts, numbers[order], side="right") - 1
-        for at in np.split(order, np.flatnonzero(np.diff(shards)) + 1) if len(order) else ():
-            shard = int(np.searchsorted(self.firsts, numbers[at[0]], side="right")) - 1
+        for shard in np.unique(shards).tolist():
+            at = order[slice(*np.searchsorted(shards, [shard, shard + 1]))]
             keys[at] = self._shard(shard)[numbers[at] - self.firsts[shard]]
         return keys
 
@@ -138,6 +169,6 @@ class Keys:
         if len(wrong := np.flatnonzero(self.offsets[numbers] != offsets)):
             raise ValueError(
                 f"the index holds offset {offsets[wrong[0]]}, where no chunk begins, of a text of "
-                f"{len(self.corpus.tokens)} tokens. Rebuild it: {REPAIR}"
+                f"{len(self.corpus.tokens)} tokens. Rebuild it: {self.repair}"
             )
         return numbers

@@ -29,7 +29,17 @@ from retro.artifacts import only_writer, require_match, sha256_of_file, write_js
 from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.corpus import REPAIR, Corpus, Document, find_texts, read_documents, sha256_of_text, write_documents
 from retro.database import KEYS_FOLDER, MANIFEST_FILE, PARTS_FOLDER, build_database, read_manifest, state_of_database
-from retro.faiss_index import INDEX_FILE, LISTS_FILE, Truth, add_rows, read_index, take_place, verify_index, write_index
+from retro.faiss_index import (
+    INDEX_FILE,
+    LISTS_FILE,
+    Truth,
+    add_rows,
+    read_index,
+    set_n_probe,
+    take_place,
+    verify_index,
+    write_index,
+)
 from retro.keys import Keys
 
 MEASURE_UP_TO = 4_000_000  # keys; above, recall stays as it was measured when the index was built
@@ -149,7 +159,7 @@ def _follow(data_path: Path, bert: BERTChunkEmbeddings | None, device: torch.dev
     require_match(
         data_path / MANIFEST_FILE,
         manifest,
-        {"corpus_sha256": corpus.sha256, "embedder_sha256": bert.sha256, "precision": bert.precision},
+        {"corpus_sha256": corpus.sha256},
         REPAIR,
     )
     keys = Keys(data_path / KEYS_FOLDER, corpus, manifest["chunk_len"], manifest)
@@ -158,6 +168,7 @@ def _follow(data_path: Path, bert: BERTChunkEmbeddings | None, device: torch.dev
     added = {i for part in corpus.parts[len(manifest["additions"]) + 1 :] for i in part}
     come = list((added | was_removed) - corpus.removed)
     index = _writable(data_path, manifest)
+    set_n_probe(index, manifest["n_probe"])
     for number in corpus.removed - was_removed - added:
         try:
             index.remove_ids(faiss.IDSelectorRange(int(corpus.starts[number]), int(corpus.starts[number + 1])))

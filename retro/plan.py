@@ -199,14 +199,19 @@ def _memory(p: Plan, rates: Rates) -> dict[str, float]:
     code = re.search(r",PQ(\d+)$", p.index)
     table = 4.0 * 256 * int(code[1]) * n_lists_of(p.index) if code else 0.0
     learnt = p.learnt_bytes + (table if table <= MOST_TABLE_BYTES else 0.0)
-    # The sample of keys, rotated too; residuals, and what a rotation is learnt from, of those that codes learn from.
-    training = 4 * d * (p.n_train * (1 + rotated) + min(p.n_train, N_CODE_TRAIN) + 2 * ROTATION_KEYS * rotated)
+    # The sample of keys, rotated too; the residuals that codes, and twice those that a rotation, are learnt from.
+    n_rotation = min(p.n_train, ROTATION_KEYS) * rotated
+    training = 4 * d * (p.n_train * (1 + rotated) + min(p.n_train, N_CODE_TRAIN) + 2 * n_rotation)
     part = codes / max(1, p.n_parts)
     merging = learnt + (part if p.on_disk else part + GROWTH * codes) if p.n_parts else GROWTH * codes
     tables = p.n_chunks * BYTES_PER_CHUNK + p.n_documents * BYTES_PER_DOCUMENT
     return {
         "building": rates.base_memory + BYTES_OF_SHARDS + tables + learnt + max(training, merging),
-        "serving": rates.base_memory + p.n_documents * BYTES_PER_DOCUMENT / 3 + learnt + (0 if p.on_disk else codes),
+        "serving": rates.base_memory
+        + p.n_documents * BYTES_PER_DOCUMENT / 3
+        + p.n_chunks * BYTES_PER_CHUNK / 2  # where the chunks are
+        + learnt
+        + (0 if p.on_disk else codes),
     }
 
 
@@ -345,7 +350,7 @@ def _embedding(corpus: Corpus, chunk_len: int, bert: BERTChunkEmbeddings) -> tup
     ids = bert.tokenizer(words, add_special_tokens=False, truncation=True, max_length=bert.max_len)["input_ids"]
     distinct = {tuple(row): text for row, text in zip(ids, texts, strict=True)}
     lengths = np.array([len(row) for row in distinct])
-    drawn = np.random.default_rng(0).permutation(np.unique(lengths))  # whole lengths, because batches have one
+    drawn = np.random.default_rng(0).permutation(np.unique(lengths))  # whole lengths, because batches have about one
     totals = np.cumsum([lengths[lengths == length].sum() for length in drawn])
     bert(texts[:64])  # the first call takes longer
     n_tokens = TOKENS_PER_BATCH

@@ -7,9 +7,9 @@ the pieces that are missing. Several processes make a piece each.
 A shard's name ends in a hash of its bytes *and* of what it was made with, so a torn or altered one, or one of
 another corpus, is told by its name: it is thrown away and made again.
 
-    keys/manifest.json
-    keys/000000-6f0c1be5a0f1c3d2.npy
-    keys/000001-93b8d1a4e57f2c60.npy
+    keys/51f9a2c7/manifest.json
+    keys/51f9a2c7/000000-6f0c1be5a0f1c3d2.npy
+    keys/51f9a2c7/000001-93b8d1a4e57f2c60.npy
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Shards:
         self.labels = labels
         self.suffix = suffix
         self._verified: dict[int, Path] = {}
+        self._listed: dict[int, list[Path]] = {}
 
     def __len__(self) -> int:
         """Number of pieces, finished or not."""
@@ -68,13 +69,10 @@ class Shards:
 
     def missing(self, mine: bool = True) -> list[int]:
         """Numbers of the pieces to make: of this process's share, or of all. Removes damaged ones, and says so."""
-        numbers = list(range(len(self)))
-        files: dict[int, list[Path]] = {number: [] for number in numbers}
-        for file in self.folder.glob(f"*{self.suffix}"):
-            files.get(int(file.name.partition("-")[0]), []).append(file)
+        numbers, files = list(range(len(self))), self._files()
         missing = []
         for number in distributed.share(numbers) if mine else numbers:
-            for file in files[number]:
+            for file in files.get(number, ()):
                 if number not in self._verified and file.name == self._name(number, file):
                     self._verified[number] = file
                 elif self._verified.get(number) != file:
@@ -95,13 +93,24 @@ class Shards:
     def path(self, number: int) -> Path:
         """The file of a finished piece. Raises `FileNotFoundError` if it is missing, or damaged."""
         if number not in self._verified:
-            found = [f for f in self.folder.glob(f"{number:06d}-*{self.suffix}") if f.name == self._name(number, f)]
+            if number not in self._listed:
+                self._listed = self._files()
+            found = [f for f in self._listed.get(number, ()) if f.exists() and f.name == self._name(number, f)]
             if not found:
+                self._listed.pop(number, None)
                 raise FileNotFoundError(
                     f"{self.folder} has no whole shard {number}; run the same command again to make it"
                 )
             self._verified[number] = found[0]
         return self._verified[number]
+
+    def _files(self) -> dict[int, list[Path]]:
+        """The files of the folder that have a piece's number."""
+        files: dict[int, list[Path]] = {}
+        for file in self.folder.glob(f"*-*{self.suffix}"):
+            if (number := file.name.partition("-")[0]).isdigit():
+                files.setdefault(int(number), []).append(file)
+        return files
 
     def remove(self) -> None:
         """Delete the folder: what the pieces were for is written."""

@@ -250,7 +250,7 @@ KINDS = {
     "retro.index.json": "read_data",
     "retro.index": "read_data",
     DATASET_FILE["train"]: "read_data",
-    "keys/000000-*.npy": "read_keys",
+    "keys/*/000000-*.npy": "read_keys",
     "run.json": "read_run",
     "summary.json": "read_run",
     "checkpoints/00000004/config.json": "read_run",

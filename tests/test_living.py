@@ -50,7 +50,7 @@ def brute_force(index, bert, queries, k):
 
 def test_what_is_added_is_found_and_nothing_else_is_embedded(copy, bert, pericles, monkeypatch):
     before = Corpus.load(copy / "corpus")
-    keys = {p.name: p.read_bytes() for p in (copy / "keys").iterdir()}
+    keys = {p.name: p.read_bytes() for p in (copy / "keys").rglob("*.*")}
     embedded = []
     call = BERTChunkEmbeddings.__call__
 
@@ -64,7 +64,7 @@ def test_what_is_added_is_found_and_nothing_else_is_embedded(copy, bert, pericle
     added = [d.name for d in corpus.documents[len(before.documents) :]]
     assert sorted(added) == ["glass.txt", "pericles.md"] and manifest["additions"] == [2]
     assert len(embedded) == sum(len(chunk_offsets(corpus, CHUNK_LEN, part)) for part in corpus.parts[1:])
-    assert keys.items() <= {p.name: p.read_bytes() for p in (copy / "keys").iterdir()}.items()
+    assert keys.items() <= {p.name: p.read_bytes() for p in (copy / "keys").rglob("*.*")}.items()
     # Offsets, splits and with them the dataset are what they were.
     assert (corpus.tokens[: len(before.tokens)] == before.tokens).all() and corpus.sha256 == before.sha256
     assert corpus.valid == before.valid and corpus.split("valid") == before.split("valid")
@@ -142,6 +142,14 @@ def test_a_change_killed_between_corpus_and_index_is_finished_by_the_same_comman
     monkeypatch.setattr(living, "_follow", follow)
     assert add_documents([pericles], copy, bert=bert)["additions"] == [2]
     RetroIndex(data_path=copy, bert=bert)
+
+
+def test_a_bert_that_reads_chunks_otherwise_adds_nothing(copy, pericles):
+    before = {p: p.read_bytes() for p in copy.rglob("*.npy")}
+    other = BERTChunkEmbeddings("cpu", trim=True, precision="fp32")  # the database's chunks are not trimmed
+    with pytest.raises(ValueError, match="trim=True, but trim=False"):
+        add_documents([pericles], copy, bert=other)
+    assert before == {p: p.read_bytes() for p in copy.rglob("*.npy")}
 
 
 def test_what_cannot_be_added_or_removed_is_refused_and_changes_nothing(copy, bert, tmp_path, plays, capsys):

@@ -56,7 +56,7 @@ def kill_a_worker(process, pattern, folder):
 def test_two_processes_killed_twice_leave_what_one_leaves(alone, tmp_path):
     chaos.prepare(tmp_path)
     process = torchrun("database", "dataset", "train", cwd=tmp_path, restarts=2)
-    first = kill_a_worker(process, "data/keys/000002-*.npy", tmp_path)  # in the embedding
+    first = kill_a_worker(process, "data/keys/*/000002-*.npy", tmp_path)  # in the embedding
     second = kill_a_worker(process, "logs/*/*/checkpoints/00000008", tmp_path)  # in the training
     said, _ = process.communicate()
     assert process.returncode == 0 and first != second, said[-4000:]

@@ -52,7 +52,7 @@ def test_a_damaged_shard_is_named_and_made_again(copy, bert, small_pieces, capsy
     corpus = Corpus.load(copy / "corpus")
     shutil.rmtree(copy / "keys")
     build_database(CHUNK_LEN, corpus=corpus, data_path=copy, index="Flat", bert=bert)
-    shards = sorted((copy / "keys").glob("*.npy"))
+    shards = sorted((copy / "keys").rglob("*.npy"))
     assert len(shards) > 5
     content = shards[3].read_bytes()
     if damage == "of another text":  # a whole shard, under the name that a piece of another number had
@@ -66,23 +66,44 @@ def test_a_damaged_shard_is_named_and_made_again(copy, bert, small_pieces, capsy
     assert shards[3].read_bytes() == content and (copy / "retro.index").read_bytes() == index
 
 
-def test_a_damaged_key_decides_nothing_and_the_same_command_mends_it(plays, bert, tmp_path, capsys):
+def test_a_damaged_key_decides_nothing_and_the_same_command_mends_it(plays, bert, tmp_path, capsys, monkeypatch):
     arguments = [str(plays), "--tokenizer", "bpe:400", "--chunk-len", "16", "--index", "IVF8,PQ16"]
     arguments += ["--data-path", str(tmp_path)]
     assert database_command(arguments) == 0
     expected = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    (shard,) = (tmp_path / "keys").glob("*.npy")
+    (shard,) = (tmp_path / "keys").rglob("*.npy")
     shard.write_bytes(expected[shard][:-1] + b"?")
     made_with = RetroIndex(data_path=tmp_path).made_with
     rounded = BERTChunkEmbeddings("cpu", trim=False, precision=made_with["precision"])
     index = RetroIndex(data_path=tmp_path, bert=rounded)
-    with pytest.raises(FileNotFoundError, match=r"keys has no shard 0, or a damaged one.*python -m retro\.database"):
+    with pytest.raises(FileNotFoundError, match=r"keys/\w+ has no shard 0, or a damaged one") as refused:
         index.search(index.embed(["To be, or not to be"]), 2)
     capsys.readouterr()
-    assert database_command(arguments) == 0
+    monkeypatch.setattr("retro.faiss_index._trained", None)  # the index is whole: nothing is learnt again
+    command = str(refused.value).partition("Make it again: python -m retro.database ")[2]
+    assert database_command(command.split()) == 0
     said = capsys.readouterr().out.replace("\n", "")
     assert "made again: " in said and f"{shard} is damaged" in said
     assert expected == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_a_build_with_other_chunks_leaves_a_working_database_until_it_is_done(copy, bert, monkeypatch):
+    corpus = Corpus.load(copy / "corpus")
+    build_database(CHUNK_LEN, corpus=corpus, data_path=copy, index="IVF8,PQ16", bert=bert)
+    queries = bert([corpus.text(40 * i, CHUNK_LEN) for i in range(9)]).numpy()
+    before = [x.tolist() for x in RetroIndex(data_path=copy, bert=bert).search(queries, 3)]
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("retro.database.write_index", die)
+    with pytest.raises(KeyboardInterrupt):
+        build_database(2 * CHUNK_LEN, corpus=corpus, data_path=copy, index="IVF8,PQ16", bert=bert)
+    assert before == [x.tolist() for x in RetroIndex(data_path=copy, bert=bert).search(queries, 3)]
+    monkeypatch.undo()
+    build_database(2 * CHUNK_LEN, corpus=corpus, data_path=copy, index="IVF8,PQ16", bert=bert)
+    assert len(list((copy / "keys").iterdir())) == 1
+    assert len(RetroIndex(data_path=copy, bert=bert).keys.offsets) < len(corpus.tokens) / CHUNK_LEN
 
 
 def test_shards_of_other_texts_or_of_no_work_at_all_are_thrown_away(tmp_path):
@@ -192,7 +213,8 @@ def test_an_index_and_its_manifest_change_at_one_moment(copy, bert, monkeypatch,
     assert ((copy / "retro.index").read_bytes() == before) == died.startswith("before")
 
 
-def test_keys_are_found_by_number_across_shards(copy, bert, small_pieces):
+def test_keys_are_found_by_number_across_shards_few_of_them_open(copy, bert, small_pieces, monkeypatch):
+    monkeypatch.setattr(keys_module, "MOST_OPEN", 2)
     corpus = Corpus.load(copy / "corpus")
     keys = Keys(copy / "keys", corpus, CHUNK_LEN, bert.made_with)
     keys.compute(bert, 64)
