@@ -60,7 +60,9 @@ N_CODE_TRAIN = 1 << 16  # keys that FAISS learns codes from, at most
 OPQ_ROUNDS, OPQ_ITERATIONS = 50, 40 + 49 * 4  # of k-means, in all rounds of learning a rotation
 BYTES_PER_CHUNK = 35  # of memory: its offset twice, the document it is in, whether it is living, a number at training
 BYTES_PER_DOCUMENT = 1000  # of memory: its entry, a third, and again as text while the manifest is written
-BYTES_OF_SHARDS = 3e8  # of memory: embedding whole shards takes as much more than the sample did
+# Memory that embedding takes beyond its sample: for a whole shard, and more whenever there are twice as many, because a
+# CPU's kernels are kept for each shape of a batch. Seen: 0.15 GB after one shard, 0.29 after 4, 0.45 after 15.
+BYTES_OF_SHARDS, MOST_DOUBLINGS = (1.5e8, 0.7e8), 6
 MOST_TABLE_BYTES = 1 << 31  # FAISS makes a table of distances between centroids and codes, unless it takes more
 GROWTH = 1.5  # room that a list takes for its keys: it doubles when it is full
 
@@ -194,7 +196,10 @@ def plan(n_tokens: float, rates: Rates, index: str = "auto", n_processes: int = 
 
 
 def _memory(p: Plan, rates: Rates) -> dict[str, float]:
-    """The most bytes in memory at one time, while the database is built and while it is searched."""
+    """The most bytes in memory at one time, while the database is built and while it is searched.
+
+    Pages of mapped files, which the system takes back when it needs them, do not count.
+    """
     d, rotated, codes = rates.d_emb, "OPQ" in p.index, p.files["index"] - p.learnt_bytes
     code = re.search(r",PQ(\d+)$", p.index)
     table = 4.0 * 256 * int(code[1]) * n_lists_of(p.index) if code else 0.0
@@ -204,9 +209,10 @@ def _memory(p: Plan, rates: Rates) -> dict[str, float]:
     training = 4 * d * (p.n_train * (1 + rotated) + min(p.n_train, N_CODE_TRAIN) + 2 * n_rotation)
     part = codes / max(1, p.n_parts)
     merging = learnt + (part if p.on_disk else part + GROWTH * codes) if p.n_parts else GROWTH * codes
+    embedding = BYTES_OF_SHARDS[0] + BYTES_OF_SHARDS[1] * min(MOST_DOUBLINGS, math.log2(p.n_shards))
     tables = p.n_chunks * BYTES_PER_CHUNK + p.n_documents * BYTES_PER_DOCUMENT
     return {
-        "building": rates.base_memory + BYTES_OF_SHARDS + tables + learnt + max(training, merging),
+        "building": rates.base_memory + embedding + tables + learnt + max(training, merging),
         "serving": rates.base_memory
         + p.n_documents * BYTES_PER_DOCUMENT / 3
         + p.n_chunks * BYTES_PER_CHUNK / 2  # where the chunks are
