@@ -167,7 +167,9 @@ def test_chunks_start_with_their_documents_and_come_from_training_only(index):
     assert offsets.max() < corpus.n_train_tokens and (np.diff(offsets) >= CHUNK_LEN).all()
 
 
-@pytest.mark.parametrize("factory", ["IVF8,PQ16", "IVF8,Flat", "OPQ16_64,IVF8_HNSW8,PQ16", "PCA64,Flat", "HNSW16", "SQ8"])
+@pytest.mark.parametrize(
+    "factory", ["IVF8,PQ16", "IVF8,Flat", "OPQ16_64,IVF8_HNSW8,PQ16", "PCA64,Flat", "HNSW16", "SQ8"]
+)
 def test_other_indexes_leave_a_document_out_too_and_report_their_recall(data, bert, tmp_path, factory):
     corpus = Corpus.load(data / "corpus")
     shutil.copytree(data / "keys", tmp_path / "keys")  # no embedding is needed for another index
