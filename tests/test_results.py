@@ -54,7 +54,7 @@ def test_a_verdict_follows_the_interval():
 
 
 def test_the_corpora_are_plays_and_sources_without_tests():
-    plays, library = dict(run.plays()), dict(run.library())
+    plays, sources = dict(run.plays()), dict(run.stdlib())
     assert len(plays) == 38 and all(len(text) > 50_000 for text in plays.values())
-    assert {"os.py", "json/decoder.py", "encodings/utf_8.py"} <= set(library)
-    assert not [name for name in library if "test" in Path(name).parts[:-1]]
+    assert {"os.py", "json/decoder.py", "encodings/utf_8.py"} <= set(sources)
+    assert not [name for name in sources if "test" in Path(name).parts[:-1]]
