@@ -26,6 +26,7 @@ from retro.presets import PRESETS, Preset, texts_of
 if TYPE_CHECKING:
     from retro.corpus import Corpus
 
+MISSING, WHOLE, DAMAGED_KEYS = range(3)  # states that a database is found in
 DATA = Path("data")  # where artifacts lie unless --data-path says otherwise
 Main = Callable[..., int]  # takes argv, or reads it from the process
 
@@ -152,30 +153,39 @@ def prepare_database(
         MANIFEST_FILE,
         PARTS_FOLDER,
         build_database,
+        keys_of,
         mend_keys,
         read_manifest,
         wanted_database,
     )
-    from retro.faiss_index import verify_index
+    from retro.faiss_index import holds_keys, read_index
 
     search = preset.n_probe or preset.recall
     wanted = wanted_database(corpus, preset.chunk_len, preset.index, search, preset.embedder, seed)
     repair = f"{REPAIR} --chunk-len {preset.chunk_len} --index {preset.index} --data-path {data_path}"
 
-    def whole() -> bool:
-        """Whether the database is there, of this text, and neither torn nor altered."""
+    def look() -> int:
+        """The state of the database of this text; a torn or altered index is as good as none."""
         if not _found(data_path / MANIFEST_FILE, wanted, repair, rebuild):
-            return False
+            return MISSING
+        state = MISSING
         try:
-            verify_index(data_path, read_manifest(data_path, repair), repair)
-        except ValueError as error:  # nothing is lost
+            manifest = read_manifest(data_path, repair)
+            index = read_index(data_path, manifest, repair)
+            state = DAMAGED_KEYS
+            if not holds_keys(index):
+                keys_of(data_path, corpus, manifest).verify()
+            return WHOLE
+        except (ValueError, FileNotFoundError) as error:  # nothing is lost
             say(f"made again: {error}")
-            return False
-        return True
+            return state
 
-    if distributed.agreed(whole):
-        mend_keys(data_path, corpus, read_manifest(data_path, repair), device)
-        distributed.first(lambda: remove_unfinished(data_path, data_path / PARTS_FOLDER))
+    if (state := distributed.agreed(look)) != MISSING:
+        manifest = read_manifest(data_path, repair)
+        keys = keys_of(data_path, corpus, manifest)
+        if state == DAMAGED_KEYS:
+            mend_keys(keys, data_path, manifest, device)
+        distributed.first(lambda: remove_unfinished(data_path, data_path / PARTS_FOLDER, *keys.others))
     else:
         build_database(
             preset.chunk_len,
@@ -221,16 +231,20 @@ def prepare_dataset(
     wanted = wanted_dataset(database, p.chunks_per_sample, p.skip_range, p.n_neighbors, exclude, seed)
     repair = f"{REPAIR} --data-path {data_path} --exclude {exclude} --chunks-per-sample {p.chunks_per_sample}"
     paths = [data_path / name for name in DATASET_FILE.values()]
-    found = all([_found(path, wanted, repair, rebuild, lambda path, _: read_header(path)) for path in paths])
-    if found:
+
+    def whole() -> bool:
+        """Whether both files are there, of this database, and neither torn nor altered."""
+        if not all([_found(path, wanted, repair, rebuild, lambda path, _: read_header(path)) for path in paths]):
+            return False
         try:
             for path in paths:
                 Dataset(path, corpus)
-        except ValueError as error:  # torn or altered, but of this database: nothing is lost
+        except ValueError as error:  # nothing is lost
             say(f"made again: {error}")
-            found = False
-    distributed.wait()  # until all have looked
-    if found:
+            return False
+        return True
+
+    if distributed.agreed(whole):
         distributed.first(lambda: remove_unfinished(data_path, *map(parts_folder, paths)))
     else:
         build_dataset(

@@ -25,9 +25,8 @@ nearest neighbors that the index finds, on a sample of keys, against brute force
 Where this differs from the tutorial: there are documents, so a continuation ends with its own; the
 held-out ones are not in the database; and what a query must not find is left out inside the search, so
 that $k$ neighbors come back wherever $k$ exist. The tutorial fetches a few more than it needs and
-filters them (`RetroIndex.filter_neighbors`), which can leave none. The
-tutorial takes neighbors in the order of their codes. The paper searches $2 \cdot 10^{12}$ tokens with
-SCaNN, in 10 ms a query (section 2.2).
+filters them (`RetroIndex.filter_neighbors`), which can leave none, and takes them in the order of their
+codes. The paper searches $2 \cdot 10^{12}$ tokens with SCaNN, in 10 ms a query (section 2.2).
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
     raise SystemExit(database_command())
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ import numpy as np
 import torch
 from labml import monit
 
-from retro import artifacts, distributed
+from retro import distributed
 from retro.artifacts import (
     FORMAT_VERSION,
     Fields,
@@ -65,7 +64,6 @@ from retro.faiss_index import (
     build_index,
     choose_index,
     choose_n_probe,
-    holds_keys,
     ivf_of,
     n_lists_of,
     nearest,
@@ -208,31 +206,22 @@ def build_database(
             take_place(data_path, manifest)
             if not manifest["lists_sha256"]:
                 (data_path / LISTS_FILE).unlink(missing_ok=True)
-            shutil.rmtree(data_path / PARTS_FOLDER, ignore_errors=True)
-            keys.forget_others()
+            for folder in (data_path / PARTS_FOLDER, *keys.others):
+                shutil.rmtree(folder, ignore_errors=True)
         distributed.wait()
     return read_manifest(data_path)
 
 
-def mend_keys(data_path: Path, corpus: Corpus, manifest: dict[str, Any], device: torch.device | str) -> None:
-    """Embed again those chunks whose keys are missing or damaged, of a database whose index needs them."""
-    keys = Keys(data_path / KEYS_FOLDER, corpus, manifest["chunk_len"], manifest)
+def keys_of(data_path: Path, corpus: Corpus, manifest: Mapping[str, Any], repair: str = REPAIR) -> Keys:
+    """The keys of the database that a manifest speaks of."""
+    return Keys(data_path / KEYS_FOLDER, corpus, manifest["chunk_len"], manifest, repair)
 
-    def whole() -> bool:
-        if holds_keys(read_index(data_path, manifest, REPAIR)):
-            return True
-        try:
-            keys.verify()
-        except (ValueError, FileNotFoundError) as error:
-            print(f"made again: {error}", flush=True)
-            return False
-        return True
 
-    if not distributed.agreed(whole):
-        bert = BERTChunkEmbeddings(device, manifest["embedder"], manifest["trim"], manifest["precision"])
-        with distributed.only_writer(data_path):
-            keys.compute(bert, batch_size=4096)
-    distributed.first(lambda: artifacts.remove_unfinished(data_path, *keys.others))
+def mend_keys(keys: Keys, data_path: Path, manifest: Mapping[str, Any], device: torch.device | str) -> None:
+    """Embed again the chunks of those shards that are missing or damaged; the index stays as it is."""
+    bert = BERTChunkEmbeddings(device, manifest["embedder"], manifest["trim"], manifest["precision"])
+    with distributed.only_writer(data_path):
+        keys.compute(bert)
 
 
 def state_of_database(corpus: Corpus) -> dict[str, Any]:
@@ -319,7 +308,7 @@ class RetroIndex:
             self.index = read_index(data_path, made_with, repair)
         again = f"python -m retro.database --data-path {data_path} --chunk-len {self.chunk_len}"
         again += f" --index {made_with['index_wanted']} --embedder {made_with['embedder']}"
-        self.keys = Keys(data_path / KEYS_FOLDER, self.corpus, self.chunk_len, made_with, again)
+        self.keys = keys_of(data_path, self.corpus, made_with, again)
         self.n_probe = n_probe or made_with["n_probe"]
         set_n_probe(self.index, self.n_probe)
 
@@ -329,7 +318,7 @@ class RetroIndex:
         require_match(
             path,
             made_with,
-            {"precision": self.bert.precision, "trim": self.bert.trim, "embedder_sha256": self.bert.sha256},
+            {name: self.bert.made_with[name] for name in self.keys.embedder},
             f"{REPAIR} --embedder {self.bert.embedder}",
         )
 

@@ -68,17 +68,16 @@ def first(work: Callable[[], T]) -> T | None:
     return result
 
 
-def agreed(look: Callable[[], bool]) -> bool:
-    """What the first process sees: all go the same way."""
-    seen = first(look)
+def agreed(look: Callable[[], int]) -> int:
+    """The number that `look` returns in the first process, in all of them: they go the same way."""
+    seen = look() if rank() == 0 else 0
     if n_processes() > 1:
         import torch
 
-        device = join().device
-        told = torch.tensor([bool(seen)], dtype=torch.uint8, device=device)
+        told = torch.tensor([seen], device=join().device)
         torch.distributed.broadcast(told, src=0)
-        return bool(told.item())
-    return bool(seen)
+        seen = int(told.item())
+    return seen
 
 
 def share(numbers: list[int]) -> list[int]:

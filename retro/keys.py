@@ -8,7 +8,6 @@ float32 rows, and the rows of all shards, one after the other, are those of `chu
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +44,7 @@ class Keys:
     """Embeddings of all chunks of a corpus' database, in shards of float32 on disk.
 
     * `folder` holds the shards, in a folder of their own for all that they depend on: what is there for another text,
-      chunk length or BERT stays until `forget_others`
+      chunk length or BERT stays beside it, in `others`
     * `embedder` is what the embeddings depend on: `BERTChunkEmbeddings.made_with`, or a database's manifest
     * `repair` is the command that makes them again
 
@@ -82,7 +81,7 @@ class Keys:
         """Which of the keys are of documents that have not been removed, of shape `[n]`."""
         return ~np.isin(self.corpus.document_of(self.offsets), list(self.corpus.removed))
 
-    def compute(self, bert: BERTChunkEmbeddings, batch_size: int) -> None:
+    def compute(self, bert: BERTChunkEmbeddings, batch_size: int = 4096) -> None:
         """Embed the chunks whose shards are missing, each shard by itself, so that it has the same bytes always.
 
         Raises `ValueError` for a BERT that is not the one the keys are of.
@@ -100,14 +99,9 @@ class Keys:
                     np.save(file, rows, allow_pickle=False)
         distributed.wait()
 
-    def forget_others(self) -> None:
-        """Delete the keys of other texts, chunk lengths and BERTs."""
-        for path in self.others:
-            shutil.rmtree(path)
-
     @property
     def others(self) -> list[Path]:
-        """Folders of keys that are not these."""
+        """Folders of the keys of other texts, chunk lengths and BERTs."""
         folder = self.shards.folder.parent
         return [p for p in folder.iterdir() if p.is_dir() and p != self.shards.folder] if folder.exists() else []
 

@@ -28,7 +28,7 @@ from retro import distributed
 from retro.artifacts import only_writer, require_match, sha256_of_file, write_json, written_whole
 from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.corpus import REPAIR, Corpus, Document, find_texts, read_documents, sha256_of_text, write_documents
-from retro.database import KEYS_FOLDER, MANIFEST_FILE, PARTS_FOLDER, build_database, read_manifest, state_of_database
+from retro.database import MANIFEST_FILE, PARTS_FOLDER, build_database, keys_of, read_manifest, state_of_database
 from retro.faiss_index import (
     INDEX_FILE,
     LISTS_FILE,
@@ -40,7 +40,6 @@ from retro.faiss_index import (
     verify_index,
     write_index,
 )
-from retro.keys import Keys
 
 MEASURE_UP_TO = 4_000_000  # keys; above, recall stays as it was measured when the index was built
 
@@ -156,14 +155,9 @@ def _follow(data_path: Path, bert: BERTChunkEmbeddings | None, device: torch.dev
         take_place(data_path, manifest)
         return manifest
     bert = bert or BERTChunkEmbeddings(device, manifest["embedder"], manifest["trim"], manifest["precision"])
-    require_match(
-        data_path / MANIFEST_FILE,
-        manifest,
-        {"corpus_sha256": corpus.sha256},
-        REPAIR,
-    )
-    keys = Keys(data_path / KEYS_FOLDER, corpus, manifest["chunk_len"], manifest)
-    keys.compute(bert, batch_size=4096)
+    require_match(data_path / MANIFEST_FILE, manifest, {"corpus_sha256": corpus.sha256}, REPAIR)
+    keys = keys_of(data_path, corpus, manifest)
+    keys.compute(bert)
     was_removed = set(map(int, manifest["removed"]))
     added = {i for part in corpus.parts[len(manifest["additions"]) + 1 :] for i in part}
     come = list((added | was_removed) - corpus.removed)
