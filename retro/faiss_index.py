@@ -363,15 +363,14 @@ class Truth:
         Chunks of equal text have equal distances, so a neighbor is true if it is no farther than the k-th
         true one, whichever of the equals it is.
         """
-        _, found = nearest(index, keys, self.queries, 11)
+        distances, found = nearest(index, keys, self.queries, 11)
+        others = (found >= 0) & (found != keys.offsets[self.numbers, None])
         recall: dict[str, list[float]] = {}
-        for number, query, true, ids in zip(self.numbers, self.queries, self.distances, found, strict=True):
-            others = keys.numbers_of(ids[(ids >= 0) & (ids != keys.offsets[number])])
-            distances = ((keys.rows(others) - query) ** 2).sum(axis=1)
+        for near, true in zip(map(np.extract, others, distances), self.distances, strict=True):
             n_true = int(np.isfinite(true).sum())
             for k in {min(k, n_true) for k in (1, 2, 10)} - {0}:
                 # The two distances are computed in different ways: allow for float32 rounding.
-                hits = distances[:k] <= true[k - 1] * (1 + 1e-4) + 1e-4  # of the first k that come back
+                hits = near[:k] <= true[k - 1] * (1 + 1e-4) + 1e-4  # of the first k that come back
                 recall.setdefault(f"@{k}", []).append(float(hits.sum()) / k)
         return {k: round(float(np.mean(v)), 4) for k, v in sorted(recall.items(), key=lambda item: int(item[0][1:]))}
 
