@@ -190,7 +190,7 @@ class BERTChunkEmbeddings:
         done = 0
         with torch.inference_mode():
             while done < len(distinct):
-                # As many for each length always: a CPU's kernels, and its memory, are for a shape.
+                # As many for a length whenever there are: a CPU keeps kernels, and memory, for each shape.
                 longest = len(distinct[done])
                 n = min(batch_size, max(1, self.tokens_per_batch // longest))
                 batch = [ids for ids in distinct[done : done + n] if len(ids) >= LEAST_OF_LONGEST * longest]

@@ -392,10 +392,11 @@ def _products(keys: np.ndarray, index: str) -> dict[str, float]:
     kmeans, _ = _timed(lambda: clustering.train(x, faiss.IndexFlatL2(d)))
 
     empty = new_index(d, index if "PQ" in index else choose_index(EXACT_UP_TO + 1, d))
-    all_parts = ivf_of(empty).pq.M  # type: ignore[union-attr]
-    n_parts, width = min(8, all_parts), ivf_of(empty).pq.dsub  # type: ignore[union-attr]
+    ivf = ivf_of(empty)  # a part of `empty`, which has to stay
+    assert ivf is not None
+    all_parts, n_parts = ivf.pq.M, min(8, ivf.pq.M)
     # Some parts of a key, as many as are learnt in a second, of all keys: the rate depends on how many these are.
-    pq = faiss.ProductQuantizer(n_parts * width, n_parts, 8)
+    pq = faiss.ProductQuantizer(n_parts * ivf.pq.dsub, n_parts, ivf.pq.nbits)
     pq.cp.niter, pq.cp.min_points_per_centroid = KMEANS_ITERATIONS, 1
     parts = rng.standard_normal((N_CODE_TRAIN, pq.d), dtype=np.float32)
     codes, _ = _timed(lambda: pq.train(parts))

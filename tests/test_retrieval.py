@@ -126,13 +126,13 @@ def test_codes_propose_neighbors_and_whole_keys_decide(data, bert, tmp_path, exc
     def share_of_true(found):
         return np.mean([len({*a} & {*b}) / 3 for a, b in zip(found.tolist(), all_offsets[:, :3].tolist(), strict=True)])
 
-    # The best of few are the first of many, and remain where all but the last document is left out.
-    np.testing.assert_array_equal(index.search(queries, 10)[0][:, :3] if not excluded else distances, distances)
+    # The nearest are found where all but the last document is left out, and the best of few are the first of many.
     bars = (0, int(corpus.starts[corpus.n_train - 1]))
     few, offsets_of_few = index.search(queries[:3], 3, bars)
     np.testing.assert_allclose(few, brute_force(bert, corpus, queries[:3], 3, bars)[0], rtol=1e-3, atol=1e-3)
     assert (offsets_of_few >= bars[1]).all()
     if not excluded:
+        np.testing.assert_array_equal(index.search(queries, 10)[0][:, :3], distances)
         assert share_of_true(offsets) > share_of_true(index.index.search(queries, 3)[1]) + 0.1
 
 
