@@ -312,7 +312,7 @@ def _plan_tables(results: list[dict[str, Any]]) -> list[str]:
         "Python sources of installed packages, drawn at random, tokenizer bpe:4096, chunks of 32 tokens, index auto.",
         "Before each build, `retro.plan` measured a sample, always the smallest of the three texts, and foretold what",
         "`python -m retro.database` would take for as many tokens as it then made. Wanted: bytes within 20%, time",
-        "within 30%. Each cell: foretold, real, difference. Memory: pages of mapped keys included.",
+        "within 30%. Each cell: foretold, real, difference. Memory: without pages of mapped keys.",
         "",
         "| | " + " | ".join(f"{r['build']['n_tokens']:,} tokens" for r in results) + " |",
         "|---|" + "---|" * len(results),
