@@ -158,6 +158,20 @@ class BERTChunkEmbeddings:
         stripped = chunk.strip()
         return stripped[len(words[0]) : -len(words[-1])].strip()
 
+    def tokens_of(self, chunks: Sequence[str]) -> list[tuple[int, ...]]:
+        """BERT's tokens of each chunk, trimmed first if this trims; chunks of the same tokens have one embedding."""
+        texts = [self._trim_chunk(chunk) for chunk in chunks] if self.trim else list(chunks)
+        ids = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            truncation=True,
+            max_length=self.max_len,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        return [tuple(row) for row in ids]
+
     def __call__(
         self, chunks: Sequence[str], batch_size: int = 4096, progress: Callable[[int], Any] | None = None
     ) -> Tensor:
@@ -172,19 +186,9 @@ class BERTChunkEmbeddings:
         """
         if not chunks:
             return torch.zeros(0, self.d_emb, device=self.device)
-        texts = [self._trim_chunk(chunk) for chunk in chunks] if self.trim else list(chunks)
-        all_ids = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            truncation=True,
-            max_length=self.max_len,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        keys = [tuple(ids) for ids in all_ids]
-        row_of = {ids: row for row, ids in enumerate(dict.fromkeys(keys))}
-        chunks_of = Counter(keys)
+        tokens = self.tokens_of(chunks)
+        row_of = {ids: row for row, ids in enumerate(dict.fromkeys(tokens))}
+        chunks_of = Counter(tokens)
         embeddings = torch.zeros(len(row_of), self.d_emb, device=self.device)
         distinct = sorted(filter(None, row_of), key=len, reverse=True)
         done = 0
@@ -200,7 +204,7 @@ class BERTChunkEmbeddings:
                 done += len(batch)
         if progress:
             progress(chunks_of[()])
-        return embeddings[torch.tensor([row_of[ids] for ids in keys], device=self.device)]
+        return embeddings[torch.tensor([row_of[ids] for ids in tokens], device=self.device)]
 
     def _means(self, batch: Sequence[tuple[int, ...]]) -> Tensor:
         """Mean hidden states of chunks of BERT tokens, the longest first."""

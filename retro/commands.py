@@ -120,21 +120,31 @@ def prepare_corpus(preset: Preset, texts: Sequence[str], data_path: Path, seed: 
     """The corpus of `texts` (the preset's own if empty): found, or built."""
     from retro.corpus import REPAIR, Corpus, build_corpus, find_texts, plan_corpus, wanted_corpus
 
-    paths = [Path(text) for text in texts] or texts_of(preset, data_path)
     folder = data_path / "corpus"
     repair = f"{REPAIR} --tokenizer {preset.tokenizer} --data-path {data_path}"
     fraction = preset.valid_fraction
-    wanted = wanted_corpus(plan_corpus(find_texts(paths), fraction, seed), preset.tokenizer, fraction, seed)
-    corpus = None
-    if _found(folder / "manifest.json", wanted, repair, rebuild):
+    corpus: Corpus | None = None
+
+    def paths() -> list[Path]:
+        """The texts, downloaded if they have to be; for the first process to ask."""
+        return [Path(text) for text in texts] or texts_of(preset, data_path)
+
+    def whole() -> bool:
+        """Whether the corpus of these texts is there, neither torn nor altered."""
+        nonlocal corpus
+        wanted = wanted_corpus(plan_corpus(find_texts(paths()), fraction, seed), preset.tokenizer, fraction, seed)
+        if not _found(folder / "manifest.json", wanted, repair, rebuild):
+            return False
         try:
             corpus = Corpus.load(folder)
-        except ValueError as error:  # torn or altered, but of these texts: nothing is lost
+        except ValueError as error:  # nothing is lost
             say(f"made again: {error}")
-    distributed.wait()  # until all have looked
-    if corpus is not None:
-        return corpus
-    distributed.first(lambda: build_corpus(paths, folder, preset.tokenizer, fraction, seed))
+            return False
+        return True
+
+    if distributed.agreed(whole):
+        return corpus or Corpus.load(folder)
+    distributed.first(lambda: build_corpus(paths(), folder, preset.tokenizer, fraction, seed))
     corpus = Corpus.load(folder)
     valid = ", ".join(corpus.documents[i].name for i in list(corpus.split("valid"))[:4])
     say(

@@ -476,12 +476,9 @@ def plan_corpus(texts: list[tuple[str, Path]], valid_fraction: float = 0.1, seed
     for _, sha, n_bytes in found:
         size[sha] = size.get(sha, 0) + n_bytes
     drawn = sorted(size, key=lambda sha: sha256_of_text(f"{seed}:{sha}"))
-    valid: list[str] = []
-    while not valid or (
-        sum(size[s] for s in valid) < valid_fraction * sum(size.values()) and len(valid) < len(size) - 1
-    ):
-        valid.append(drawn[len(valid)])
-    return plan | {"valid": valid}
+    held_out = np.cumsum([size[sha] for sha in drawn])
+    n_valid = 1 + int(np.searchsorted(held_out, valid_fraction * held_out[-1]))
+    return plan | {"valid": drawn[: min(n_valid, len(size) - 1)]}
 
 
 def split_single(documents: Iterable[Document], single: bool, valid_fraction: float) -> Iterator[Document]:

@@ -160,15 +160,16 @@ def _follow(data_path: Path, bert: BERTChunkEmbeddings | None, device: torch.dev
     keys.compute(bert)
     was_removed = set(map(int, manifest["removed"]))
     added = {i for part in corpus.parts[len(manifest["additions"]) + 1 :] for i in part}
-    come = list((added | was_removed) - corpus.removed)
+    come, gone = (added | was_removed) - corpus.removed, corpus.removed - was_removed - added
     index = _writable(data_path, manifest)
     set_n_probe(index, manifest["n_probe"])
-    for number in corpus.removed - was_removed - added:
+    document_of = corpus.document_of(keys.offsets)
+    if gone:
         try:
-            index.remove_ids(faiss.IDSelectorRange(int(corpus.starts[number]), int(corpus.starts[number + 1])))
+            index.remove_ids(keys.offsets[np.isin(document_of, list(gone))])
         except RuntimeError:  # as an HNSW graph
             return None
-    numbers = np.flatnonzero(np.isin(corpus.document_of(keys.offsets), come))
+    numbers = np.flatnonzero(np.isin(document_of, list(come)))
     if len(numbers):
         add_rows(index, keys.rows(numbers), keys.offsets[numbers])
     manifest |= state_of_database(corpus) | {"n_chunks": index.ntotal}

@@ -352,9 +352,7 @@ def _embedding(corpus: Corpus, chunk_len: int, bert: BERTChunkEmbeddings) -> tup
     """Seconds to embed a chunk, and keys. Equal chunks of a shard are embedded once: how many are, is counted."""
     offsets = chunk_offsets(corpus, chunk_len)[: max(1, TOKENS_PER_PIECE // chunk_len)]
     decoding, texts = _timed(lambda: corpus.texts(offsets, chunk_len))
-    words = [bert._trim_chunk(text) for text in texts] if bert.trim else texts
-    ids = bert.tokenizer(words, add_special_tokens=False, truncation=True, max_length=bert.max_len)["input_ids"]
-    distinct = {tuple(row): text for row, text in zip(ids, texts, strict=True)}
+    distinct = dict(zip(bert.tokens_of(texts), texts, strict=True))
     lengths = np.array([len(row) for row in distinct])
     drawn = np.random.default_rng(0).permutation(np.unique(lengths))  # whole lengths, because batches have about one
     totals = np.cumsum([lengths[lengths == length].sum() for length in drawn])

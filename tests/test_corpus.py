@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from labml_helpers.datasets.text import TextFileDataset
 
-from retro.corpus import Corpus, build_corpus
+from retro.corpus import Corpus, build_corpus, find_texts, plan_corpus, sha256_of_text
 
 TEXT = "Full fathom five thy father lies;\nOf his bones are coral made;\n" * 20
 
@@ -34,6 +34,16 @@ def test_documents_come_back_whole_and_on_one_side_of_the_split(tmp_path, tokeni
         side[entry.name] = i < corpus.n_train
     assert set(side) == set(texts) and set(side.values()) == {True, False}
     assert side["copy.txt"] == side["twin.txt"]
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.3, 0.7])
+def test_no_more_is_held_out_than_the_share_in_whole_documents(tmp_path, fraction):
+    texts = {f"{i}.txt": f"Document {i}" + "." * (i * i % 37) for i in range(200)}
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts.values()))
+    sizes = {sha256_of_text(text): len(text) for text in texts.values()}
+    held_out = plan_corpus(find_texts([tmp_path]), fraction)["valid"]
+    n, wanted = sum(sizes[sha256] for sha256 in held_out), fraction * sum(sizes.values())
+    assert n >= wanted > n - sizes[held_out[-1]]
 
 
 def test_values_end_with_their_document(tmp_path):
