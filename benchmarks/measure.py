@@ -6,6 +6,7 @@ floating point operations that torch counts in the matrix products of retro's mo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -25,6 +26,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, linear
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertModel
 
+from retro.artifacts import sealed
 from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.corpus import Corpus, build_corpus
 from retro.database import RetroIndex, build_database
@@ -37,6 +39,7 @@ TEXT = "tiny_shakespeare.txt"
 PROMPT = "Second Citizen:\nOne word, good citizens.\n\nFirst Citizen:"
 INLINE_FILE = "whole_samples.json"  # the samples as the tutorial writes them
 BATCH = 4
+CURVE_STEPS = 300
 Result = dict[str, Any]
 
 
@@ -51,9 +54,9 @@ def counted(work: Callable[[], Any]) -> tuple[float, Any, int]:
     shapes: list[torch.Size] = []
     forward = BertModel.forward
 
-    def noted(self: Any, input_ids: torch.Tensor) -> Any:
+    def noted(self: Any, input_ids: torch.Tensor, **others: Any) -> Any:
         shapes.append(input_ids.shape)
-        return forward(self, input_ids=input_ids)
+        return forward(self, input_ids=input_ids, **others)
 
     BertModel.forward = noted
     try:
@@ -236,10 +239,11 @@ def read(variant: str, folder: Path) -> Result:
         tds = labml.TextFileDataset(folder / TEXT, list)
     elif variant == "retro, ten times the samples":
         header, *lines = path.read_bytes().splitlines(keepends=True)
+        body = b"".join(lines * 10)
+        changed = json.loads(header) | {"n_samples": 10 * len(lines), "sha256": hashlib.sha256(body).hexdigest()}
+        del changed["seal"]
         path = folder / "tenfold.jsonl"
-        path.write_bytes(
-            json.dumps(json.loads(header) | {"n_samples": 10 * len(lines)}).encode() + b"\n" + b"".join(lines * 10)
-        )
+        path.write_bytes(json.dumps(sealed(changed)).encode() + b"\n" + body)
     before = memory()
     dataset: Any = labml.Dataset(path, tds) if variant == "labml-nn" else Dataset(path, corpus)
     numbers = np.random.default_rng(0).choice(len(dataset), 1000).tolist()
@@ -324,7 +328,7 @@ def growth(variant: str, folder: Path) -> Result:
 
 
 def curve(variant: str, folder: Path) -> Result:
-    """Losses of 300 steps of the tutorial's model on short samples; `variant` is `PRECISION SEED`."""
+    """Losses of the first steps of the tutorial's model on short samples; `variant` is `PRECISION SEED`."""
     from torch.utils.data import DataLoader
 
     from retro.train import TrainConfig, Trainer, learning_rate
@@ -333,7 +337,8 @@ def curve(variant: str, folder: Path) -> Result:
     place = folder / "short"
     corpus = Corpus.load(folder / "corpus")
     if not (place / DATASET_FILE["valid"]).exists():
-        shutil.copytree(folder / "corpus", place / "corpus", dirs_exist_ok=True)
+        for name in ("corpus", "keys"):
+            shutil.copytree(folder / name, place / name, dirs_exist_ok=True)
         for name in ("retro.index", "retro.index.json"):
             shutil.copy(folder / name, place / name)
         build_dataset(16, 4, data_path=place)
@@ -346,12 +351,13 @@ def curve(variant: str, folder: Path) -> Result:
     batches = DataLoader(samples, batch_size=BATCH, sampler=order)
 
     def rate(step: int) -> float:
-        return learning_rate(step, 300, config, 128)
+        return learning_rate(step, CURVE_STEPS, config, 128)
 
     trainer = Trainer("cpu", model, batches, optimizer, precision=precision, lr_of_step=rate)
-    seconds, losses = timed(lambda: [trainer.train_step(*b).item() for b, _ in zip(batches, range(300), strict=False)])
+    steps = range(CURVE_STEPS)
+    seconds, losses = timed(lambda: [trainer.train_step(*b).item() for b, _ in zip(batches, steps, strict=False)])
     valid = DataLoader(Dataset(place / DATASET_FILE["valid"], corpus), batch_size=BATCH)
-    return {"seconds": seconds, "units": 300, "losses": losses, "valid_loss": trainer.validate(valid)}
+    return {"seconds": seconds, "units": CURVE_STEPS, "losses": losses, "valid_loss": trainer.validate(valid)}
 
 
 def prepare(variant: str, folder: Path) -> Result:

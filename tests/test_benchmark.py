@@ -1,14 +1,57 @@
-"""The benchmark's arithmetic, and that its table is made of its figures."""
+"""The benchmark's arithmetic, that its table is made of its figures, and that it can still take them."""
 
 import importlib.util
 import json
 import sys
 from pathlib import Path
 
+import pytest
+
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-spec = importlib.util.spec_from_file_location("bench", FOLDER / "bench.py")
-bench = sys.modules["bench"] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
-spec.loader.exec_module(bench)
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+bench, measure = load("bench"), load("measure")
+
+
+@pytest.fixture(scope="module")
+def folder(plays, tmp_path_factory):
+    """What all stages measure, of a small text."""
+    folder = tmp_path_factory.mktemp("measured")
+    (folder / "growth-1" / "text").mkdir(parents=True)
+    for file in (folder / bench.TEXT, folder / "growth-1" / "text" / "000.txt"):
+        file.write_text("".join(file.read_text() for file in sorted(plays.iterdir()))[:20_000])
+    measure.prepare("all", folder)
+    return folder
+
+
+OURS = [(name, variant) for name, stage in bench.STAGES.items() for variant in stage.variants if "retro" in variant]
+OURS = [(name, variant) for name, variant in OURS if variant not in bench.PEERS]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+@pytest.mark.parametrize(("name", "variant"), [*OURS, ("growth", "1"), ("curve", "fp32 0")])
+def test_every_stage_of_this_library_can_be_measured(folder, name, variant, monkeypatch):
+    monkeypatch.setattr(measure, "CURVE_STEPS", 2)
+    result = measure.STAGES[name](variant, folder)
+    assert result["seconds"] > 0 and result["units"] > 0
+    assert ("flop" in result) == (name in ("embed16", "embed256", "database", "dataset", "train"))
+    assert result.get("flop", 1) > 0
+
+
+def test_operations_are_counted_as_by_hand(char_bert):
+    chunks = ["To be, or not to be: that", "Who's there? Nay, answer me: stand, and unfold yourself"]
+    lengths, d = [len(ids) for ids in char_bert.tokens_of(chunks)], char_bert.d_emb
+    assert lengths[0] < lengths[1] * 0.75  # no two of one batch
+    # A layer has 4 products of d x d, 2 of d x 4d, and attention multiplies with keys and values.
+    by_hand = sum(6 * (2 * n * (4 + 8) * d * d + 2 * 2 * n * n * d) for n in lengths)
+    assert measure.counted(lambda: char_bert(chunks))[2] == by_hand
 
 
 def test_a_ratio_compares_the_rates_of_one_round():
