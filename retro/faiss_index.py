@@ -45,7 +45,7 @@ ROTATION_KEYS = 1 << 14  # that OPQ learns its rotation from; FAISS takes four t
 GRAPH_BREADTH = 64  # of the walk from list to list; FAISS' 16 puts 5% of the keys into a list that is not the nearest
 EXACT_UP_TO = 50_000  # chunks; brute force over these takes no longer than embedding the queries
 CANDIDATES, LEAST_WANTED = 4, 11  # times as many as are wanted, of at least so many; twice as many find 3% more
-ROWS_AT_ONCE = 1 << 16  # keys of candidates in memory
+PAIRS_AT_ONCE = 1 << 18  # of a query and a candidate
 KEYS_PER_LIST = 32  # to learn a list's centroid from
 KEYS_PER_PART = 1 << 20  # of an index that is filled in parts
 ON_DISK_ABOVE = 0.25  # of the machine's memory
@@ -422,13 +422,11 @@ def nearest(
         return search(k)
     _, found = search(CANDIDATES * max(k, LEAST_WANTED))
     distances = np.full(found.shape, np.finfo(np.float32).max, dtype=np.float32)
-    part = max(1, ROWS_AT_ONCE // found.shape[1])
+    part = max(1, PAIRS_AT_ONCE // found.shape[1])
     for start in range(0, len(queries), part):
         rows, columns = np.nonzero(found[start : start + part] >= 0)
         rows += start
-        candidates = keys.rows(keys.numbers_of(found[rows, columns]))
-        candidates -= queries[rows]
-        distances[rows, columns] = np.einsum("nd,nd->n", candidates, candidates)
+        distances[rows, columns] = keys.distances(queries, rows, keys.numbers_of(found[rows, columns]))
     order = np.argsort(distances, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(distances, order, axis=1), np.take_along_axis(found, order, axis=1)
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 from tqdm import tqdm
 
@@ -147,15 +149,33 @@ class Keys:
         """The keys of shard `number`, of shape `[n, d_emb]`."""
         return np.ascontiguousarray(self._shard(number))
 
+    def _by_shard(self, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """(shard, where in `numbers` its keys are) of each shard that has any, its keys in the order of the file."""
+        order = np.argsort(numbers, kind="stable")
+        ends = np.searchsorted(numbers[order], self.firsts).tolist()
+        yield from ((shard, order[a:b]) for shard, (a, b) in enumerate(pairwise(ends)) if a < b)
+
     def rows(self, numbers: np.ndarray) -> np.ndarray:
         """The keys of these numbers, of shape `[len(numbers), d_emb]`."""
         keys = np.empty((len(numbers), self.d_emb), dtype=np.float32)
-        order = np.argsort(numbers, kind="stable")  # read in the order of the files
-        shards = np.searchsorted(self.firsts, numbers[order], side="right") - 1
-        for shard in np.unique(shards).tolist():
-            at = order[slice(*np.searchsorted(shards, [shard, shard + 1]))]
+        for shard, at in self._by_shard(numbers):
             keys[at] = self._shard(shard)[numbers[at] - self.firsts[shard]]
         return keys
+
+    def distances(self, queries: np.ndarray, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Squared L2 distances of `queries[rows]` to the keys of `numbers`, which stay on disk; of shape `[n]`.
+
+        * `queries` are float32, of shape `[q, d_emb]`
+        * `rows`, `numbers` are of shape `[n]`, int64
+        """
+        distances = np.empty(len(numbers), dtype=np.float32)
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        for shard, at in self._by_shard(numbers):
+            found = np.empty(len(at), dtype=np.float32)
+            arrays = queries, rows[at], self._shard(shard), numbers[at] - self.firsts[shard], found
+            faiss.pairwise_indexed_L2sqr(self.d_emb, len(at), *map(faiss.swig_ptr, arrays))
+            distances[at] = found
+        return distances
 
     def numbers_of(self, offsets: np.ndarray) -> np.ndarray:
         """Numbers of the keys of chunks at `offsets`. Raises `ValueError` for an offset that no chunk has."""

@@ -221,6 +221,9 @@ def test_keys_are_found_by_number_across_shards_few_of_them_open(copy, bert, sma
     blocks = np.concatenate([block for _, block in keys.blocks()])
     numbers = np.array([0, 63, 64, 65, 200, len(blocks) - 1, 5])
     assert len(keys.pieces) > 3 and (keys.rows(numbers) == blocks[numbers]).all()
+    queries, of = blocks[::50] + 0.1, np.array([0, 1, 1, 2, 0, 1, 2])
+    by_hand = ((queries[of].astype(np.float64) - blocks[numbers]) ** 2).sum(axis=1)
+    np.testing.assert_allclose(keys.distances(queries, of, numbers), by_hand, rtol=1e-5)
 
 
 def test_building_again_over_a_dataset_keeps_the_old_one_until_the_new_one_is_whole(copy, index, monkeypatch):
