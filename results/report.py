@@ -88,7 +88,6 @@ def write(record: dict[str, Any], out: Path, shares: tuple[float, ...], counts: 
         "learning rate were chosen on the other half of the library's files. The library is all of its source but its",
         "tests and generated files; it was chosen because its files repeat each other, those in `encodings` most: the",
         "question was whether retrieval pays where text repeats.",
-        *(["", record["note"]] if "note" in record else []),  # what has been learnt since
         "",
         "## The claims, tested",
         "",
