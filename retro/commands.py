@@ -137,8 +137,14 @@ def prepare_corpus(preset: Preset, texts: Sequence[str], data_path: Path, seed: 
             return False
         try:
             corpus = Corpus.load(folder)
-        except ValueError as error:  # nothing is lost
-            say(f"made again: {error}")
+        except ValueError as error:
+            manifest = read_json(folder / "manifest.json", repair)
+            if manifest.get("additions") or manifest.get("removed"):
+                raise ValueError(
+                    f"{error}. But documents were added and removed since it was built: to build it of these "
+                    f"texts alone, delete {folder}; then repeat --add and --remove"
+                ) from None
+            say(f"made again: {error}")  # nothing is lost
             return False
         return True
 

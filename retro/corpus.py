@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -92,9 +93,9 @@ def find_texts(paths: Sequence[str | Path]) -> list[tuple[str, Path]]:
             found[path] = path.name
         else:
             raise FileNotFoundError(f"{path} does not exist; name a text file or a folder of text files")
-    names = list(found.values())
+    names = Counter(found.values())
     # Files of equal names in two folders are told apart by their whole paths.
-    return sorted((name if names.count(name) == 1 else path.as_posix(), path) for path, name in found.items())
+    return sorted((name if names[name] == 1 else path.as_posix(), path) for path, name in found.items())
 
 
 def read_text(path: Path) -> str:
@@ -153,7 +154,7 @@ def _documents_of(path: Path, manifest: dict[str, Any]) -> list[DocumentEntry]:
     n, kinds = len(manifest["documents"]), (str, str, int, int)
     for number, entry in enumerate(manifest["documents"]):
         fits = type(entry) is list and tuple(map(type, entry)) == kinds
-        if not (fits and 0 <= entry[2] < MAX_NUMBER and 0 <= entry[3] < MAX_NUMBER):
+        if not (fits and 0 <= entry[2] < MAX_NUMBER and 0 < entry[3] < MAX_NUMBER):
             raise ValueError(
                 f"{path}, document {number}: {entry!r:.80} is not [name, sha256, bytes, tokens]. Rebuild it: {REPAIR}"
             )
@@ -410,6 +411,8 @@ def build_corpus(
                 for split in ("train", "valid"):
                     entries += write_documents(file, documents(split), encoder, dtype)
                     n_train = n_train or len(entries)
+                    if not n_train:
+                        raise ValueError(f"no text to train on has a token of the tokenizer {tokenizer}")
             encoder.save(mapping)
             hashes = {"tokens.bin_sha256": sha256_of_file(temporary), "tokenizer.json_sha256": sha256_of_file(mapping)}
         manifest = {
@@ -431,10 +434,12 @@ def build_corpus(
 def write_documents(
     file: BinaryIO, documents: Iterable[Document], encoder: Tokenizer, dtype: np.dtype
 ) -> list[DocumentEntry]:
-    """Append the tokens of documents to a file; returns their entries."""
+    """Append the tokens of documents to a file; returns their entries. What has no token is no document."""
     entries = []
     for document in documents:
         ids = np.asarray(encoder.encode(document.text), dtype=dtype)
+        if not len(ids):
+            continue  # of characters that the tokenizer drops
         file.write(ids.tobytes())
         entries.append(
             DocumentEntry(document.name, sha256_of_text(document.text), len(document.text.encode()), len(ids))

@@ -297,17 +297,26 @@ class RetroIndex:
         path = data_path / MANIFEST_FILE
         self.corpus = open_corpus(data_path) if corpus is None else Corpus.of(corpus)
         self.made_with = made_with = read_manifest(data_path)
-        wanted: dict[str, Any] = {"corpus_sha256": self.corpus.sha256, "database_sha256": self.corpus.database_sha256}
+        wanted: dict[str, Any] = {"corpus_sha256": self.corpus.sha256}
         if chunk_len is not None:
             wanted["chunk_len"] = chunk_len
         repair = f"{REPAIR} --chunk-len {chunk_len or made_with['chunk_len']} --data-path {data_path}"
         require_match(path, made_with, wanted, repair)
+        found, now = made_with["database_sha256"], self.corpus.database_sha256
+        if found != now:
+            raise ValueError(
+                f"{path} has database_sha256={found[:12]}, but the corpus has {now[:12]}: documents were added or "
+                f"removed, and the index does not follow yet. Give the same command again: "
+                f"python -m retro.database --add TEXT ... (or --remove NAME ...) --data-path {data_path}"
+            )
         self.chunk_len: int = made_with["chunk_len"]
         self.n_neighbors, self.n_extra, self.exclude_neighbor_span = n_neighbors, n_extra, exclude_neighbor_span
         with monit.section("Load index"):
             self.index = read_index(data_path, made_with, repair)
         again = f"python -m retro.database --data-path {data_path} --chunk-len {self.chunk_len}"
-        again += f" --index {made_with['index_wanted']} --embedder {made_with['embedder']}"
+        again += f" --index {made_with['index_wanted']} --embedder {made_with['embedder']} --seed {made_with['seed']}"
+        search = made_with["search"]
+        again += f" --n-probe {search}" if search >= 1 else f" --recall {search}"
         self.keys = keys_of(data_path, self.corpus, made_with, again)
         self.n_probe = n_probe or made_with["n_probe"]
         set_n_probe(self.index, self.n_probe)

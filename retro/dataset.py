@@ -29,7 +29,9 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ from retro import distributed
 from retro.artifacts import (
     FORMAT_VERSION,
     Fields,
+    differences,
     package_versions,
     parse_json,
     require_match,
@@ -124,10 +127,22 @@ def build_dataset(
             "versions": package_versions(),
         }
         with distributed.only_writer(data_path):
-            write_samples(data_path / name, header, offsets, index)
+            if distributed.agreed(partial(_is_whole, data_path / name, header)):  # before it was interrupted
+                distributed.first(partial(shutil.rmtree, parts_folder(data_path / name), ignore_errors=True))
+            else:
+                write_samples(data_path / name, header, offsets, index)
         distributed.wait()
         headers[split] = read_header(data_path / name)
     return headers
+
+
+def _is_whole(path: Path, header: dict[str, Any]) -> bool:
+    """Whether the dataset of this header is there, neither torn nor altered."""
+    try:
+        found = read_header(path)
+        return not differences(found, header) and found["sha256"] == _sha256_of_body(path)
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def default_exclude(corpus: Corpus) -> str:

@@ -311,8 +311,8 @@ def centroids_of(index: faiss.Index) -> int:
         if isinstance(ivf, faiss.IndexIVFPQ):
             # Reorders the codes for a filter that is not used here, at ten times the cost of the rest.
             ivf.do_polysemous_training = False
-        index = ivf
-    if (pq := getattr(index, "pq", None)) is not None:
+    # `index` stays, because it owns what `ivf` points to.
+    if (pq := getattr(index if ivf is None else ivf, "pq", None)) is not None:
         needed.append(pq.ksub)
         _set_clustering(pq.cp)
     return max(needed)

@@ -25,7 +25,15 @@ import numpy as np
 import torch
 
 from retro import distributed
-from retro.artifacts import only_writer, require_match, sha256_of_file, write_json, written_whole
+from retro.artifacts import (
+    only_writer,
+    read_json,
+    require_match,
+    sha256_of_file,
+    sha256_of_json,
+    write_json,
+    written_whole,
+)
 from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.corpus import REPAIR, Corpus, Document, find_texts, read_documents, sha256_of_text, write_documents
 from retro.database import MANIFEST_FILE, PARTS_FOLDER, build_database, keys_of, read_manifest, state_of_database
@@ -80,7 +88,9 @@ def remove_documents(
     data_path = Path(data_path)
     with _alone(data_path):
         corpus = Corpus.load(data_path / "corpus")
-        numbers = {corpus.documents[i].name: i for part in corpus.parts for i in part}
+        every = [i for part in corpus.parts for i in part]
+        # Of several texts of one name, at most one is in the database: that is meant.
+        numbers = {corpus.documents[i].name: i for i in [*every, *corpus.in_database]}
         for name in names:
             if name not in numbers:
                 near = difflib.get_close_matches(name, numbers, n=3)
@@ -117,15 +127,18 @@ def _sort_out(corpus: Corpus, documents: list[Document]) -> tuple[list[Document]
         sha256 = sha256_of_text(document.text)
         if sha256 in held_out:
             raise ValueError(f"{document.name} has the text of {held_out[sha256]}, which is held out; leave it out")
-        if sha256 in known:
-            back += [known[sha256]] * (known[sha256] in corpus.removed)
-        elif document.name in names:
+        number = known.get(sha256)
+        if number is not None and number not in corpus.removed:
+            continue
+        if (document.name if number is None else corpus.documents[number].name) in names:
             raise ValueError(
                 f"the database has another text by the name of {document.name}; take that out first "
                 f"(python -m retro.database --remove {document.name}), or rename the file"
             )
-        else:
+        if number is None:
             new[sha256] = document
+        else:
+            back.append(number)
     return list(new.values()), back
 
 
@@ -133,16 +146,21 @@ def _rewrite(folder: Path, corpus: Corpus, new: list[Document], removed: frozens
     """Write a corpus with documents behind those it has, and with others marked as removed."""
     manifest = corpus.made_with | {"removed": sorted(removed)}
     with only_writer(folder):
+        # Nobody has written a corpus there, or damaged this one, since it was read.
+        now = {"sha256": sha256_of_json(read_json(folder / "manifest.json", REPAIR))}
+        require_match(folder / "manifest.json", now, {"sha256": sha256_of_json(corpus.made_with)}, REPAIR)
         if new:
             with written_whole(folder / "tokens.bin") as temporary:
                 shutil.copyfile(folder / "tokens.bin", temporary)
                 with open(temporary, "r+b") as file:
                     file.truncate(corpus.tokens.nbytes)  # behind them may lie what another addition left
+                    found = {"sha256": sha256_of_file(temporary)}
+                    require_match(folder / "tokens.bin", found, {"sha256": manifest["tokens.bin_sha256"]}, REPAIR)
                     file.seek(0, os.SEEK_END)
                     entries = write_documents(file, new, corpus.tokenizer, corpus.tokens.dtype)
                 manifest |= {
                     "tokens.bin_sha256": sha256_of_file(temporary),
-                    "additions": [*corpus.additions, len(new)],
+                    "additions": [*corpus.additions, *([len(entries)] if entries else [])],
                     "documents": manifest["documents"] + [[e.name, e.sha256, e.n_bytes, e.n_tokens] for e in entries],
                 }
         write_json(folder / "manifest.json", manifest)
@@ -161,6 +179,8 @@ def _follow(data_path: Path, bert: BERTChunkEmbeddings | None, device: torch.dev
     was_removed = set(map(int, manifest["removed"]))
     added = {i for part in corpus.parts[len(manifest["additions"]) + 1 :] for i in part}
     come, gone = (added | was_removed) - corpus.removed, corpus.removed - was_removed - added
+    if gone and manifest["lists_sha256"]:
+        return None  # FAISS takes a list on disk that shrinks to be free, and writes over others: 1.15.1
     index = _writable(data_path, manifest)
     set_n_probe(index, manifest["n_probe"])
     document_of = corpus.document_of(keys.offsets)

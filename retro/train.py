@@ -53,6 +53,7 @@ from retro.artifacts import (
     FORMAT_VERSION,
     TEMPORARY,
     Fields,
+    differences,
     only_writer,
     package_versions,
     read_json,
@@ -313,10 +314,10 @@ def train(
         made_with = read_run(run)
         saved = TrainConfig(**made_with["train"])
         config = replace(saved, steps=config.steps, epochs=config.epochs) if config else saved
-        if made_with["dataset"]["index_sha256"] != header["index_sha256"]:
+        if different := differences(header, made_with["dataset"]):
             raise ValueError(
-                f"{run} was trained on another dataset (index {made_with['dataset']['index_sha256'][:12]}, but "
-                f"{data_path} has {header['index_sha256'][:12]}); name the folder of its data with --data-path"
+                f"{run} was trained on another dataset ({data_path} has {'; '.join(different)}); name the folder of "
+                f"its data with --data-path, or build it again with these options: {REPAIR}"
             )
         made_with["train"] = asdict(config)
     model_config = config_of(made_with["model"])
@@ -359,7 +360,8 @@ def _train(
     folder = found or (newest_whole_checkpoint(run) if distributed.rank() else None)
     if folder is not None:
         model.load_state_dict(RetroModel.load(folder).state_dict())
-    model.to(device)
+    if not fsdp:  # which puts on the device what is its own
+        model.to(device)
     accelerator = new_accelerator(device, model)
     if fsdp:
         shard_model(model, device)
@@ -468,7 +470,11 @@ def _finished(run: Path, n_steps: int) -> dict[str, Any] | None:
     """The summary of a run that has already made its steps."""
     if not (run / "summary.json").exists():
         return None
-    summary = read_json(run / "summary.json", f"python -m retro.train --resume {run}", SUMMARY_FIELDS)
+    try:
+        summary = read_json(run / "summary.json", f"python -m retro.train --resume {run}", SUMMARY_FIELDS)
+    except ValueError as error:  # it is made again, from the last checkpoint
+        logger.log(str(error), Text.warning)
+        return None
     return summary if summary["steps"] >= n_steps else None
 
 

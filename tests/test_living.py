@@ -11,7 +11,7 @@ from conftest import CHUNK_LEN, CHUNKS_PER_SAMPLE
 from retro import faiss_index as index_module
 from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.commands import database_command
-from retro.corpus import Corpus
+from retro.corpus import Corpus, build_corpus
 from retro.database import RetroIndex, build_database, chunk_offsets
 from retro.dataset import DATASET_FILE, Dataset, build_dataset
 from retro.evaluate import require_held_out
@@ -116,6 +116,52 @@ def test_what_is_removed_is_never_found_again_by_a_model_trained_before(copy, be
     assert "glass.txt" in sources()[0] and "hamlet.md" not in sources()[1]
 
 
+@pytest.mark.parametrize("other", [1, 2, 3])
+def test_lists_on_disk_survive_the_removal_of_half_of_what_is_in_them(copy, bert, monkeypatch, other):
+    monkeypatch.setattr(index_module, "ON_DISK_ABOVE", 0.0)
+    build_database(CHUNK_LEN, data_path=copy, index="IVF8,Flat", bert=bert, n_probe=8)
+    corpus = Corpus.load(copy / "corpus")
+    names = [corpus.documents[i].name for i in corpus.split("train")]
+    remove_documents([names[0], names[other]], copy, bert=bert)
+    index = RetroIndex(data_path=copy, bert=bert)
+    assert index.made_with["lists_sha256"]
+    queries = index.embed([corpus.text(37 * i, CHUNK_LEN) for i in range(20)])
+    distances, found = index.search(queries, 4)
+    assert not {0, other} & set(corpus.document_of(found.ravel()).tolist())
+    np.testing.assert_allclose(distances, brute_force(index, bert, queries, 4), rtol=1e-3, atol=1e-3)
+
+
+def test_of_two_texts_of_one_name_the_one_in_the_database_is_removed(copy, bert, tmp_path):
+    note, other = tmp_path / "note.txt", QUOTE.replace("glass", "water")
+    note.write_text(QUOTE)
+    add_documents([note], copy, bert=bert)
+    remove_documents(["note.txt"], copy, bert=bert)
+    note.write_text(other)
+    add_documents([note], copy, bert=bert)
+    note.write_text(QUOTE)
+    with pytest.raises(ValueError, match=r"another text by the name of note.txt"):
+        add_documents([note], copy, bert=bert)
+    remove_documents(["note.txt"], copy, bert=bert)
+    add_documents([note], copy, bert=bert)
+    manifest = remove_documents(["note.txt"], copy, bert=bert)
+    assert list(manifest["removed"].values()) == ["note.txt", "note.txt"]
+
+
+def test_a_corpus_that_changed_meanwhile_is_not_added_to(copy, bert, pericles, plays, monkeypatch):
+    load = Corpus.load
+
+    def changed(folder):
+        monkeypatch.undo()
+        corpus = load(folder)
+        build_corpus([plays / "hamlet.md", plays / "macbeth.md"], folder, "bpe:512")
+        return corpus
+
+    monkeypatch.setattr(Corpus, "load", changed)
+    with pytest.raises(ValueError, match=r"manifest.json was made with sha256="):
+        add_documents([pericles], copy, bert=bert)
+    assert len(Corpus.load(copy / "corpus").documents) == 2
+
+
 def test_a_dataset_made_after_a_change_reads_what_was_added_and_not_what_was_removed(copy, bert, pericles):
     add_documents([pericles], copy, bert=bert)
     remove_documents(["macbeth.md"], copy, bert=bert)
@@ -137,7 +183,7 @@ def test_a_change_killed_between_corpus_and_index_is_finished_by_the_same_comman
     monkeypatch.setattr(living, "_follow", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         add_documents([pericles], copy, bert=bert)
-    with pytest.raises(ValueError, match=r"database_sha256=.*python -m retro\.database"):
+    with pytest.raises(ValueError, match=r"database_sha256=.*python -m retro\.database --add"):
         RetroIndex(data_path=copy, bert=bert)  # an index that lacks a document is not taken for whole
     monkeypatch.setattr(living, "_follow", follow)
     assert add_documents([pericles], copy, bert=bert)["additions"] == [2]

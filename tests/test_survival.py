@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import CHUNK_LEN, CHUNKS_PER_SAMPLE
 
+from retro import dataset as dataset_module
 from retro import keys as keys_module
 from retro.artifacts import only_writer, write_json
 from retro.bert_embeddings import BERTChunkEmbeddings
@@ -226,9 +227,23 @@ def test_keys_are_found_by_number_across_shards_few_of_them_open(copy, bert, sma
     np.testing.assert_allclose(keys.distances(queries, of, numbers), by_hand, rtol=1e-5)
 
 
+def test_a_dataset_killed_between_its_files_keeps_the_first(copy, index, monkeypatch):
+    retrieve, retrieved = dataset_module.retrieve_samples, []
+    train, valid = (copy / name for name in DATASET_FILE.values())
+    before, both = train.stat().st_ino, valid.read_bytes()
+    valid.unlink()
+
+    def noted(offsets, header, index):
+        retrieved.append(header["split"])
+        return retrieve(offsets, header, index)
+
+    monkeypatch.setattr(dataset_module, "retrieve_samples", noted)
+    build_dataset(None, CHUNKS_PER_SAMPLE, data_path=copy, corpus=index.corpus, index=index)
+    assert set(retrieved) == {"valid"} and train.stat().st_ino == before and valid.read_bytes() == both
+
+
 def test_building_again_over_a_dataset_keeps_the_old_one_until_the_new_one_is_whole(copy, index, monkeypatch):
     before = (copy / DATASET_FILE["train"]).read_bytes()
-    from retro import dataset as dataset_module
 
     def full(*_):
         raise OSError(28, "No space left on device")

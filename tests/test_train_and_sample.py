@@ -9,11 +9,12 @@ import time
 
 import pytest
 import torch
-from conftest import CHUNK_LEN
+from conftest import CHUNK_LEN, CHUNKS_PER_SAMPLE
 from labml_nn.optimizers.noam import Noam
 from labml_nn.transformers.retro import model as reference
 from safetensors.torch import load_file
 
+from retro.dataset import build_dataset
 from retro.model import RetroConfig, RetroModel, newest_checkpoint
 from retro.sample import Sampler, choose
 from retro.train import TrainConfig, learning_rate, train
@@ -65,6 +66,16 @@ def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(workplace, monk
     # The same call again finds the finished run and trains nothing.
     n = steps
     assert train(config=CONFIG, model_shape=SHAPE, device="cpu", name="whole") == (whole, summary) and steps == n
+
+
+def test_a_run_is_not_continued_on_another_dataset_but_without_its_summary(workplace, index):
+    run, summary = train(config=CONFIG, model_shape=SHAPE, device="cpu", name="moved")
+    (run / "summary.json").write_text("{")
+    again = train(resume=run, device="cpu")[1]  # from the last checkpoint, which made all its steps
+    assert {k: v for k, v in again.items() if k != "tokens_per_second"}.items() <= summary.items()
+    build_dataset(None, CHUNKS_PER_SAMPLE, corpus=index.corpus, data_path="data", index=index, seed=1)
+    with pytest.raises(ValueError, match=r"another dataset \(.*seed=1, but seed=0"):
+        train(resume=run, device="cpu")
 
 
 def test_the_noam_schedule_is_the_tutorials():
