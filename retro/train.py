@@ -470,11 +470,8 @@ def _finished(run: Path, n_steps: int) -> dict[str, Any] | None:
     """The summary of a run that has already made its steps."""
     if not (run / "summary.json").exists():
         return None
-    try:
-        summary = read_json(run / "summary.json", f"python -m retro.train --resume {run}", SUMMARY_FIELDS)
-    except ValueError as error:  # it is made again, from the last checkpoint
-        logger.log(str(error), Text.warning)
-        return None
+    repair = f"rm {run / 'summary.json'}; python -m retro.train --resume {run}"
+    summary = read_json(run / "summary.json", repair, SUMMARY_FIELDS)
     return summary if summary["steps"] >= n_steps else None
 
 

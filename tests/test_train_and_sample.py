@@ -68,9 +68,12 @@ def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(workplace, monk
     assert train(config=CONFIG, model_shape=SHAPE, device="cpu", name="whole") == (whole, summary) and steps == n
 
 
-def test_a_run_is_not_continued_on_another_dataset_but_without_its_summary(workplace, index):
+def test_a_run_is_continued_without_its_summary_but_not_on_another_dataset(workplace, index):
     run, summary = train(config=CONFIG, model_shape=SHAPE, device="cpu", name="moved")
     (run / "summary.json").write_text("{")
+    with pytest.raises(ValueError, match=r"rm .*summary.json; python -m retro.train --resume"):
+        train(resume=run, device="cpu")
+    (run / "summary.json").unlink()
     again = train(resume=run, device="cpu")[1]  # from the last checkpoint, which made all its steps
     assert {k: v for k, v in again.items() if k != "tokens_per_second"}.items() <= summary.items()
     build_dataset(None, CHUNKS_PER_SAMPLE, corpus=index.corpus, data_path="data", index=index, seed=1)
