@@ -1,9 +1,12 @@
 """Small real things that the tests share: plays, a packaged BERT, a database built once."""
 
 import importlib.metadata
+import importlib.util
 import os
+import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 os.environ["HOME"] = tempfile.mkdtemp()  # labml writes to ~/.labml
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +19,14 @@ from retro.database import RetroIndex, build_database
 from retro.dataset import build_dataset
 
 CHUNK_LEN, CHUNKS_PER_SAMPLE = 16, 4
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script beside the package, as a module."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -1,23 +1,14 @@
 """The benchmark's arithmetic, that its table is made of its figures, and that it can still take them."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import load_script
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
-
-
-bench, measure = load("bench"), load("measure")
+bench, measure = load_script(FOLDER / "bench.py"), load_script(FOLDER / "measure.py")
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +22,12 @@ def folder(plays, tmp_path_factory):
     return folder
 
 
-OURS = [(name, variant) for name, stage in bench.STAGES.items() for variant in stage.variants if "retro" in variant]
-OURS = [(name, variant) for name, variant in OURS if variant not in bench.PEERS]
+OURS = [
+    (name, variant)
+    for name, stage in bench.STAGES.items()
+    for variant in stage.variants
+    if variant.startswith("retro") and variant not in bench.PEERS
+]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")

@@ -1,16 +1,14 @@
 """The planner: its bytes are those of real files, its times follow from its rates, the rest it refuses."""
 
-import importlib.util
 import itertools
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import faiss
 import numpy as np
 import pytest
-from conftest import CHUNK_LEN
+from conftest import CHUNK_LEN, load_script
 
 from retro import plan as planner
 from retro.corpus import Corpus
@@ -169,8 +167,6 @@ def test_what_cannot_be_planned_is_refused(options, message):
 
 def test_the_published_page_is_made_of_the_published_figures():
     folder = Path(__file__).parent.parent / "benchmarks"
-    spec = importlib.util.spec_from_file_location("scale", folder / "scale.py")
-    scale = sys.modules["scale"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(scale)
+    scale = load_script(folder / "scale.py")
     record = json.loads((folder / "scale.json").read_text())
     assert scale.report(record) == (folder / "SCALE.md").read_text()

@@ -1,24 +1,14 @@
 """The published results: their tables are made of their figures, and shares of documents are nested."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import load_script
 
 pytest.importorskip("matplotlib", reason="the plots need it: pip install matplotlib")
 FOLDER = Path(__file__).parent.parent / "results"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"results_{name}", FOLDER / f"{name}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-run, report = load("run"), load("report")
+run, report = load_script(FOLDER / "run.py"), load_script(FOLDER / "report.py")
 
 
 def test_the_published_tables_are_made_of_the_published_figures(tmp_path):
