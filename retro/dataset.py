@@ -29,7 +29,6 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -48,6 +47,7 @@ from retro.artifacts import (
     differences,
     package_versions,
     parse_json,
+    remove_unfinished,
     require_match,
     sealed,
     written_whole,
@@ -126,13 +126,14 @@ def build_dataset(
             **wanted_dataset(index.made_with, chunks_per_sample, skip_range, n_neighbors, exclude, seed),
             "versions": package_versions(),
         }
-        with distributed.only_writer(data_path):
-            if distributed.agreed(partial(_is_whole, data_path / name, header)):  # before it was interrupted
-                distributed.first(partial(shutil.rmtree, parts_folder(data_path / name), ignore_errors=True))
-            else:
-                write_samples(data_path / name, header, offsets, index)
-        distributed.wait()
-        headers[split] = read_header(data_path / name)
+        path = data_path / name
+        if distributed.agreed(partial(_is_whole, path, header)):  # before it was interrupted
+            distributed.first(partial(remove_unfinished, data_path, parts_folder(path)))
+        else:
+            with distributed.only_writer(data_path):
+                write_samples(path, header, offsets, index)
+            distributed.wait()
+        headers[split] = read_header(path)
     return headers
 
 
