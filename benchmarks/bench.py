@@ -320,9 +320,9 @@ def main() -> None:
     if unknown := set(names) - set(STAGES):
         parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
     if not args.text.exists():
-        from retro.presets import PRESETS, texts_of
+        from retro.cli.presets import texts_of
 
-        args.text = texts_of(PRESETS["tutorial"], args.text.parent)[0]
+        args.text = texts_of("tutorial", args.text.parent)[0]
     results_file = HERE / "results.json"
     record = json.loads(results_file.read_text()) if results_file.exists() else {"stages": {}}
     started = time.perf_counter()

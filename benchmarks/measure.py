@@ -26,14 +26,15 @@ from torch.nn.functional import cosine_similarity, cross_entropy, linear
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertModel
 
-from retro.artifacts import sealed
 from retro.bert_embeddings import BERTChunkEmbeddings
-from retro.corpus import Corpus, build_corpus
 from retro.database import RetroIndex, build_database
 from retro.dataset import DATASET_FILE, Dataset, build_dataset
-from retro.keys import Keys
 from retro.model import RetroConfig, RetroModel
 from retro.sample import Sampler
+from retro.search.keys import Keys
+from retro.storage.manifests import CHECKSUM, with_checksum
+from retro.text.build import build_corpus
+from retro.text.corpus import Corpus
 
 TEXT = "tiny_shakespeare.txt"
 PROMPT = "Second Citizen:\nOne word, good citizens.\n\nFirst Citizen:"
@@ -241,9 +242,9 @@ def read(variant: str, folder: Path) -> Result:
         header, *lines = path.read_bytes().splitlines(keepends=True)
         body = b"".join(lines * 10)
         changed = json.loads(header) | {"n_samples": 10 * len(lines), "sha256": hashlib.sha256(body).hexdigest()}
-        del changed["seal"]
+        del changed[CHECKSUM]
         path = folder / "tenfold.jsonl"
-        path.write_bytes(json.dumps(sealed(changed)).encode() + b"\n" + body)
+        path.write_bytes(json.dumps(with_checksum(changed)).encode() + b"\n" + body)
     before = memory()
     dataset: Any = labml.Dataset(path, tds) if variant == "labml-nn" else Dataset(path, corpus)
     numbers = np.random.default_rng(0).choice(len(dataset), 1000).tolist()
@@ -316,7 +317,7 @@ def growth(variant: str, folder: Path) -> Result:
     bert = BERTChunkEmbeddings("cpu")
     bert(chunks_of(folder, 16)[:20_000])  # so that its buffers are no growth
     corpus = stage("corpus", lambda: build_corpus([place / "text"], place / "corpus", "char"))
-    keys = Keys(place / "keys", corpus, 16, bert.made_with)
+    keys = Keys(place, corpus, 16, bert.manifest)
     stage("embed", lambda: keys.compute(bert, 4096))
     stage("index", lambda: build_database(16, corpus=corpus, data_path=place, bert=bert))
     index = stage("load", lambda: RetroIndex(16, corpus=corpus, data_path=place, bert=bert))
@@ -331,7 +332,7 @@ def curve(variant: str, folder: Path) -> Result:
     """Losses of the first steps of the tutorial's model on short samples; `variant` is `PRECISION SEED`."""
     from torch.utils.data import DataLoader
 
-    from retro.train import TrainConfig, Trainer, learning_rate
+    from retro.train import TrainConfig, Trainer
 
     precision, seed = variant.split()
     place = folder / "short"
@@ -344,16 +345,13 @@ def curve(variant: str, folder: Path) -> Result:
         build_dataset(16, 4, data_path=place)
     torch.manual_seed(int(seed))
     model = RetroModel.from_config(RetroConfig(n_vocab=corpus.n_tokens))
-    config = TrainConfig(warmup=100, lr=0.5, seed=int(seed))
+    config = TrainConfig(warmup=100, lr=0.5, precision=precision, seed=int(seed))
     optimizer = torch.optim.Adam(model.parameters(), lr=1.0, eps=1e-9, fused=True)
     samples = Dataset(place / DATASET_FILE["train"], corpus)
     order = torch.utils.data.RandomSampler(samples, generator=torch.Generator().manual_seed(int(seed)))
     batches = DataLoader(samples, batch_size=BATCH, sampler=order)
 
-    def rate(step: int) -> float:
-        return learning_rate(step, CURVE_STEPS, config, 128)
-
-    trainer = Trainer("cpu", model, batches, optimizer, precision=precision, lr_of_step=rate)
+    trainer = Trainer("cpu", model, batches, optimizer, config=config, n_steps=CURVE_STEPS)
     steps = range(CURVE_STEPS)
     seconds, losses = timed(lambda: [trainer.train_step(*b).item() for b, _ in zip(batches, steps, strict=False)])
     valid = DataLoader(Dataset(place / DATASET_FILE["valid"], corpus), batch_size=BATCH)

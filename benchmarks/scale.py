@@ -1,6 +1,6 @@
 """Check what a larger database takes and brings: `make scale`, or one of its two stages.
 
-    python benchmarks/scale.py plan     # retro.plan against real builds, of 0.5, 2 and 8 million tokens
+    python benchmarks/scale.py plan     # the planner against real builds, of 0.5, 2 and 8 million tokens
     python benchmarks/scale.py index    # the planner's indexes, filled with 2 million vectors
 
 Writes `scale.json` and `SCALE.md` beside this file; a single stage replaces its part.
@@ -29,22 +29,19 @@ from typing import Any
 import faiss
 import numpy as np
 
-import retro.commands
-import retro.database
-from retro import faiss_index
-from retro.faiss_index import (
-    CANDIDATES,
-    KEYS_PER_LIST,
-    Truth,
-    choose_index,
-    choose_n_probe,
-    memory_of_machine,
-    n_lists_of,
-    nearest,
-    set_n_probe,
-)
-from retro.keys import Keys
-from retro.plan import N_TRAIN, Rates, index_bytes, measure, plan
+from retro import cli
+from retro.cli import stages
+from retro.config import DatabaseConfig
+from retro.planning.plan import index_bytes, plan
+from retro.planning.rates import Rates, measure
+from retro.search import building, filling
+from retro.search.factory import KEYS_PER_LIST, choose_index, n_lists_of, set_n_probe
+from retro.search.filling import memory_of_machine
+from retro.search.index_file import read_database_manifest
+from retro.search.keys import Keys
+from retro.search.querying import CANDIDATES, search_and_rerank
+from retro.search.recall import ExactNeighbors, choose_n_probe
+from retro.text.corpus import Corpus
 
 HERE = Path(__file__).parent
 TOKENIZER, CHUNK_LEN = "bpe:4096", 32
@@ -91,7 +88,8 @@ def check_plan(folder: Path) -> Iterator[dict[str, Any]]:
         rates = child("_measure", str(folder / "texts-1"))
         build = child("_build", str(folder / f"texts-{size}"), str(folder / f"data-{size}"))
         busy = [result.pop("cores_busy_elsewhere") for result in (rates, build)]
-        planned = asdict(plan(build["n_tokens"], Rates(**rates)))
+        p = plan(build["n_tokens"], Rates(**rates))
+        planned = {name: getattr(p, name) for name in ("n_chunks", "index", "files", "memory", "seconds")}
         shutil.rmtree(folder / f"data-{size}")
         yield {"size": size, "rates": rates, "planned": planned, "build": build, "cores_busy_elsewhere": max(busy)}
 
@@ -147,20 +145,20 @@ def build(texts: str, data: str) -> dict[str, Any]:
 
         setattr(owner, name, wrap(watched))
 
-    watch(retro.commands, "prepare_corpus", "corpus")
+    watch(stages, "prepare_corpus", "corpus")
     watch(Keys, "compute", "embed")
-    watch(faiss_index, "_trained", "train")
-    watch(faiss_index, "_add", "add")
-    watch(faiss_index, "_merged", "merge")
-    watch(retro.database, "write_index", "merge")
-    watch(faiss_index.Truth, "of", "recall", staticmethod)
-    watch(faiss_index.Truth, "recall", "recall")
+    watch(filling, "_train", "train")
+    watch(filling, "_add", "add")
+    watch(filling, "_merge", "merge")
+    watch(building, "write_database", "merge")
+    watch(ExactNeighbors, "of", "recall", staticmethod)
+    watch(ExactNeighbors, "recall", "recall")
     options = ["--tokenizer", TOKENIZER, "--chunk-len", str(CHUNK_LEN), "--index", "auto", "--data-path", data]
-    total, status = timed(lambda: retro.commands.database_command([texts, *options]))
+    total, status = timed(lambda: cli.main(["database", texts, *options]))
     if status:
         raise SystemExit(status)
-    folder, corpus = Path(data), retro.database.open_corpus(data)
-    manifest = retro.database.read_manifest(folder)
+    folder, corpus = Path(data), Corpus.load(Path(data) / "corpus")
+    manifest = read_database_manifest(folder)
     return {
         "n_tokens": len(corpus.tokens),
         "n_chunks": manifest["n_chunks"],
@@ -206,50 +204,50 @@ class Vectors(Keys):
             clusters = rng.choice(N_CLUSTERS, size=len(block), p=weights / weights.sum())
             block[:] = rng.standard_normal(block.shape, dtype=np.float32) @ around.T + centers[clusters]
         self.offsets = np.arange(len(self.all))
-        self.living = self.offsets < n
+        self.in_database = self.offsets < n
         self.firsts = np.append(np.arange(0, len(self.all), 1 << 14), len(self.all))
-        self.pieces = np.split(self.offsets, self.firsts[1:-1])
+        self.chunks_of_shard = np.split(self.offsets, self.firsts[1:-1])
 
     def _shard(self, number: int) -> np.ndarray:
         return self.all[self.firsts[number] : self.firsts[number + 1]]
 
-    def truth(self) -> Truth:
+    def exact_neighbors(self) -> ExactNeighbors:
         queries = self.all[self.n :]
         distances, _ = faiss.knn(queries, self.all[: self.n], 10)
-        return Truth(np.arange(self.n, len(self.all)), queries, distances)
+        return ExactNeighbors(np.arange(self.n, len(self.all)), queries, distances)
 
 
 def check_indexes(n: int, n_queries: int = N_QUERIES) -> Iterator[dict[str, Any]]:
     vectors = Vectors(n, n_queries)
-    taken, truth = timed(vectors.truth)
+    taken, exact = timed(vectors.exact_neighbors)
     rng = np.random.default_rng(1)
     pairs = vectors.all[rng.integers(n, size=(2, 10_000))]
     random = float(np.median(((pairs[0] - pairs[1]) ** 2).sum(1)))
-    near = {str(k): float(np.median(truth.distances[:, k - 1])) / random for k in (1, 2, 10)}
+    near = {str(k): float(np.median(exact.distances[:, k - 1])) / random for k in (1, 2, 10)}
     length = float(np.linalg.norm(vectors.all[:10_000], axis=1).mean())
     yield {"n": n, "n_queries": n_queries, "near": near, "length": length, "truth_seconds": taken}
     for factory in ("Flat", choose_index(max(n, 50_001), D), choose_index(5_000_001, D)):
-        yield check_index(factory, vectors, truth)
+        yield check_index(factory, vectors, exact)
 
 
-def check_index(factory: str, vectors: Vectors, truth: Truth) -> dict[str, Any]:
+def check_index(factory: str, vectors: Vectors, exact: ExactNeighbors) -> dict[str, Any]:
     """An index that is learnt, filled and searched as `build_database` and `RetroIndex` do it."""
     n = vectors.n
-    n_train = min(n, max(N_TRAIN, KEYS_PER_LIST * n_lists_of(factory))) if n_lists_of(factory) else 0
+    n_train = min(n, max(DatabaseConfig.n_train, KEYS_PER_LIST * n_lists_of(factory))) if n_lists_of(factory) else 0
     busy, used, start = _busy_seconds(), time.process_time(), time.perf_counter()
-    train_seconds, index = timed(lambda: faiss_index._trained(factory, vectors, n_train, 0))
-    add_seconds, _ = timed(lambda: faiss_index._add(index, vectors, range(len(vectors.pieces))))
+    train_seconds, index = timed(lambda: filling._train(factory, vectors, n_train, 0))
+    add_seconds, _ = timed(lambda: filling._add(index, vectors, range(len(vectors.chunks_of_shard))))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "index"
         faiss.write_index(index, str(file))
         n_bytes = file.stat().st_size
-    choose_seconds, (n_probe, note) = timed(lambda: choose_n_probe(index, vectors, truth, RECALL))
+    choose_seconds, (n_probe, note) = timed(lambda: choose_n_probe(index, vectors, exact, RECALL))
     set_n_probe(index, n_probe)
-    recall = truth.recall(index, vectors)
-    _, by_codes = index.search(truth.queries, 10)
+    recall = exact.recall(index, vectors)
+    _, by_codes = index.search(exact.queries, 10)
     n_threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
-    search_seconds, _ = timed(lambda: nearest(index, vectors, truth.queries, 10))
+    search_seconds, _ = timed(lambda: search_and_rerank(index, vectors, exact.queries, 10))
     faiss.omp_set_num_threads(n_threads)
     elsewhere = (_busy_seconds() - busy - time.process_time() + used) / (time.perf_counter() - start)
     return {
@@ -258,8 +256,8 @@ def check_index(factory: str, vectors: Vectors, truth: Truth) -> dict[str, Any]:
         "n_probe": n_probe if n_train else None,
         "note": note,
         "recall": recall,
-        "recall_by_codes": {f"@{k}": share_of_true(by_codes[:, :k], vectors, truth) for k in (1, 2, 10)},
-        "queries_per_second": len(truth.queries) / search_seconds,
+        "recall_by_codes": {f"@{k}": share_of_true(by_codes[:, :k], vectors, exact) for k in (1, 2, 10)},
+        "queries_per_second": len(exact.queries) / search_seconds,
         "bytes": n_bytes,
         "planned_bytes": index_bytes(factory, n, D),
         "train_seconds": train_seconds,
@@ -269,10 +267,10 @@ def check_index(factory: str, vectors: Vectors, truth: Truth) -> dict[str, Any]:
     }
 
 
-def share_of_true(found: np.ndarray, vectors: Vectors, truth: Truth) -> float:
+def share_of_true(found: np.ndarray, vectors: Vectors, exact: ExactNeighbors) -> float:
     """Of the first neighbors that come back, how many are as near as the true ones."""
-    distances = ((vectors.all[found] - truth.queries[:, None]) ** 2).sum(-1)
-    near = distances <= truth.distances[:, found.shape[1] - 1, None] * (1 + 1e-4)
+    distances = ((vectors.all[found] - exact.queries[:, None]) ** 2).sum(-1)
+    near = distances <= exact.distances[:, found.shape[1] - 1, None] * (1 + 1e-4)
     return float((near & (found >= 0)).mean())
 
 
@@ -310,7 +308,7 @@ def _plan_tables(results: list[dict[str, Any]]) -> list[str]:
         "## The planner against real builds",
         "",
         "Python sources of installed packages, drawn at random, tokenizer bpe:4096, chunks of 32 tokens, index auto.",
-        "Before each build, `retro.plan` measured a sample, always the smallest of the three texts, and foretold what",
+        "Before each build, `retro plan` measured a sample, always the smallest of the three texts, and foretold what",
         "`python -m retro.database` would take for as many tokens as it then made. Wanted: bytes within 20%, time",
         "within 30%. Each cell: foretold, real, difference. Memory: without pages of mapped keys.",
         "",

@@ -15,9 +15,9 @@ from source import Module
 def problems_of(root: Path, modules: list[Module]) -> Iterator[str]:
     """What can be seen from the sources alone."""
     known = {module.shown_path for module in modules}
-    for path in sorted((root / "retro").glob("*.py")):
-        if f"retro/{path.name}" not in known:
-            yield f"retro/{path.name}:1: not in the reading order, in docs/build.py"
+    for path in sorted((root / "retro").rglob("*.py")):
+        if (shown_path := path.relative_to(root).as_posix()) not in known:
+            yield f"{shown_path}:1: not in the reading order, in docs/build.py"
     for module in modules:
         for line, name in module.undocumented():
             yield f"{module.shown_path}:{line}: {name} is public and has no docstring"

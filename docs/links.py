@@ -41,6 +41,8 @@ class Library:
 
     def anchor(self, module: Module, name: str) -> str | None:
         """`page#anchor` of a dotted name of a module, if it defines it or a base class does."""
+        if name in module.anchors and module.name == self.package:
+            return module.page  # the index, which shows no code
         if name in module.anchors:
             return f"{module.page}#{module.anchors[name]}"
         owner, _, member = name.rpartition(".")
@@ -51,12 +53,31 @@ class Library:
         return None
 
     def place(self, module: Module, name: str) -> tuple[Module, str] | None:
-        """The module that defines a global name of `module`, and its name there."""
-        if name in module.anchors:
-            return module, name
+        """The module that defines a global name of `module`, and its name there, through imports of imports."""
+        seen = set()
+        while name not in module.anchors:
+            if name not in module.imports and module.name == self.package:  # which imports when it is asked
+                owners = [m for m in self.modules.values() if m.defines(name)]
+                return (owners[0], name) if len(owners) == 1 else None
+            origin, original = module.imports.get(name, ("", ""))
+            if origin not in self.modules or (origin, original) in seen:
+                return None
+            seen.add((origin, original))
+            module, name = self.modules[origin], original
+        return module, name
+
+    def imported(self, module: Module, name: str) -> Module | None:
+        """The module that a name of `module` stands for: `parallel`, after `from retro import parallel`."""
         origin, original = module.imports.get(name, ("", ""))
-        if origin in self.modules and original in self.modules[origin].anchors:
-            return self.modules[origin], original
+        return self.modules.get(f"{origin}.{original}")
+
+    def address(self, module: Module, name: str) -> str | None:
+        """`page#anchor` of a dotted name that `module` defines or imports."""
+        head, _, rest = name.partition(".")
+        if place := self.place(module, head):
+            return self.anchor(place[0], f"{place[1]}.{rest}" if rest else place[1])
+        if other := self.imported(module, head):
+            return self.address(other, rest) if rest else other.page
         return None
 
     def prose_link(self, text: str, module: Module, section: Section) -> str | None:
@@ -77,24 +98,22 @@ class Library:
         for n in range(len(scopes), 0, -1):
             if href := self.anchor(module, f"{'.'.join(scopes[:n])}.{name}"):
                 return href
-        place = self.place(module, head)
-        if place is None and head[:1].isupper():  # a class of another module, if one alone has that name
+        place, href = self.place(module, head), self.address(module, name)
+        if place is None and href is None and head[:1].isupper():  # a class that one other module alone has
             owners = [m for m in self.modules.values() if head in m.classes]
             place = (owners[0], head) if len(owners) == 1 else None
-        if place is None:
-            return None
-        href = self.anchor(place[0], f"{place[1]}.{rest}" if rest else place[1])
-        if href is None and place[1] in place[0].classes:
+            href = self.address(owners[0], name) if place else None
+        if href is None and (place[1] in place[0].classes if place else self.imported(module, head)):
             raise LookupError(f"{head} has no {rest}")
         return href
 
     def _absolute(self, name: str) -> str | None:
         parts = name.split(".")
-        for n in range(len(parts), 1, -1):
+        for n in range(len(parts), 0, -1):
             if module := self.modules.get(".".join(parts[:n])):
                 if n == len(parts):
                     return module.page
-                if href := self.anchor(module, ".".join(parts[n:])):
+                if href := self.address(module, ".".join(parts[n:])):
                     return href
                 break
         if name in self.files:
@@ -123,21 +142,21 @@ class Library:
             elif isinstance(child, (*FUNCTION, ast.Lambda)):
                 inside = bound | _bound(child)
             elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Load) and child.id not in bound:
-                place = self.place(module, child.id)
-                if place and (place[0] is not module or not _is_variable(module, child.id)):
-                    yield child.lineno, child.col_offset, child.id, self.anchor(*place) or ""
+                own = self.place(module, child.id) == (module, child.id)
+                if not (own and _is_variable(module, child.id)) and (href := self.address(module, child.id)):
+                    yield child.lineno, child.col_offset, child.id, href
             elif isinstance(child, ast.Attribute) and isinstance(child.value, ast.Name):
-                value, owner = child.value.id, None
+                value, href = child.value.id, None
                 if value == "self":
-                    owner = (module, scope)
+                    href = self.anchor(module, f"{scope}.{child.attr}")
                 elif value not in bound:
-                    owner = self.place(module, value)
-                if owner and (href := self.anchor(owner[0], f"{owner[1]}.{child.attr}")):
+                    href = self.address(module, f"{value}.{child.attr}")
+                if href:
                     line, end = child.end_lineno or child.lineno, child.end_col_offset or 0
                     if href != f"{module.page}#L{line}":  # where it is set
                         yield line, end - len(child.attr.encode()), child.attr, href
-            elif isinstance(child, ast.alias) and (place := self.place(module, child.asname or child.name)):
-                yield child.lineno, child.col_offset, child.name, self.anchor(*place) or ""
+            elif isinstance(child, ast.alias) and (href := self.address(module, child.asname or child.name)):
+                yield child.lineno, child.col_offset, child.name, href
             yield from self._uses(module, child, inner, inside)
 
 

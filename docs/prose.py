@@ -91,6 +91,8 @@ class Prose:
             children, depth = list[Token](), 0
             for child in token.children or []:
                 depth += (child.type == "link_open") - (child.type == "link_close")
+                if child.type == "link_open":  # the page of a file beside it
+                    child.attrs["href"] = re.sub(r"^(\w+)\.md\b", r"\1.html", str(child.attrs["href"]))
                 if child.type == "code_inline" and depth:
                     child.meta["linked"] = True
                 is_text = child.type in ("text", "softbreak") and not depth
@@ -136,20 +138,21 @@ def _product(state: StateInline, silent: bool) -> bool:
 
 
 def set_formulas(formulas: list[Formula]) -> tuple[list[str], list[str]]:
-    """HTML of each formula, and a message for each that does not parse; one process sets them all."""
+    """HTML of each formula, and a message for each that does not parse; one process sets them all.
+
+    Where there is no Node.js or no KaTeX there is one message, which says what sets them up.
+    """
     if not formulas:
         return [], []
     asked = json.dumps([{"tex": f.tex, "display": f.display} for f in formulas])
     try:
         done = subprocess.run(["node", HERE / "formulas.mjs"], input=asked, capture_output=True, text=True, cwd=HERE)
     except FileNotFoundError:
-        raise SystemExit(
-            "formulas are set with KaTeX: install Node.js 20 or newer (with npm), then: make docs"
-        ) from None
+        return [], ["formulas are set with KaTeX: install Node.js 20 or newer (with npm), then: make docs"]
+    if "ERR_MODULE_NOT_FOUND" in done.stderr:
+        return [], ["formulas are set with KaTeX, which is not there yet; this installs it, then builds: make docs"]
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        hint = "npm install --no-package-lock in docs/" if "ERR_MODULE_NOT_FOUND" in done.stderr else last
-        raise SystemExit(f"node could not set the formulas: {hint}")
+        return [], [f"node could not set the formulas: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"]
     answers = json.loads(done.stdout)
     problems = [f"{f.where}: {a['error']}, in {f.tex}" for f, a in zip(formulas, answers, strict=True) if "error" in a]
     return [a.get("html", "") for a in answers], problems

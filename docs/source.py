@@ -62,6 +62,22 @@ class Module:
             for alias in node.names
         }
 
+    def defines(self, name: str) -> bool:
+        """Whether a class or function of this name stands at the top level."""
+        return any(found.name == name for found in self.found if not found.nested)
+
+    def last_import(self) -> int:
+        """The last line of the imports that a module begins with; 0 if it begins with anything else."""
+        last = 0
+        for statement in self.tree.body:
+            if isinstance(statement, DEFINITION):
+                break
+            if any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(statement)):
+                last = statement.end_lineno or statement.lineno
+            elif statement is not self.tree.body[0] or not self.docstring(self.tree):
+                break
+        return last
+
     def _anchors(self) -> dict[str, str]:
         """Where things are: definitions by name; constants, fields and attributes by line."""
         anchors = {

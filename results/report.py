@@ -7,23 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from retro.evaluate import plot, ratio_of_sums
+from retro.evaluation.figures import plot
+from retro.evaluation.intervals import format_interval, ratio_of_sums
+from retro.evaluation.result import VARIANTS
 
-NAMES = {
-    "on": "retrieval on",
-    "off": "retrieval off (the same model)",
-    "random": "random neighbors (the same model)",
-    "baseline": "trained without retrieval, equal steps",
-    "longer": "trained without retrieval, equal time",
+NAMES = VARIANTS | {
+    "off": f"{VARIANTS['off']} (the same model)",
+    "random": f"{VARIANTS['random']} (the same model)",
+    "baseline": f"{VARIANTS['baseline']}, equal steps",
+    "longer": f"{VARIANTS['baseline']}, equal time",
 }
-
-
-def interval(value: dict[str, Any], sign: bool = True) -> str:
-    kind = "+.4f" if sign else ".4f"
-    if value["value"] is None:
-        return "–"
-    text = f"{value['value']:{kind}}"
-    return text if value["low"] is None else f"{text} ({value['low']:{kind}} to {value['high']:{kind}})"
 
 
 def verdict(value: dict[str, Any]) -> str:
@@ -65,7 +58,7 @@ def claims(part: dict[str, Any], shares: tuple[float, ...], counts: tuple[int, .
     ):
         evaluations = sweep(part, kind, shares, counts)
         found[claim] = saved(evaluations[0], "on", evaluations[-1])
-    return {claim: (interval(value), verdict(value)) for claim, value in found.items()}
+    return {claim: (format_interval(value), verdict(value)) for claim, value in found.items()}
 
 
 def write(record: dict[str, Any], out: Path, shares: tuple[float, ...], counts: tuple[int, ...]) -> None:
@@ -108,15 +101,15 @@ def write(record: dict[str, Any], out: Path, shares: tuple[float, ...], counts: 
 
 def _of_corpus(name: str, part: dict[str, Any], shares: tuple[float, ...], counts: tuple[int, ...]) -> list[str]:
     main, runs = part["evaluations"]["main"], part["runs"]
-    d, headroom = main["database"], main["headroom"]
-    reads = ", ".join(f"{share:.1%} share {k}" for k, share in headroom.items())
+    d, copyable = main["database"], main["copyable_tokens"]
+    reads = ", ".join(f"{share:.1%} share {k}" for k, share in copyable.items())
     lines = [
         f"## {part['title']}",
         "",
         f"{part['documents']['train']:,} documents train and fill the database ({part['bytes']['train'] / 1e6:.1f} MB, "
         f"{part['tokens']['train']:,} tokens, {d['n_chunks']:,} chunks of {d['chunk_len']}); "
         f"{part['documents']['held out']:,} are held out ({part['bytes']['valid'] / 1e6:.2f} MB).",
-        f"Headroom: of the chunks that read neighbors, {reads} or more in a row with them.",
+        f"Copyable tokens: of the chunks that read neighbors, {reads} or more in a row with them.",
         "",
         "| model | steps | parameters | training | bits per byte | gain of retrieval over it |",
         "|---|---|---|---|---|---|",
@@ -126,7 +119,7 @@ def _of_corpus(name: str, part: dict[str, Any], shares: tuple[float, ...], count
         run, gain = runs[run_of.get(variant, variant)], main["gain"].get(f"over {variant}")
         lines.append(
             f"| {NAMES[variant]} | {run['steps']:,} | {run['n_parameters']:,} | {run['train_bpb']:.3f} "
-            f"| {interval(value, sign=False)} | {interval(gain) if gain else ''} |"
+            f"| {format_interval(value, '.4f')} | {format_interval(gain)} |"
         )
     lines += [
         "",
@@ -146,7 +139,7 @@ def _of_corpus(name: str, part: dict[str, Any], shares: tuple[float, ...], count
         values = " | ".join("–" if v is None else f"{v:.3f}" for v in row["bits_per_byte"].values())
         lines.append(
             f"| {row['alpha']:.1%} | {row['n_chunks']:,} | {row['share_of_bytes']:.1%} | {values} "
-            f"| {interval(row['gain']['over random'])} | {interval(row['gain']['over baseline'])} |"
+            f"| {format_interval(row['gain']['over random'])} | {format_interval(row['gain']['over baseline'])} |"
         )
     lines += ["", f"![Filtered by overlap](filtered-{name}.png)", ""]
     for kind, title, first in (
@@ -158,10 +151,10 @@ def _of_corpus(name: str, part: dict[str, Any], shares: tuple[float, ...], count
         evaluations = sweep(part, kind, shares, counts)
         for e in evaluations:
             value = e["database"]["n_documents"] if kind == "database" else e["n_neighbors"]
-            over_first = interval(saved(evaluations[0], "on", e)) if e is not evaluations[0] else ""
+            over_first = format_interval(saved(evaluations[0], "on", e)) if e is not evaluations[0] else ""
             lines.append(
                 f"| {value:,} | {e['database']['n_chunks']:,} | {e['bits_per_byte']['on']['value']:.4f} "
-                f"| {over_first} | {interval(saved(main, 'random', e))} |"
+                f"| {over_first} | {format_interval(saved(main, 'random', e))} |"
             )
         lines.append("")
     lines += [
@@ -174,8 +167,12 @@ def _of_corpus(name: str, part: dict[str, Any], shares: tuple[float, ...], count
     for e in (main, compressed):
         recall = ", ".join(f"{share:.1%}" for share in e["database"]["recall"].values())
         on, gain = e["bits_per_byte"]["on"], saved(main, "random", e)
-        lines.append(f"| {e['database']['index']} | {recall} | {on['value']:.4f} | {interval(gain)} |")
-    return [*lines, "", f"Exact search saves {interval(saved(compressed, 'on', main))} over the compressed index."]
+        lines.append(f"| {e['database']['index']} | {recall} | {on['value']:.4f} | {format_interval(gain)} |")
+    return [
+        *lines,
+        "",
+        f"Exact search saves {format_interval(saved(compressed, 'on', main))} over the compressed index.",
+    ]
 
 
 def _plot_sweeps(parts: dict[str, Any], shares: tuple[float, ...], counts: tuple[int, ...], path: Path) -> None:

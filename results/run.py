@@ -26,7 +26,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from retro.artifacts import sha256_of_json, write_json
+from retro.storage.files import atomic_write
+from retro.storage.manifests import sha256_of_json
 
 HERE = Path(__file__).resolve().parent
 CHUNK_LEN, CHUNKS_PER_SAMPLE = 32, 8
@@ -107,6 +108,12 @@ def drawn(names: list[str], share: float) -> list[str]:
     return sorted(ordered[: max(2, round(share * len(ordered)))])
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON-safe value, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
 def call(module: str, *arguments: str) -> None:
     """Run one of the library's own commands; each finds what is already there."""
     print(f"\n$ python -m retro.{module} {' '.join(arguments)}", flush=True)
@@ -134,7 +141,7 @@ def prepare(documents: dict[str, str], source: Source) -> None:
 
 def databases() -> dict[str, Path]:
     """Data folders of the other databases: of a share of the training documents, and a compressed one of all."""
-    from retro.corpus import Corpus
+    from retro.text.corpus import Corpus
 
     corpus = Corpus.load("data/corpus")
     found = {}
@@ -164,7 +171,6 @@ def config(steps: int) -> Any:
 
     return TrainConfig(
         batch_size=8,
-        epochs=None,
         steps=steps,
         lr=4e-3,
         schedule="cosine",
@@ -182,10 +188,11 @@ def time_ratio() -> float:
         import torch
         from torch.utils.data import DataLoader
 
-        from retro.corpus import Corpus
         from retro.dataset import DATASET_FILE, Dataset
         from retro.model import RetroConfig, RetroModel
-        from retro.train import Batches, Trainer
+        from retro.runs.data import Batches
+        from retro.text.corpus import Corpus
+        from retro.train import Trainer
 
         corpus = Corpus.load("data/corpus")
         samples = Dataset(Path("data") / DATASET_FILE["train"], corpus)
@@ -193,9 +200,7 @@ def time_ratio() -> float:
         for shape in (SHAPE, WITHOUT):
             model = RetroModel.from_config(RetroConfig(n_vocab=corpus.n_tokens, chunk_len=CHUNK_LEN, **shape))
             optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
-            trainers.append(
-                Trainer("cpu", model, DataLoader(samples), optimizer, clip=1.0, precision=config(1).precision)
-            )
+            trainers.append(Trainer("cpu", model, None, optimizer, config=config(1)))
         rounds = []
         for number in range(9):
             seconds = []
@@ -228,30 +233,33 @@ def train_all(size: Size) -> dict[str, tuple[str, dict[str, Any]]]:
 
 def evaluate_all(runs: dict[str, tuple[str, dict[str, Any]]], folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
     """Summaries of all evaluations by name; each is kept in `evaluations/`."""
-    from retro.corpus import Corpus
+    from retro.config import EvaluateConfig
     from retro.database import RetroIndex
-    from retro.evaluate import evaluate, losses
-    from retro.model import RetroModel
+    from retro.evaluate import evaluate
+    from retro.evaluation.windows import losses, windows
+    from retro.runs.checkpoints import load_model
+    from retro.text.corpus import Corpus
 
-    corpus, model = Corpus.load("data/corpus"), RetroModel.load(runs["retro"][0])
+    corpus, model = Corpus.load("data/corpus"), load_model(runs["retro"][0])
     jobs: dict[str, tuple[Path, int]] = {"main": (Path("data"), 2)}
     jobs |= {f"{k} neighbors": (Path("data"), k) for k in NEIGHBORS if k != 2}
     jobs |= {f"database {name}": (folder, 2) for name, folder in folders.items()}
     found = {}
     for name, (folder, k) in jobs.items():
         index = RetroIndex(CHUNK_LEN, data_path=folder)
-        made_with = [*(Path(run).name for run, _ in runs.values()), index.made_with["index_sha256"], k]
-        file = Path("evaluations") / f"{name}-{sha256_of_json(made_with)[:8]}.json"
+        key = [*(Path(run).name for run, _ in runs.values()), index.manifest["index_sha256"], k]
+        file = Path("evaluations") / f"{name}-{sha256_of_json(key)[:8]}.json"
         if not file.exists():
             print(f"\n# evaluation: {name}", flush=True)
-            options: dict[str, Any] = {"others": ()}
+            options = EvaluateConfig(n_neighbors=k, window=WINDOW, stride=STRIDE)
             if name == "main":
-                options = {"baseline": RetroModel.load(runs["baseline"][0])}
-            evaluation = evaluate(model, corpus, index, n_neighbors=k, window=WINDOW, stride=STRIDE, **options)
-            if name == "main":
-                longer = RetroModel.load(runs["longer"][0])
-                where = (corpus, index, evaluation.offsets, None, WINDOW, STRIDE, 8, "cpu", "longer")
-                evaluation = replace(evaluation, nats=evaluation.nats | {"longer": losses(longer, *where)})
+                baseline, longer = (load_model(runs[other][0]) for other in ("baseline", "longer"))
+                evaluation = evaluate(model, corpus, index, config=options, baseline=baseline)
+                cut = windows(corpus, WINDOW, STRIDE)
+                nats = losses(longer, corpus, index, None, cut, options.batch_size, "cpu", "longer")
+                evaluation = replace(evaluation, nats=evaluation.nats | {"longer": nats})
+            else:
+                evaluation = evaluate(model, corpus, index, config=options, others=())
             write_json(file, evaluation.summary())
         found[name] = json.loads(file.read_text())
     return found
@@ -259,7 +267,7 @@ def evaluate_all(runs: dict[str, tuple[str, dict[str, Any]]], folders: dict[str,
 
 def measure(place: Path, source: Source, size: Size) -> dict[str, Any]:
     """Everything for one corpus, in a folder below `place`."""
-    from retro.corpus import Corpus
+    from retro.text.corpus import Corpus
 
     documents = dict(source.read())
     documents = {name: documents[name] for name in drawn(list(documents), size.share * source.share)}

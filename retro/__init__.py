@@ -13,21 +13,53 @@ chunk::
 
 The modules, in reading order:
 
-* `retro.corpus` documents with boundaries, as one array of tokens (`retro.tokenizer` makes them)
 * `retro.bert_embeddings` chunks of text to vectors
-* `retro.keys` the vectors of all chunks, on disk
-* `retro.faiss_index` the FAISS index over them: chosen, filled in parts, searched, and how good it is
-* `retro.database` vectors to nearest chunks; `retro.living` adds documents and takes them out
+* `retro.database` vectors to nearest chunks
 * `retro.model` the transformer
 * `retro.dataset` samples with precomputed neighbors
-* `retro.sample` text from the model, retrieving as it writes
-* `retro.evaluate` what retrieval brings, in bits per byte; `retro.report` shows it token by token
 * `retro.train` the loop, and the script that does the main job
+* `retro.sample` text from the model, retrieving as it writes
+* `retro.evaluate` what retrieval brings, in bits per byte
 
-Around them, `retro.artifacts` writes files that know what made them, `retro.shards` keeps what is finished of long
-work, `retro.weights` reads and writes checkpoints, `retro.distributed` is for several processes, `retro.plan` tells
-what a corpus will take, `retro.presets` holds two complete set-ups, and `retro.commands` the command lines.
-Importing `retro` imports none of these.
+The first five are the tutorial's. What makes them survive and scale lies behind them: `retro.text`, `retro.search`,
+`retro.storage`, `retro.runs`, `retro.evaluation`, `retro.planning`, and the commands in `retro.cli`. The names below
+can be imported from `retro` itself, which brings nothing but their places; `train` and `evaluate` are functions of
+modules of the same name: `from retro.train import train`.
 """
 
-__version__ = "0.1.0"
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.2.0"
+
+_PLACES = {
+    "bert_embeddings": ("BERTChunkEmbeddings",),
+    "config": (
+        "CorpusConfig", "DatabaseConfig", "DatasetConfig", "EvaluateConfig", "RetroConfig", "SampleConfig", "TrainConfig",
+    ),
+    "database": ("RetroIndex", "build_database"),
+    "dataset": ("Dataset", "audit", "build_dataset"),
+    "errors": ("RetroError",),
+    "model": ("NearestNeighborEncoder", "RetroModel"),
+    "runs.checkpoints": ("load_model", "save_model"),
+    "sample": ("Sampler",),
+    "search.updates": ("add_documents", "remove_documents"),
+    "text.build": ("build_corpus",),
+    "text.corpus": ("Corpus", "open_corpus"),
+    "train": ("Trainer",),
+}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported when it is asked for (PEP 562)."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'retro' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"retro.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

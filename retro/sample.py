@@ -8,11 +8,6 @@ the last chunk's neighbors. What comes out is the same as recomputing everything
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    from retro.run_commands import sample_command
-
-    raise SystemExit(sample_command())
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retro.corpus import Corpus
+from retro.config import SampleConfig
 from retro.database import RetroIndex
+from retro.errors import InvalidOption
 from retro.model import RetroModel, RotaryPositionalEmbeddings
+from retro.text.corpus import Corpus
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class CachedDecoder:
     Positions read the same neighbors from the last token of a chunk up to the next chunk's last but
     one. `feed` takes tokens of one such stretch at a time. For a single token a layer's products
     take microseconds, so what could be done in advance is: projections joined, weights transposed,
-    rotary turns made. Changes of the model after that are not seen.
+    rotations made. Changes of the model after that are not seen.
 
     Shapes as in `retro.model`; n are the tokens of a call, `length` all tokens so far.
     """
@@ -72,7 +69,7 @@ class CachedDecoder:
         return m if self.completes_chunk else m - 1 - self.length % m
 
     def feed(self, tokens: Tensor, ret: Tensor | None = None) -> Tensor:
-        """Take in tokens (n); returns the logits (n_vocab) for the token after them.
+        """Take in tokens (n); rerotations the logits (n_vocab) for the token after them.
 
         * `ret` (K, R) are the neighbors of the chunk that the first token completes; None to read nothing
         """
@@ -97,13 +94,13 @@ class CachedDecoder:
         """Causal self-attention of the new states (n, D), whose keys and values are kept."""
         start, end, H, d = self.length, self.length + len(h), self.n_heads, self.d_k
         qkv = layer.project(layer.norm(h)).view(len(h), 3 * H, d)
-        turned = RotaryPositionalEmbeddings.turn(qkv[:, : 2 * H], self.turns[start:end]).transpose(0, 1)  # (2H, n, d_k)
-        layer.kept[0, :, start:end] = turned[H:]
+        rotated = RotaryPositionalEmbeddings.rotate(qkv[:, : 2 * H], self.rotations[start:end]).transpose(0, 1)  # (2H, n, d_k)
+        layer.kept[0, :, start:end] = rotated[H:]
         layer.kept[1, :, start:end] = qkv[:, 2 * H :].transpose(0, 1)
         mask = None
         if len(h) > 1:  # row i of the new positions reads all before them and the new ones up to itself
             mask = torch.ones(len(h), end, dtype=torch.bool, device=h.device).tril(start)
-        return layer.output(self._read(turned[:H], layer.kept[0, :, :end], layer.kept[1, :, :end], mask))
+        return layer.output(self._read(rotated[:H], layer.kept[0, :, :end], layer.kept[1, :, :end], mask))
 
     @staticmethod
     def _read(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -136,7 +133,7 @@ class CachedDecoder:
         if length > room:
             room = max(length, 2 * room)
             attention: Any = self.model.attn[0]
-            self.turns = attention.rotary_pe.turns(0, room)  # (room, 1, d_k/2)
+            self.rotations = attention.rotary_pe.rotations(0, room)  # (room, 1, d_k/2)
             for layer in self.layers:
                 kept = layer.kept.new_empty(2, self.n_heads, room, self.d_k)
                 kept[:, :, : self.length] = layer.kept[:, :, : self.length]
@@ -239,45 +236,25 @@ class Sampler:
             for u in range(len(chunks))
         ]
 
-    def sample(
-        self,
-        prompt: str,
-        sample_len: int,
-        *,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-    ) -> str:
+    def sample(self, prompt: str, sample_len: int, config: SampleConfig | None = None) -> str:
         """Text of `sample_len` tokens that continue `prompt`.
 
-        * `temperature` divides the logits; 0 always takes the likeliest token, as the tutorial does
-        * `top_k` keeps the k likeliest tokens
-        * `top_p` keeps the likeliest tokens that together have at least this probability
-        * `seed` starts the drawing; one seed gives one text
+        * `config` says how to draw; left out, always the likeliest token is taken, as the tutorial does
 
-        Raises `ValueError` for an empty prompt, a character that is not in the vocabulary, or an
-        option out of its range.
+        Raises `ValueError` for an empty prompt, or a character that is not in the vocabulary.
         """
-        return "".join(self.stream(prompt, sample_len, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed))
+        return "".join(self.stream(prompt, sample_len, config))
 
     @torch.inference_mode()
-    def stream(
-        self,
-        prompt: str,
-        sample_len: int,
-        *,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-    ) -> Iterator[str]:
-        """As `sample`, but yields the text piece by piece as it is written."""
-        _check_options(sample_len, temperature, top_k, top_p)
+    def stream(self, prompt: str, sample_len: int, config: SampleConfig | None = None) -> Iterator[str]:
+        """As `sample`, but yields the text as it is written, a few characters at a time."""
+        config = config or SampleConfig()
+        if sample_len < 1:
+            raise InvalidOption("length", sample_len, "is not at least 1")
         ids = self.corpus.tokenizer.encode(prompt)
         if not ids:
             raise ValueError("the prompt is empty; give at least one token to continue")
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(config.seed)
         self.neighbors = []
         self.model.eval()
         decoder = CachedDecoder(self.model)
@@ -300,7 +277,7 @@ class Sampler:
             logits = decoder.feed(torch.tensor(tokens, device=self.device), ret)
             if decoder.length < len(ids):
                 continue  # still in the prompt
-            ids.append(choose(logits.float().cpu(), temperature, top_k, top_p, generator))
+            ids.append(choose(logits.float().cpu(), config, generator))
             last = len(ids) - n_prompt == sample_len
             text = self.corpus.tokenizer.decode(ids[n_prompt:])
             # A subword may end inside a character; wait for the rest of it.
@@ -311,32 +288,23 @@ class Sampler:
                 return
 
 
-def _check_options(sample_len: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if sample_len < 1:
-        raise ValueError(f"length {sample_len} is not at least 1")
-    if temperature < 0:
-        raise ValueError(
-            f"temperature {temperature} is negative; 0 takes the likeliest token, 1 draws as the model says"
-        )
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k {top_k} is not at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p {top_p} is not in (0, 1]")
-
-
-def choose(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
-) -> int:
+def choose(logits: Tensor, config: SampleConfig, generator: torch.Generator) -> int:
     """A token drawn from logits (n_vocab)."""
-    if temperature == 0:
+    if config.temperature == 0:
         return int(logits.argmax())
-    logits = logits / temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, len(logits))).values[-1]
+    logits = logits / config.temperature
+    if config.top_k is not None:
+        kth = logits.topk(min(config.top_k, len(logits))).values[-1]
         logits = logits.masked_fill(logits < kth, float("-inf"))
-    if top_p is not None:
+    if config.top_p is not None:
         ordered, tokens = logits.softmax(dim=-1).sort(descending=True)
         # Leave out tokens before which the mass is already there; the likeliest always stays.
-        beyond = ordered.cumsum(dim=-1) - ordered >= top_p
+        beyond = ordered.cumsum(dim=-1) - ordered >= config.top_p
         logits[tokens[beyond]] = float("-inf")
     return int(torch.multinomial(logits.softmax(dim=-1), 1, generator=generator))
+
+
+if __name__ == "__main__":
+    from retro.cli import script
+
+    script("sample")

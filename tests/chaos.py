@@ -29,7 +29,7 @@ from pathlib import Path
 
 WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "shutil.copyfile"}  # audit events
 PLAYS = ("hamlet.md", "macbeth.md", "othello.md", "the-tempest.md", "king-john.md", "pericles.md")
-VARYING = ("seconds", "tokens_per_second", "seal")  # how long it took, which two runs never agree on
+VARYING = ("seconds", "tokens_per_second", "checksum")  # how long it took, which two runs never agree on
 SHAPE = {
     "d_model": 16, "n_layers": 2, "ca_layers": (1,), "n_heads": 2, "d_k": 8, "d_ff": 32,
     "n_encoder_layers": 1, "encoder_ca_layers": (0,),
@@ -37,39 +37,39 @@ SHAPE = {
 
 
 def database() -> int:
-    from retro.commands import database_command
+    from retro.cli import main
 
     options = ["--tokenizer", "bpe:400", "--chunk-len", "16", "--index", "IVF8,PQ8", "--n-probe", "4"]
-    return database_command(["texts", *options, "--device", "cpu"])
+    return main(["database", "texts", *options, "--device", "cpu"])
 
 
 def dataset() -> int:
-    from retro.commands import dataset_command
+    from retro.cli import main
 
-    return dataset_command(["--chunks-per-sample", "4", "--device", "cpu"])
+    return main(["dataset", "--chunks-per-sample", "4", "--device", "cpu"])
 
 
 def train() -> int:
     from retro.train import TrainConfig, train
 
-    train(config=TrainConfig(batch_size=3, epochs=None, steps=24, interval=4), model_shape=SHAPE, device="cpu")
+    train(config=TrainConfig(batch_size=3, steps=24, interval=4), model_shape=SHAPE, device="cpu")
     return 0
 
 
-def spread() -> int:
-    """Training with weights spread over processes, stopped at half and taken up again; under torchrun only."""
+def sharded() -> int:
+    """Training with weights sharded over processes, stopped at half and taken up again; under torchrun only."""
     from retro.train import TrainConfig, train
 
-    config = TrainConfig(batch_size=3, epochs=None, steps=12, interval=4)
+    config = TrainConfig(batch_size=3, steps=12, interval=4)
     run, _ = train(config=config, model_shape=SHAPE, device="cpu", fsdp=True)
-    train(resume=run, config=TrainConfig(epochs=None, steps=24), device="cpu", fsdp=True)
+    train(resume=run, config=TrainConfig(steps=24), device="cpu", fsdp=True)
     return 0
 
 
 def change() -> int:
-    from retro.commands import database_command
+    from retro.cli import main
 
-    return database_command(["--add", "more"]) or database_command(["--remove", "macbeth.md"])
+    return main(["add", "more"]) or main(["remove", "macbeth.md"])
 
 
 STAGES: dict[str, Callable[[], int]] = {"database": database, "dataset": dataset, "train": train, "change": change}
@@ -85,19 +85,21 @@ def prepare(folder: Path) -> None:
 
 
 def warm_up() -> None:
-    """Import everything, and cut the work into many small pieces; nothing is computed, so forking is safe."""
+    """Import everything, and cut the work into many small shards; nothing is computed, so forking is safe."""
     import transformers.models.bert.modeling_bert
     import transformers.models.bert.tokenization_bert  # noqa: F401
 
-    import retro.dataset
-    import retro.faiss_index
-    import retro.keys
-    import retro.living
-    import retro.run_commands
+    import retro.cli.building
+    import retro.cli.changing
+    import retro.cli.stages
+    import retro.search.filling
+    import retro.search.keys
+    import retro.search.updates
+    import retro.storage.sample_file
     import retro.train
 
-    retro.keys.TOKENS_PER_PIECE, retro.dataset.TOKENS_PER_PIECE = 16 * 64, 4 * 16 * 8
-    retro.faiss_index.KEYS_PER_PART = 128
+    retro.search.keys.TOKENS_PER_SHARD, retro.storage.sample_file.TOKENS_PER_SHARD = 16 * 64, 4 * 16 * 8
+    retro.search.filling.KEYS_PER_SHARD = 128
 
 
 def start(stage: str, folder: Path, kill_at: int | None = None, count: Path | None = None) -> int:
@@ -255,7 +257,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.stages:
         warm_up()
-        return next((status for stage in args.stages if (status := (STAGES | {"spread": spread})[stage]())), 0)
+        return next((status for stage in args.stages if (status := (STAGES | {"sharded": sharded})[stage]())), 0)
     os.environ["HOME"] = tempfile.mkdtemp()  # labml writes to ~/.labml
     started = time.perf_counter()
     report = run(args.points, args.seed)

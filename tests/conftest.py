@@ -3,8 +3,11 @@
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -14,9 +17,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 
 from retro.bert_embeddings import BERTChunkEmbeddings
-from retro.corpus import build_corpus
+from retro.cli.repair import explain
+from retro.config import DatabaseConfig
 from retro.database import RetroIndex, build_database
 from retro.dataset import build_dataset
+from retro.text.build import build_corpus
 
 CHUNK_LEN, CHUNKS_PER_SAMPLE = 16, 4
 
@@ -27,6 +32,14 @@ def load_script(path: Path) -> ModuleType:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def refused(kind: type[Exception], message: str) -> Iterator[None]:
+    """Inside, an error of this kind is raised, and what the command line says of it matches `message`."""
+    with pytest.raises(kind) as caught:
+        yield
+    assert re.search(message, said := explain(caught.value)), said
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +69,7 @@ def data(plays, bert, tmp_path_factory) -> Path:
     """A data folder with everything before training; do not write into it."""
     path = tmp_path_factory.mktemp("data")
     corpus = build_corpus([plays], path / "corpus", "bpe:512")
-    build_database(CHUNK_LEN, corpus=corpus, data_path=path, index="auto", bert=bert)
+    build_database(CHUNK_LEN, corpus=corpus, data_path=path, config=DatabaseConfig(index="auto"), bert=bert)
     index = RetroIndex(CHUNK_LEN, corpus=corpus, data_path=path, bert=bert)
     build_dataset(None, CHUNKS_PER_SAMPLE, corpus=corpus, data_path=path, index=index)
     return path

@@ -2,9 +2,14 @@ import json
 
 import numpy as np
 import pytest
+from conftest import refused
 from labml_helpers.datasets.text import TextFileDataset
 
-from retro.corpus import Corpus, build_corpus, find_texts, plan_corpus, sha256_of_text
+from retro.errors import DamagedFile
+from retro.text.build import build_corpus, name_of
+from retro.text.corpus import Corpus
+from retro.text.documents import find_texts, sha256_of_text
+from retro.text.split import split_texts
 
 TEXT = "Full fathom five thy father lies;\nOf his bones are coral made;\n" * 20
 
@@ -41,7 +46,7 @@ def test_no_more_is_held_out_than_the_share_in_whole_documents(tmp_path, fractio
     texts = {f"{i}.txt": f"Document {i}" + "." * (i * i % 37) for i in range(200)}
     (tmp_path / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts.values()))
     sizes = {sha256_of_text(text): len(text) for text in texts.values()}
-    held_out = plan_corpus(find_texts([tmp_path]), fraction)["valid"]
+    held_out = split_texts(find_texts([tmp_path]), fraction).valid
     n, wanted = sum(sizes[sha256] for sha256 in held_out), fraction * sum(sizes.values())
     assert n >= wanted > n - sizes[held_out[-1]]
 
@@ -105,10 +110,10 @@ def test_a_damaged_corpus_is_refused_with_the_command_that_rebuilds_it(tmp_path)
     build_corpus([tmp_path / "a.txt"], tmp_path / "corpus")
     tokens = tmp_path / "corpus" / "tokens.bin"
     tokens.write_bytes(tokens.read_bytes()[:-2])
-    with pytest.raises(ValueError, match=r"tokens\.bin was made with sha256=.*python -m retro\.database"):
+    with refused(DamagedFile, r"tokens\.bin has sha256 .* says .*retro database"):
         Corpus.load(tmp_path / "corpus")
     (tmp_path / "corpus" / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=r"manifest\.json is not the JSON.*python -m retro\.database"):
+    with refused(DamagedFile, r"manifest\.json is not the JSON.*retro database"):
         Corpus.load(tmp_path / "corpus")
 
 
@@ -117,3 +122,15 @@ def test_an_unknown_character_is_named(tmp_path):
     corpus = build_corpus([tmp_path / "a.txt"], tmp_path / "corpus")
     with pytest.raises(ValueError, match=r"'é' \(character 3 of the text\)"):
         corpus.text_to_i("filé")
+
+
+def test_a_corpus_is_called_as_what_it_was_made_of(tmp_path):
+    notes, papers = tmp_path / "my notes", tmp_path / "papers.jsonl"
+    notes.mkdir()
+    for i in range(3):
+        (notes / f"{i}.txt").write_text(TEXT * i + "x")
+    papers.write_text(json.dumps({"text": TEXT}) + "\n")
+    assert name_of([notes]) == "my_notes" and name_of([papers]) == "papers"
+    assert name_of([notes / "0.txt", notes / "1.txt"]) == "my_notes" and name_of(["/"]) == "text"
+    assert build_corpus([notes], tmp_path / "corpus").name == "my_notes"
+    assert build_corpus([notes], tmp_path / "corpus", name="mine").name == Corpus.load(tmp_path / "corpus").name == "mine"

@@ -23,12 +23,23 @@ needs_katex = pytest.mark.skipif(
     shutil.which("node") is None or not (DOCS / "node_modules" / "katex").exists(),
     reason="needs Node.js and KaTeX: make docs",
 )
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
+needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium: apt-get install chromium")
+# The first definition of each of the tutorial's modules; its sampler, which it has in train, is a module here.
+FIRST = {
+    "bert_embeddings": "BERTChunkEmbeddings",
+    "database": "build_database",
+    "model": "RotaryPositionalEmbeddings",
+    "dataset": "build_dataset",
+    "train": "Trainer",
+}
 OWN_TEXT, COMPARE = ROOT / "examples" / "own_text.py", ROOT / "examples" / "compare_with_reference.py"
 
 
 def module(source: str, name: str = "retro.a") -> Module:
-    stem = name.rpartition(".")[2]
-    return Module(Path(), name, f"{stem}.html", f"retro/{stem}.py", dedent(source).strip("\n") + "\n")
+    dotted = name.removeprefix("retro.")
+    shown_path = f"retro/{dotted.replace('.', '/')}.py"
+    return Module(Path(), name, f"{dotted}.html", shown_path, dedent(source).strip("\n") + "\n")
 
 
 def parts(source: str) -> list[tuple[str, list[str]]]:
@@ -38,13 +49,18 @@ def parts(source: str) -> list[tuple[str, list[str]]]:
 
 
 def library(folder: Path, **sources: str) -> tuple[Path, dict[str, tuple[str, ...]]]:
-    """A package of these modules below `folder`, and their reading order."""
+    """A package of these modules below `folder`, and their reading order; `text__a` is `retro.text.a`."""
     package = folder / "retro"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text('"""A library."""\n')
+    names = {name: name.replace("__", "/") for name in sources}
     for name, source in sources.items():
-        (package / f"{name}.py").write_text(dedent(source).strip("\n") + "\n")
-    return folder, {"Part": tuple(sources)}
+        path = package / f"{names[name]}.py"
+        if path.parent != package and not path.parent.exists():
+            path.parent.mkdir()
+            (path.parent / "__init__.py").write_text(f'"""What is in {path.parent.name}."""\n')
+        path.write_text(dedent(source).strip("\n") + "\n")
+    return folder, {"Part": tuple(names.values())}
 
 
 def pages(folder: Path, **sources: str) -> dict[str, str]:
@@ -192,7 +208,11 @@ def test_a_docstring_that_shares_its_line_with_code_stays_code_too():
     assert parts('"""M."""\ndef f(): "What."\n') == [("M.", []), ("What.", ['def f(): "What."'])]
 
 
-@pytest.mark.parametrize("path", [*sorted((ROOT / "retro").glob("*.py")), OWN_TEXT, COMPARE], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [*sorted((ROOT / "retro").rglob("*.py")), OWN_TEXT, COMPARE],
+    ids=lambda path: path.relative_to(ROOT).with_suffix("").as_posix(),
+)
 def test_every_line_is_there_once_as_prose_or_as_code(path):
     m = Module(path, path.stem, "x.html", path.name)
     sections = m.sections()
@@ -248,6 +268,11 @@ def test_products_are_no_emphasis_and_signs_are_escaped():
 def test_a_name_inside_a_link_has_no_link_of_its_own():
     html, _ = rendered("See [the `f` there](https://a.org) and `f`", '"""M."""\ndef f():\n    """F."""\n')
     assert '<a href="https://a.org">the <code>f</code> there</a> and <a href="a.html#f"><code>f</code></a>' in html
+
+
+def test_a_link_to_a_file_of_prose_leads_to_its_page():
+    html, _ = rendered("See [it](glossary.md#x) and [that](https://a.org/b.md)")
+    assert '<a href="glossary.html#x">it</a> and <a href="https://a.org/b.md">that</a>' in html
 
 
 def test_literal_blocks_are_preformatted():
@@ -318,7 +343,7 @@ B = '''
 
 def test_names_lead_to_where_they_are_defined(tmp_path):
     html = pages(tmp_path, a=A, b=B)["a.html"]
-    prose, code = "".join(re.findall('<div class="prose">.*', html)), "".join(re.findall('<span class="line".*', html))
+    prose, code = "".join(re.findall('<div class="prose.*', html)), "".join(re.findall('<span class="line".*', html))
     for name, href in {
         "retro.b": "b.html",
         "retro.b.B.f": "b.html#B.f",
@@ -340,6 +365,96 @@ def test_names_lead_to_where_they_are_defined(tmp_path):
     assert (
         'é×é</span><span class="s">"</span>, <a href="a.html#L4">CONSTANT</a>' in code
     )  # columns are characters, not bytes
+
+
+def test_names_lead_across_sub_packages_through_modules_and_what_they_import(tmp_path):
+    corpus = '''
+        """Corpus."""
+
+
+        class Corpus:
+            """Documents."""
+
+            def split(self):
+                """Its parts."""
+
+
+        def load():
+            """A `Corpus`."""
+    '''
+    model = '"""Has `Corpus` from elsewhere."""\nfrom retro.text.corpus import Corpus, load as open_it'
+    user = '''
+        """See `retro.text`, `retro.text.corpus`, `retro.model.Corpus.split`, `retro.Corpus`, `parallel`,
+
+        and `parallel.rank`.
+        """
+        from retro import Corpus as Other, parallel
+        from retro.model import Corpus, open_it
+
+
+        def f(x):
+            """Of `Corpus.split`."""
+            return parallel.rank() + Corpus.split(open_it()) + Other.split(x)
+
+
+        def g(parallel):
+            """One."""
+            return parallel.rank()
+    '''
+    parallel = '"""Processes."""\ndef rank():\n    """Its number."""'
+    html = pages(tmp_path, model=model, parallel=parallel, text__corpus=corpus, text__use=user)
+    page, where = html["text.use.html"], "text.corpus.html#Corpus"
+    for name, href in {
+        "retro.text": "index.html#retro.text",
+        "retro.text.corpus": "text.corpus.html",
+        "retro.model.Corpus.split": f"{where}.split",
+        "retro.Corpus": where,
+        "parallel.rank": "parallel.html#rank",
+        "parallel": "parallel.html",
+        "Corpus.split": f"{where}.split",
+    }.items():
+        assert f'<a href="{href}"><code>{name}</code></a>' in page, name
+    code = {int(n): line for n, line in re.findall('<span class="line" id="L(\\d+)">(.*)', page)}
+    assert '<a href="parallel.html">parallel</a>' in code[5] and f'<a href="{where}">Corpus</a>' in code[5]
+    assert '<a href="text.corpus.html#load">open_it</a>' in code[6]
+    assert '<a href="parallel.html">parallel</a>.<a href="parallel.html#rank">rank</a>()' in code[11]
+    assert f'<a href="{where}">Corpus</a>.<a href="{where}.split">split</a>' in code[11]
+    assert f'<a href="{where}">Other</a>.<a href="{where}.split">split</a>' in code[11]
+    assert "<a href" not in code[16].partition("</a>")[2], "in `g`, parallel is a parameter"
+    with pytest.raises(DocsError, match=r"retro/a.py:1: `parallel.x` leads nowhere: parallel has no x"):
+        pages(tmp_path / "other", parallel=parallel, a='"""By `parallel.x`."""\nfrom retro import parallel')
+
+
+def test_imports_are_folded_and_what_follows_them_is_not(tmp_path):
+    source = '''
+        """M."""
+
+        from __future__ import annotations
+
+        import os
+        from typing import TYPE_CHECKING
+
+        if TYPE_CHECKING:
+            from json import dumps
+
+        ONE = 1
+
+
+        def f():
+            """F."""
+            import json
+    '''
+    html = pages(tmp_path, a=source)["a.html"]
+    folded = re.search('<details class="imports"><summary>imports</summary>(.*?)</details>', html, re.DOTALL)[1]
+    assert re.findall('id="L(\\d+)"', folded) == [str(n) for n in range(3, 11)]
+    assert html.index("</details>") < html.index('id="L11"') < html.index('id="f"') and "open>" not in html
+    assert "<details class" not in pages(tmp_path / "none", a='"""M."""\nx = 1\nimport os')["a.html"]
+
+
+def test_a_long_idea_is_set_in_two_columns_and_a_short_one_is_not(tmp_path):
+    found = pages(tmp_path, a='"""A line."""', b='"""B.\n\n' + "Much more of it. " * 50 + '"""')
+    assert '<div class="prose idea"><p>A line.</p>' in found["a.html"]
+    assert '<div class="prose idea long"><p>B.</p>' in found["b.html"]
 
 
 def test_code_is_escaped_and_each_line_has_its_number(tmp_path):
@@ -389,6 +504,30 @@ def test_pages_follow_each_other_and_the_index_lists_them(tmp_path):
         ("a.html", "retro.a"),
         ("b.html", "retro.b"),
     ]
+
+
+def test_the_index_shows_groups_and_what_a_sub_package_says_of_itself(tmp_path):
+    root, _ = library(tmp_path, a='"""A."""', text__b='"""B."""', text__c='"""C."""', text__d='"""D."""', e='"""E."""')
+    (root / "retro" / "text" / "__init__.py").write_text('"""Text: all about `retro.a`."""')
+    order = {"First": ("a",), "Behind: Text": ("text/c", "text/*"), "Behind: Else": ("e",), "Empty": ("nothing/*",)}
+    docs.build(root, tmp_path / "site", order)
+    html = (tmp_path / "site" / "index.html").read_text()
+    assert re.findall("<h[23].*?</h[23]>", html) == [
+        "<h2>First</h2>",
+        "<h2>Behind</h2>",
+        "<h3>Text</h3>",
+        "<h3>Else</h3>",
+    ]
+    assert re.findall('<li><a href="(.*?)">', html) == [
+        "a.html",
+        "text.c.html",
+        "text.b.html",
+        "text.d.html",
+        "e.html",
+    ], "those that are named, then the others by name"
+    said = re.search('<p class="aside" id="retro.text" data-source="retro/text/__init__.py:1">(.*)</p>', html)[1]
+    assert said == 'All about <a href="a.html"><code>retro.a</code></a>'
+    assert not (tmp_path / "site" / "text.__init__.html").exists()
 
 
 def test_the_index_is_the_packages_docstring_with_its_drawing_and_its_list_replaced(tmp_path):
@@ -462,6 +601,17 @@ def test_what_is_wrong_fails_the_build_with_file_and_line_and_writes_nothing(tmp
     assert not (tmp_path / "site").exists()
 
 
+def test_a_function_may_be_called_main_and_a_name_of_the_package_leads_to_the_index(tmp_path):
+    root, order = library(
+        tmp_path, a='"""M, of `retro.VERSION`."""\nfrom retro import VERSION\ndef main():\n    """F."""'
+    )
+    (root / "retro" / "__init__.py").write_text('"""A library."""\nVERSION = 1\n')
+    docs.build(root, tmp_path / "site", order)
+    html = (tmp_path / "site" / "a.html").read_text()
+    assert '<a href="index.html">VERSION</a>' in html and '<a href="index.html"><code>retro.VERSION</code>' in html
+    assert html.count('id="main"') == 1
+
+
 def test_private_nested_and_generated_functions_need_no_prose(tmp_path):
     source = '''
         """M."""
@@ -481,6 +631,25 @@ def test_a_module_outside_the_reading_order_fails_the_build(tmp_path):
     root, order = library(tmp_path, a='"""A."""', b='"""B."""')
     with pytest.raises(DocsError, match=r"retro/b.py:1: not in the reading order"):
         docs.build(root, tmp_path / "site", {"Part": order["Part"][:1]})
+    with pytest.raises(DocsError, match=r"retro/c.py is in the reading order, but not there"):
+        docs.build(root, tmp_path / "site", {"Part": (*order["Part"], "c")})
+
+
+def test_modules_of_sub_packages_and_what_they_say_are_asked_for_too(tmp_path):
+    root, order = library(tmp_path, a='"""A."""', text__b='"""B."""', text__c="x = 1")
+    with pytest.raises(DocsError, match=r"^retro/text/b.py:1: not in the reading order, in docs/build.py\n"):
+        docs.build(root, tmp_path / "site", {"Part": ("a", "text/c")})
+    with pytest.raises(DocsError, match=r"^retro/text/c.py:1: retro.text.c is public and has no docstring$"):
+        docs.build(root, tmp_path / "site", order)
+    (root / "retro" / "text" / "c.py").write_text('"""C."""')
+    (root / "retro" / "text" / "__init__.py").write_text("")
+    with pytest.raises(DocsError, match=r"^retro/text/__init__.py:1: retro.text is public and has no docstring$"):
+        docs.build(root, tmp_path / "site", order)
+    (root / "retro" / "text" / "__init__.py").write_text('"""Text."""\nx = 1')
+    with pytest.raises(DocsError, match=r"^retro/text/__init__.py:1: not in the reading order, in docs/build.py$"):
+        docs.build(root, tmp_path / "site", order)
+    docs.build(root, tmp_path / "site", {"Part": (*order["Part"], "text/__init__")})
+    assert "<h1>retro.text</h1>" in (tmp_path / "site" / "text.html").read_text()
 
 
 def test_an_anchor_that_is_there_twice_is_a_mistake():
@@ -489,11 +658,25 @@ def test_an_anchor_that_is_there_twice_is_a_mistake():
     ]
 
 
-@needs_katex
 def test_without_node_the_message_names_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SystemExit, match=r"install Node\.js 20 or newer"):
+    with pytest.raises(DocsError, match=r"install Node\.js 20 or newer .*: make docs"):
         pages(tmp_path, a='"""M $x$."""')
+    assert not (tmp_path / "site").exists()
+
+
+@needs_node
+def test_with_node_but_without_katex_the_message_names_make_docs_beside_what_else_is_wrong(tmp_path, monkeypatch):
+    shutil.copy(DOCS / "formulas.mjs", tmp_path)
+    monkeypatch.setattr(sys.modules["prose"], "HERE", tmp_path)
+    with pytest.raises(DocsError, match=r"retro/a\.py:2: f is public(.|\n)*KaTeX, which is not there yet.*: make docs"):
+        pages(tmp_path, a='"""M $x$."""\ndef f(): ...')
+    assert not (tmp_path / "site").exists()
+
+
+def test_pages_without_formulas_need_neither_node_nor_katex(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "a.html" in pages(tmp_path, a='"""M."""')
 
 
 # The real site.
@@ -509,14 +692,16 @@ def site(tmp_path_factory) -> tuple[Path, dict[str, int]]:
 @needs_katex
 def test_pages_are_whole_documents_without_scripts_or_network(site):
     out, n_formulas = site
-    assert len(n_formulas) == len(list(out.glob("*.html"))) == len(list((ROOT / "retro").glob("*.py"))) + 3
+    modules = [path for path in (ROOT / "retro").rglob("*.py") if not docs.is_wing(path)]
+    others = list((DOCS).glob("*.md")) + list((ROOT / "examples").glob("*.py"))
+    assert len(n_formulas) == len(list(out.glob("*.html"))) == len(modules) + len(others)
     for page in n_formulas:
         html = (out / page).read_text(encoding="utf-8")
         elements = Elements(html)
         assert html.startswith("<!DOCTYPE html>") and elements.values("html", "lang") == ["en"]
         assert "viewport" in elements.values("meta", "name") and "<title>" in html and html.count("<h1>") == 1
         first_link = next(values for tag, values in elements.all if tag == "a")
-        assert first_link == {"class": "skip", "href": "#main"} and 'id="main"' in html
+        assert first_link == {"class": "skip", "href": "#whole-page"} and '<main id="whole-page"' in html
         assert "script" not in {tag for tag, _ in elements.all} and "<!--formula" not in html
         for address in elements.values("link", "href"):
             assert address == "data:," or (out / address).is_file()
@@ -529,7 +714,7 @@ def test_pages_are_whole_documents_without_scripts_or_network(site):
 def test_each_formula_of_the_sources_is_set(site):
     out, n_formulas = site
     expected = 0
-    for path in (ROOT / "retro").glob("*.py"):
+    for path in (ROOT / "retro").rglob("*.py"):
         for section in Module(path, path.stem, "x.html", path.name).sections():
             text = re.sub(r"`[^`]*`", "", section.prose)
             expected += len(re.findall(r"\$\$.+?\$\$|\$.+?\$", text, re.DOTALL))
@@ -538,43 +723,99 @@ def test_each_formula_of_the_sources_is_set(site):
     assert katex == n_formulas
 
 
-@needs_katex
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium: apt-get install chromium")
-def test_a_browser_shows_formulas_and_anchors_and_never_scrolls_sideways(site, tmp_path):
-    out, n_formulas = site
+def test_the_glossary_has_each_word_once_and_the_page_on_scale_uses_no_other():
+    words = re.findall(r"^\* \*\*([\w ]+)\*\*: ", (DOCS / "glossary.md").read_text(), re.MULTILINE)
+    assert len(words) == len(set(words))
+    asked = (
+        "chunk, value, continuation, key, neighbor, split, held out, window, shard, sample, offset, corpus, database, "
+    )
+    asked += "index, recall, manifest, run, checkpoint"
+    assert set(asked.split(", ")) <= set(words)
+    for name in ("glossary.md", "at_scale.md"):
+        text = (DOCS / name).read_text()
+        assert not re.search(r"\b(pieces?|blocks?|labels?|seals?|made_with|living)\b", text), name
+
+
+# In a browser.
+
+# A function of JavaScript, of a frame with a page, to text that has no comma: what a reader sees of the page.
+SHOWN = """frame => {
+    const page = frame.contentDocument, links = [...page.querySelectorAll(".contents a")];
+    const formulas = [...page.querySelectorAll(".katex")];
+    const set = formulas.filter(f => f.querySelector(".katex-html").getBoundingClientRect().width > 0 &&
+        frame.contentWindow.getComputedStyle(f).fontFamily.includes("KaTeX_Main"));
+    const lost = links.filter(a => !page.getElementById(decodeURIComponent(a.hash.slice(1))));
+    const fonts = [...page.fonts].filter(f => f.status == "error");
+    return [page.documentElement.scrollWidth, frame.clientWidth, set.length, links.length, lost.length, fonts.length]
+        .join(" ") }"""
+# How far down the idea ends, the first definition begins (its anchor) and the fifth line of its code ends, and each
+# formula of the idea, or, if that has none, the first of the page.
+FIRST_SCREEN = """frame => {
+    const page = frame.contentDocument, end = element => Math.ceil(element.getBoundingClientRect().bottom);
+    const first = page.querySelector(".row[id]"), lines = [...first.querySelectorAll(".line")].slice(0, 5);
+    const within = [...page.querySelectorAll(".opening .katex")];
+    const formulas = within.length ? within : [...page.querySelectorAll(".katex")].slice(0, 1);
+    return [first.id, end(page.querySelector(".idea")), Math.ceil(first.getBoundingClientRect().top),
+        end(lines[lines.length - 1]), ...formulas.map(end)].join(" ") }"""
+
+
+def seen(folder: Path, addresses: list[str], sizes: list[tuple[int, int]], measure: str) -> tuple[list[list[str]], str]:
+    """Words that `measure` finds on each page, in windows of each of the sizes; and what the browser complained of."""
     # A window cannot be as narrow as a phone, a frame can.
     frames = "".join(
-        f'<iframe src="{(out / page).as_uri()}" width="{width}" height="800"></iframe>'
-        for page in n_formulas
-        for width in (390, 1440)
+        f'<iframe src="{address}" width="{width}" height="{height}" style="border: 0"></iframe>'
+        for address in addresses
+        for width, height in sizes
     )
-    measure = """onload = () => document.body.dataset.found = [...document.querySelectorAll("iframe")].map(frame => {
-        const page = frame.contentDocument, links = [...page.querySelectorAll(".contents a")];
-        const formulas = [...page.querySelectorAll(".katex")];
-        const set = formulas.filter(f => f.querySelector(".katex-html").getBoundingClientRect().width > 0 &&
-            frame.contentWindow.getComputedStyle(f).fontFamily.includes("KaTeX_Main"));
-        const lost = links.filter(a => !page.getElementById(decodeURIComponent(a.hash.slice(1))));
-        const fonts = [...page.fonts].filter(f => f.status == "error");
-        return [page.documentElement.scrollWidth, frame.clientWidth, set.length, links.length, lost.length,
-            fonts.length].join(" ") }).join(",")"""
-    (tmp_path / "frames.html").write_text(
-        f"<!DOCTYPE html><title>frames</title><body>{frames}<script>{measure}</script>"
-    )
+    script = f'onload = () => document.body.dataset.found = [...document.querySelectorAll("iframe")].map({measure})'
+    (folder / "frames.html").write_text(f"<!DOCTYPE html><title>frames</title><body>{frames}<script>{script}</script>")
     options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     options += "--disable-component-update --disable-sync --allow-file-access-from-files --enable-logging=stderr "
-    command = ["chromium", *options.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    command = ["chromium", *options.split(), f"--user-data-dir={folder / 'profile'}", "--dump-dom"]
     done = subprocess.run(
-        [*command, (tmp_path / "frames.html").as_uri()], capture_output=True, text=True, timeout=120, check=True
+        [*command, (folder / "frames.html").as_uri()], capture_output=True, text=True, timeout=120, check=True
     )
-    found = [list(map(int, row.split())) for row in re.search('data-found="(.*?)"', done.stdout)[1].split(",")]
-    assert len(found) == 2 * len(n_formulas)
+    found = [row.split() for row in re.search('data-found="(.*?)"', done.stdout)[1].split(",")]
+    assert len(found) == len(addresses) * len(sizes)
+    return found, done.stderr
+
+
+@needs_katex
+@needs_chromium
+def test_a_browser_shows_formulas_and_anchors_and_never_scrolls_sideways(site, tmp_path):
+    out, n_formulas = site
+    found, errors = seen(tmp_path, [(out / page).as_uri() for page in n_formulas], [(390, 800), (1440, 800)], SHOWN)
+    numbers = [list(map(int, row)) for row in found]
+    without_definitions = ("index.html", "__main__.html", "own_text.html", "at_scale.html", "glossary.html")
     for i, page in enumerate(n_formulas):
-        for scroll_width, width, n_set, n_links, n_lost, n_failed in found[2 * i : 2 * i + 2]:
+        for scroll_width, width, n_set, n_links, n_lost, n_failed in numbers[2 * i : 2 * i + 2]:
             assert scroll_width <= width, f"{page} is {scroll_width} wide in {width}"
             assert (n_set, n_lost, n_failed) == (n_formulas[page], 0, 0), page
-            assert n_links or page in ("index.html", "own_text.html", "at_scale.html"), page
-    assert sum(n for *_, n, _, _ in found) > 200
-    assert "CONSOLE" not in done.stderr, done.stderr
+            assert n_links or page in without_definitions, page
+    assert sum(n for *_, n, _, _ in numbers) > 200
+    assert "CONSOLE" not in errors, errors
+
+
+@needs_katex
+@needs_chromium
+def test_the_idea_its_formula_and_the_first_definition_of_the_five_modules_need_no_scrolling(site, tmp_path):
+    found, _ = seen(tmp_path, [(site[0] / f"{name}.html").as_uri() for name in FIRST], [(1440, 900)], FIRST_SCREEN)
+    for name, (first, *ends) in zip(FIRST, found, strict=True):
+        assert first == FIRST[name], name
+        assert all(0 < int(end) < 900 for end in ends), (name, ends)
+
+
+@needs_katex
+@needs_chromium
+def test_35_lines_of_docstring_and_a_dozen_imports_leave_room_for_the_first_definition(tmp_path):
+    line = "Words of about seven letters each, as long as a line of a docstring may be, so that it fills the page.\n"
+    paragraphs = "\n".join(line * 6 + ("\n$$x = \\frac{a}{b}$$\n" if i == 3 else "") for i in range(5))
+    source = f'r"""The idea in a line.\n\n{paragraphs}"""\n\n' + "import os\n" * 12 + "\nONE = 1\nTWO = 2\n\n\n"
+    assert source.count("\n", 0, source.rindex('"""')) >= 35
+    pages(tmp_path, a=source + 'def first(x):\n    """What it does."""\n' + "    x += 1\n" * 10)
+    ((first, *ends),), _ = seen(tmp_path, [(tmp_path / "site" / "a.html").as_uri()], [(1440, 900)], FIRST_SCREEN)
+    assert first == "first" and all(0 < int(end) < 900 for end in ends), ends
+    assert len(ends) == 4, "the idea, the anchor, the code, the formula"
 
 
 # The examples.

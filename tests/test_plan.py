@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from conftest import CHUNK_LEN, load_script
 
-from retro import plan as planner
-from retro.corpus import Corpus
-from retro.database import read_manifest
-from retro.faiss_index import N_RECALL_QUERIES, centroids_of, new_index
-from retro.plan import Rates, describe, index_bytes, measure, plan
+from retro.planning import plan as planner
+from retro.planning import rates
+from retro.planning.plan import describe, index_bytes, plan
+from retro.planning.rates import Rates, measure
+from retro.search.factory import new_index, prepare_training
+from retro.search.index_file import read_database_manifest
+from retro.search.recall import N_RECALL_QUERIES
+from retro.text.corpus import Corpus
 
 RATES = Rates(
     chunk_len=32,
@@ -44,15 +47,15 @@ RATES = Rates(
 def measured(plays):
     """Rates of the plays, from shorter measurements than a user's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "EMBED_SECONDS", 0.05)
-        patch.setattr(planner, "N_SAMPLE_KEYS", 1 << 10)
-        patch.setattr(planner, "N_CODE_TRAIN", 1 << 10)
+        patch.setattr(rates, "EMBED_SECONDS", 0.05)
+        patch.setattr(rates, "N_SAMPLE_KEYS", 1 << 10)
+        patch.setattr(rates, "N_CODE_TRAIN", 1 << 10)
         return measure([plays], "bpe:512", CHUNK_LEN)
 
 
 def trained(factory: str, d: int, n: int) -> faiss.Index:
     index = new_index(d, factory)
-    centroids_of(index)
+    prepare_training(index)
     if isinstance(index, faiss.IndexPreTransform):
         rotation = faiss.downcast_VectorTransform(index.chain.at(0))
         rotation.niter, rotation.niter_pq, rotation.niter_pq_0 = 1, 1, 1
@@ -80,7 +83,7 @@ def test_the_bytes_of_a_plan_are_those_of_a_build(data, measured, monkeypatch):
     n_tokens = len(corpus.tokens)
     # A play in five is held out, because documents are whole.
     planned = plan(n_tokens, replace(measured, valid_fraction=1 - corpus.n_train_tokens / n_tokens))
-    manifest = read_manifest(data)
+    manifest = read_database_manifest(data)
     assert planned.index == manifest["index"] == "Flat"
     assert planned.n_chunks == pytest.approx(manifest["n_chunks"], rel=0.01)
     real = {
@@ -91,7 +94,7 @@ def test_the_bytes_of_a_plan_are_those_of_a_build(data, measured, monkeypatch):
         "index": (data / "retro.index").stat().st_size,
     }
     assert {name: planned.files[name] for name in real} == pytest.approx(real, rel=0.02)
-    assert planned.files["parts"] == 0 and planned.disk["building"] == planned.disk["after"]
+    assert planned.files["shards"] == 0 and planned.disk["building"] == planned.disk["after"]
 
 
 def test_measured_rates_are_those_of_a_machine_and_add_up_to_hours_not_years(measured):
@@ -112,8 +115,17 @@ def test_seconds_are_products_over_their_rates():
     codes += (40 + 49 * 4) * 16384 * 256 * 384 / 1e10  # for the rotation
     encoded, linked = 50 * 16384 * 5e-5, 16384 * 14 * 1e-5
     assert planned.seconds["train"] == pytest.approx(kmeans + codes + encoded + linked, rel=0.001)
-    added, part = 1e7 * (14 * 2e-6 + 5e-5) + keys / 5e8, planned.files["parts"] / 5e8
-    assert planned.seconds["add"] == pytest.approx(added + part)
+    added, shards = 1e7 * (14 * 2e-6 + 5e-5) + keys / 5e8, planned.files["shards"] / 5e8
+    assert planned.seconds["add"] == pytest.approx(added + shards)
+
+
+def test_lists_of_whole_keys_have_no_codes_to_learn_or_to_make():
+    planned = plan(4e8, RATES, "OPQ64,IVF1024,Flat", n_train=32 * 1024)
+    keys, shards = 1e7 * 384 * 4 / 5e8, planned.files["shards"] / 5e8
+    assert planned.seconds["add"] == pytest.approx(1e7 * 1024 * 384 / 1e11 + keys + shards)
+    rotation = (40 + 49 * 4) * 16384 * 256 * 384 / 1e10 + 50 * 16384 * 5e-5
+    kmeans = 10 * 32 * 1024 * 1024 * 384 / 1e11
+    assert planned.seconds["train"] == pytest.approx(kmeans + rotation + planned.learnt_bytes / 5e8)
 
 
 def test_processes_share_embedding_and_adding_and_nothing_else():
@@ -153,11 +165,11 @@ def test_a_plan_is_told_with_units():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_tokens": 10}, r"--n-tokens 10 is not between 100000 and 1e\+13"),
-        ({"n_tokens": float("nan")}, "--n-tokens nan is not between"),
-        ({"n_tokens": 1e6, "n_processes": 0}, "--n-processes 0 is not at least 1"),
-        ({"n_tokens": 1e6, "index": "HNSW16"}, "--index HNSW16 cannot be planned, only Flat"),
-        ({"n_tokens": 1e6, "index": "IVF"}, "--index 'IVF' is no FAISS index"),
+        ({"n_tokens": 10}, r"n_tokens=10 is not between 100000 and 1e\+13"),
+        ({"n_tokens": float("nan")}, "n_tokens=nan is not between"),
+        ({"n_tokens": 1e6, "n_processes": 0}, "n_processes=0 is not at least 1"),
+        ({"n_tokens": 1e6, "index": "HNSW16"}, "index='HNSW16' cannot be planned, only Flat"),
+        ({"n_tokens": 1e6, "index": "IVF"}, "index='IVF' is no FAISS index"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(options, message):

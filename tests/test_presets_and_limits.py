@@ -5,24 +5,26 @@ import torch
 from conftest import CHUNK_LEN
 from torch.utils.data import DataLoader
 
-from retro.bert_embeddings import find_embedder
-from retro.corpus import build_corpus
+from retro.config import PRESETS, DatabaseConfig, DatasetConfig, SampleConfig
 from retro.database import RetroIndex, build_database
 from retro.dataset import DATASET_FILE, Dataset, build_dataset
 from retro.model import RetroConfig, RetroModel
-from retro.presets import PRESETS
+from retro.runs.checkpoints import load_model, save_model
 from retro.sample import Sampler
+from retro.text.build import build_corpus
+from retro.text.pretrained import find_embedder
 from retro.train import TrainConfig, Trainer
 
 
 def test_the_tutorial_preset_is_the_tutorials_set_up():
     p = PRESETS["tutorial"]
-    assert (p.tokenizer, p.embedder, p.chunk_len, p.chunks_per_sample) == ("char", "bert-base-uncased", 16, 32)
-    assert (p.n_neighbors, p.index, p.n_probe, p.skip_range) == (2, "IVF256,PQ64", 8, 8)
+    assert (p.corpus.tokenizer, p.database.embedder, p.database.chunk_len) == ("char", "bert-base-uncased", 16)
+    assert (p.dataset.n_neighbors, p.dataset.chunks_per_sample, p.dataset.skip_range) == (2, 32, 8)
+    assert (p.database.factory, p.database.n_probe, p.database.n_train) == ("IVF256,PQ64", 8, 50_000)
     shape = RetroConfig(65, **p.model)
     assert (shape.d_model, shape.n_heads, shape.d_k, shape.d_ff) == (128, 16, 16, 512)
     assert (shape.n_layers, shape.ca_layers, shape.n_encoder_layers, shape.encoder_ca_layers) == (6, (3, 5), 6, (3,))
-    config = TrainConfig(**p.train)
+    config = p.train
     assert (config.batch_size, config.epochs, config.lr, config.schedule, config.warmup) == (4, 32, 1.0, "noam", 2000)
 
 
@@ -31,9 +33,9 @@ def pipeline(folder, texts, tokenizer, bert, n_neighbors=2):
     for name, text in texts.items():
         (folder / name).write_text(text)
     corpus = build_corpus([folder], folder / "data" / "corpus", tokenizer, valid_fraction=0.1)
-    build_database(CHUNK_LEN, corpus=corpus, data_path=folder / "data", index="auto", bert=bert)
+    build_database(CHUNK_LEN, corpus=corpus, data_path=folder / "data", config=DatabaseConfig(index="auto"), bert=bert)
     index = RetroIndex(corpus=corpus, data_path=folder / "data", bert=bert, n_neighbors=n_neighbors)
-    build_dataset(None, 2, corpus=corpus, data_path=folder / "data", index=index, n_neighbors=n_neighbors)
+    build_dataset(None, 2, corpus=corpus, data_path=folder / "data", index=index, config=DatasetConfig(n_neighbors=n_neighbors))
     return Dataset(folder / "data" / DATASET_FILE["train"], corpus), index
 
 
@@ -58,7 +60,7 @@ def test_characters_and_a_hugging_face_tokenizer_go_through_the_whole_pipeline(
     first, second = trainer(), trainer()
     assert second < first
     sampler = Sampler("cpu", model, index.corpus, CHUNK_LEN, index=index)
-    text = sampler.sample(index.corpus.text(0, 20), 20, temperature=1.0)
+    text = sampler.sample(index.corpus.text(0, 20), 20, SampleConfig(temperature=1.0))
     assert text and len(sampler.neighbors) == 2
 
 
@@ -69,7 +71,7 @@ def test_bf16_gives_the_loss_of_fp32_to_bf16s_precision(data, index):
     batch = next(iter(DataLoader(dataset, batch_size=4)))
     losses = {}
     for precision in ("fp32", "bf16"):
-        trainer = Trainer("cpu", model, None, None, precision=precision)
+        trainer = Trainer("cpu", model, None, None, config=TrainConfig(precision=precision))
         losses[precision] = trainer.loss(*batch)
         losses[precision].backward()
     assert losses["bf16"].item() == pytest.approx(losses["fp32"].item(), rel=5e-3)
@@ -80,7 +82,7 @@ def test_nothing_is_unpickled(data, bert, tmp_path, monkeypatch):
     import pickle
 
     model = RetroModel.from_config(RetroConfig(512, 16, 2, (1,), CHUNK_LEN, 2, 8, 16, 1, (0,)))
-    model.save(tmp_path, RetroConfig(512, 16, 2, (1,), CHUNK_LEN, 2, 8, 16, 1, (0,)))
+    save_model(tmp_path, model, RetroConfig(512, 16, 2, (1,), CHUNK_LEN, 2, 8, 16, 1, (0,)))
 
     def refuse(*args, **kwargs):
         raise AssertionError("something was unpickled")
@@ -89,6 +91,6 @@ def test_nothing_is_unpickled(data, bert, tmp_path, monkeypatch):
         monkeypatch.setattr(owner, name, refuse)
     index = RetroIndex(data_path=data, bert=bert)
     assert len(Dataset(data / DATASET_FILE["train"], index.corpus)[0]) == 3
-    assert RetroModel.load(tmp_path).emb.weight.equal(model.emb.weight)
+    assert load_model(tmp_path).emb.weight.equal(model.emb.weight)
     written = {file.suffix for file in data.rglob("*") if file.is_file()}
     assert written == {".bin", ".json", ".jsonl", ".npy", ".index", ""}  # the last is .lock

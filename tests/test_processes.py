@@ -12,8 +12,7 @@ import chaos
 import pytest
 import torch
 
-from retro.model import RetroModel
-from retro.weights import load_tensors
+from retro.runs.checkpoints import load_model, load_tensors
 
 HERE = Path(__file__).parent
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -76,14 +75,14 @@ def test_two_processes_killed_twice_leave_what_one_leaves(alone, tmp_path):
         torch.testing.assert_close(two[name], weight, rtol=2e-2, atol=2e-3)
 
 
-def test_weights_spread_over_two_processes_are_whole_again_in_one(alone, tmp_path):
+def test_weights_sharded_over_two_processes_are_whole_again_in_one(alone, tmp_path):
     (tmp_path / "data").symlink_to(alone / "data")
-    process = torchrun("spread", cwd=tmp_path)
+    process = torchrun("sharded", cwd=tmp_path)
     said, _ = process.communicate()
     assert process.returncode == 0, said[-4000:]
     run, expected = (next(folder.glob("logs/*/*/checkpoints/00000024")) for folder in (tmp_path, alone))
     assert {f.name for f in run.glob("model*")} == {f"model-0000{r}-of-00002.safetensors" for r in (0, 1)}
-    model, whole = RetroModel.load(run), RetroModel.load(expected)
+    model, whole = load_model(run), load_model(expected)
     for name, weight in whole.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], weight, rtol=2e-2, atol=2e-3)
     summaries = [json.loads((checkpoint.parent.parent / "summary.json").read_text()) for checkpoint in (run, expected)]

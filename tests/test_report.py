@@ -11,23 +11,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHUNK_LEN
-from test_evaluate import WINDOW, model_of
+from test_evaluate import IN_WINDOWS, WINDOW, model_of
 
-from retro.corpus import Corpus, DocumentEntry, build_corpus
+from retro.config import DatabaseConfig, EvaluateConfig
 from retro.database import RetroIndex, build_database
 from retro.evaluate import evaluate, held_out_texts
-from retro.report import (
-    CHUNKS_PER_PASSAGE,
-    FULL_COLOR_BITS,
-    MIN_RUN,
-    NOTABLE_BITS,
-    attention_shares,
-    choose,
-    common_run,
-    pieces,
-    rank_passages,
-    write_report,
-)
+from retro.evaluation.attention import attention_shares
+from retro.evaluation.passages import CHUNKS_PER_PASSAGE, MIN_RUN, choose, common_run, rank_passages, text_spans
+from retro.evaluation.report import FULL_COLOR_BITS, NOTABLE_BITS, write_report
+from retro.text.build import build_corpus
+from retro.text.corpus import Corpus, DocumentEntry
 
 SCRIPT = "<script>alert(1)</script>"
 LONG_NAME = f"odd & {'n' * 100}.md"
@@ -103,7 +96,7 @@ def odd(plays, bert, tmp_path_factory):
     play = (plays / "hamlet.md").read_text()
     # Words of the database have tokens of their own; letters from elsewhere are spread over several.
     corpus = build_corpus([folder / "markup.md", plays / "hamlet.md"], folder / "corpus", "bpe:400", valid_fraction=0)
-    build_database(CHUNK_LEN, corpus=corpus, data_path=folder, index="auto", bert=bert)
+    build_database(CHUNK_LEN, corpus=corpus, config=DatabaseConfig(index="auto"), data_path=folder, bert=bert)
     index = RetroIndex(CHUNK_LEN, corpus=corpus, data_path=folder, bert=bert)
     text = (
         play[1000:1200]
@@ -112,7 +105,7 @@ def odd(plays, bert, tmp_path_factory):
     )
     (folder / LONG_NAME).write_text(text, encoding="utf-8")
     model = model_of(index, ca_layers=(0, 1))
-    evaluation = evaluate(model, held_out_texts([folder / LONG_NAME], corpus.tokenizer), index, window=WINDOW)
+    evaluation = evaluate(model, held_out_texts([folder / LONG_NAME], corpus.tokenizer), index, config=IN_WINDOWS)
     return text, evaluation, model, page_of(folder / "report.html", evaluation, model)
 
 
@@ -191,11 +184,11 @@ def test_a_stretch_of_text_has_only_whole_characters(index, start):
     text = "a€日本🎭\ufffd—é " * 3
     tokens = np.array(index.corpus.tokenizer.encode(text))
     corpus = Corpus(tokens, [DocumentEntry("a", "a", 1, len(tokens))], 0, index.corpus.tokenizer)
-    found = pieces(corpus, start, start + 11)
-    shown = "".join(piece for _, _, piece in found)
+    found = text_spans(corpus, start, start + 11)
+    shown = "".join(span.text for span in found)
     assert shown in text and len(shown) >= 2
-    for first, end, piece in found:
-        assert corpus.tokenizer.decode(tokens[first:end].tolist()) == piece
+    for span in found:
+        assert corpus.tokenizer.decode(tokens[span.start : span.end].tolist()) == span.text
     assert [end for _, end, _ in found[:-1]] == [first for first, _, _ in found[1:]]
     assert 0 <= found[0][0] - start < 4 and found[-1][1] >= start + 11
 
@@ -245,7 +238,7 @@ def test_a_line_break_has_a_sign_if_its_gain_is_notable(odd, tmp_path):
 
 @pytest.mark.parametrize("stride", [CHUNK_LEN, 2 * CHUNK_LEN, WINDOW])
 def test_a_chunk_stands_beside_the_neighbors_of_the_chunk_before_it(index, sharp, tmp_path, stride):
-    evaluation = evaluate(sharp, index.corpus, index, window=WINDOW, stride=stride)
+    evaluation = evaluate(sharp, index.corpus, index, config=EvaluateConfig(window=WINDOW, stride=stride))
     corpus, page = index.corpus, page_of(tmp_path / "report.html", evaluation, sharp)
     rows = rows_of(page)
     assert len(rows) == len(evaluation.offsets) and not neighbors_of(rows[0])
@@ -275,7 +268,7 @@ def test_what_a_chunk_has_in_common_with_a_neighbor_is_marked_in_both(index, tmp
     entry = DocumentEntry("new", "0", len(corpus.tokenizer.decode(planted)), 2 * m)
     held_out = Corpus(np.array(planted, dtype=np.int32), [entry], 0, corpus.tokenizer)
     model = model_of(index)
-    evaluation = evaluate(model, held_out, index, window=WINDOW)
+    evaluation = evaluate(model, held_out, index, config=IN_WINDOWS)
     first, second = rows_of(page_of(tmp_path / "report.html", evaluation, model))
     text = corpus.tokenizer.decode(value[m + 4 : m + 9])
     nearest = second.all("details")[0]
@@ -289,7 +282,7 @@ def test_what_a_chunk_has_in_common_with_a_neighbor_is_marked_in_both(index, tmp
 def test_the_longest_run_is_as_long_as_the_evaluation_found_it(odd):
     _, evaluation, _, page = odd
     shown = [max((len(mark.text) for mark in row.all("mark")), default=0) for row in rows_of(page)]
-    assert [n > 0 for n in shown] == [n >= MIN_RUN for n in evaluation.headroom.tolist()]
+    assert [n > 0 for n in shown] == [n >= MIN_RUN for n in evaluation.copyable_tokens.tolist()]
     assert any(shown) and not all(shown)
     assert common_run([1, 2, 3, 4, 5, 6], [9, 2, 3, 9, 3, 4, 5, 9]) == (2, 4, 3)
     assert common_run([1, 2, 3], [1, 2, 9]) == (0, 0, 0)

@@ -6,21 +6,18 @@ import shutil
 import faiss
 import numpy as np
 import pytest
-from conftest import CHUNK_LEN, CHUNKS_PER_SAMPLE
+from conftest import CHUNK_LEN, CHUNKS_PER_SAMPLE, refused
 from labml_helpers.datasets.text import TextFileDataset
 
-from retro.corpus import Corpus, build_corpus
+from retro.text.build import build_corpus
+from retro.text.corpus import Corpus
+from retro.config import DatabaseConfig, DatasetConfig
 from retro.database import RetroIndex, build_database, chunk_offsets
 from retro.dataset import DATASET_FILE, Dataset, audit, build_dataset
-from retro.faiss_index import (
-    KMEANS_ITERATIONS,
-    MANY_QUERIES_PER_LIST,
-    Truth,
-    centroids_of,
-    ivf_of,
-    search_many,
-    set_n_probe,
-)
+from retro.errors import DamagedFile, InvalidOption, MissingArtifact, StaleArtifact, TextTooShort
+from retro.search.factory import KMEANS_ITERATIONS, ivf_of, prepare_training, set_n_probe
+from retro.search.querying import MANY_QUERIES_PER_LIST, search_many
+from retro.search.recall import ExactNeighbors
 
 
 def brute_force(bert, corpus, queries, k, excluded=None):
@@ -65,7 +62,7 @@ def test_searching_many_queries_at_once_finds_what_one_by_one_finds(factory):
     rng = np.random.default_rng(0)
     keys, queries = (rng.standard_normal((n, 32)).astype(np.float32) for n in (1000, 300))
     index = faiss.index_factory(32, factory)
-    centroids_of(index)
+    prepare_training(index)
     index.train(keys)
     index.add_with_ids(keys, np.arange(1000) * 16)
     index.nprobe = 4
@@ -81,7 +78,7 @@ def test_searching_many_queries_at_once_finds_what_one_by_one_finds(factory):
 
 def test_an_index_learns_quickly_and_walks_to_the_nearest_lists():
     index = faiss.index_factory(384, "OPQ16,IVF512_HNSW8,PQ16")
-    assert centroids_of(index) == 512
+    assert prepare_training(index) == 512
     ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
     assert not ivf.do_polysemous_training and ivf.cp.niter == ivf.pq.cp.niter == KMEANS_ITERATIONS
     assert faiss.downcast_VectorTransform(index.chain.at(0)).max_train_points == 1 << 14
@@ -105,7 +102,7 @@ def coded(data, bert, path):
     """An index of codes over the keys of `data`, all of its lists searched."""
     shutil.copytree(data / "keys", path / "keys")
     corpus = Corpus.load(data / "corpus")
-    manifest = build_database(CHUNK_LEN, corpus=corpus, data_path=path, index="IVF8,PQ16", n_probe=8, bert=bert)
+    manifest = build_database(CHUNK_LEN, corpus=corpus, data_path=path, bert=bert, n_probe=8, config=DatabaseConfig(index="IVF8,PQ16"))
     return RetroIndex(corpus=corpus, data_path=path, bert=bert), manifest
 
 
@@ -138,7 +135,7 @@ def test_codes_propose_neighbors_and_whole_keys_decide(data, bert, tmp_path, exc
 
 def test_recall_is_the_share_of_true_neighbors_among_as_many_that_come_back(data, bert, tmp_path):
     index, manifest = coded(data, bert, tmp_path)
-    truth = Truth.of(index.keys, manifest["seed"])
+    truth = ExactNeighbors.of(index.keys, manifest["seed"])
     n = len(chunk_offsets(index.corpus, CHUNK_LEN))
     exact, true = brute_force(bert, index.corpus, truth.queries, n)
     _, found = index.search(truth.queries, 11)
@@ -157,7 +154,7 @@ def test_an_offset_where_no_chunk_begins_is_no_neighbor(index):
     keys = index.keys
     assert (keys.numbers_of(keys.offsets[::-1]) == np.arange(len(keys.offsets))[::-1]).all()
     for offset in (int(keys.offsets[3]) + 1, int(keys.offsets[-1]) + CHUNK_LEN, 2**60):
-        with pytest.raises(ValueError, match=rf"holds offset {offset}, where no chunk begins.*python -m retro"):
+        with refused(DamagedFile, rf"holds offset {offset}, where no chunk begins.*retro database"):
             keys.numbers_of(np.array([0, offset]))
 
 
@@ -173,7 +170,7 @@ def test_chunks_start_with_their_documents_and_come_from_training_only(index):
 def test_other_indexes_leave_a_document_out_too_and_report_their_recall(data, bert, tmp_path, factory):
     corpus = Corpus.load(data / "corpus")
     shutil.copytree(data / "keys", tmp_path / "keys")  # no embedding is needed for another index
-    manifest = build_database(CHUNK_LEN, corpus=corpus, data_path=tmp_path, index=factory, bert=bert)
+    manifest = build_database(CHUNK_LEN, corpus=corpus, data_path=tmp_path, config=DatabaseConfig(index=factory), bert=bert)
     assert manifest["index"] == factory and 0.2 < manifest["recall"]["@10"] <= 1
     index = RetroIndex(corpus=corpus, data_path=tmp_path, bert=bert, n_probe=8)
     if "_HNSW" in factory:  # as it was while the index was filled
@@ -211,7 +208,8 @@ def test_a_call_of_the_index_filters_as_the_tutorial_does(index):
 def test_no_neighbor_holds_what_its_sample_has_yet_to_predict_but_with_the_tutorials_span(
     data, index, tmp_path, exclude
 ):
-    build_dataset(None, CHUNKS_PER_SAMPLE, data_path=tmp_path, corpus=index.corpus, index=index, exclude=exclude)
+    config = DatasetConfig(exclude=exclude)
+    build_dataset(None, CHUNKS_PER_SAMPLE, data_path=tmp_path, corpus=index.corpus, index=index, config=config)
     dataset, corpus = Dataset(tmp_path / DATASET_FILE["train"], index.corpus), index.corpus
     leaks = 0
     for idx in range(len(dataset)):
@@ -266,7 +264,7 @@ def test_the_tutorials_inline_json_is_read(tmp_path):
 
 def test_the_same_seed_gives_the_same_bytes(data, bert, index, tmp_path):
     corpus = Corpus.load(data / "corpus")
-    build_database(CHUNK_LEN, corpus=corpus, data_path=tmp_path, index="auto", bert=bert)
+    build_database(CHUNK_LEN, corpus=corpus, data_path=tmp_path, config=DatabaseConfig(index="auto"), bert=bert)
     build_dataset(None, CHUNKS_PER_SAMPLE, corpus=corpus, data_path=tmp_path, index=index)
     for name in ("retro.index", "retro.index.json", *DATASET_FILE.values()):
         assert (tmp_path / name).read_bytes() == (data / name).read_bytes(), name
@@ -274,21 +272,21 @@ def test_the_same_seed_gives_the_same_bytes(data, bert, index, tmp_path):
 
 def test_artifacts_that_do_not_belong_together_are_refused(data, bert, char_bert, tmp_path):
     corpus = Corpus.load(data / "corpus")
-    with pytest.raises(ValueError, match=r"chunk_len=16, but chunk_len=32 is wanted.*--chunk-len 32"):
+    with refused(StaleArtifact, r"chunk_len=16, but chunk_len=32 is wanted.*--chunk-len 32"):
         RetroIndex(32, data_path=data, bert=bert)
     with pytest.raises(ValueError, match="trim=False, but trim=True"):
         RetroIndex(data_path=data, bert=char_bert)
     (tmp_path / "other.txt").write_text("something else entirely\n" * 50)
     other = build_corpus([tmp_path / "other.txt"], tmp_path / "corpus")
-    with pytest.raises(ValueError, match=r"corpus_sha256=.*python -m retro\.database"):
+    with refused(StaleArtifact, r"corpus_sha256=.*retro database"):
         RetroIndex(corpus=other, data_path=data, bert=bert)
-    with pytest.raises(ValueError, match=r"corpus_sha256=.*python -m retro\.dataset"):
+    with refused(StaleArtifact, r"corpus_sha256=.*retro dataset"):
         Dataset(data / DATASET_FILE["train"], other)
-    with pytest.raises(ValueError, match="exclude='document' leaves no neighbors"):
+    with pytest.raises(InvalidOption, match="exclude='document' leaves no neighbors"):
         single = RetroIndex(data_path=data, bert=bert)
         single.corpus = other
-        build_dataset(None, corpus=other, data_path=tmp_path, index=single, exclude="document")
-    with pytest.raises(ValueError, match=r"has \d+ tokens in \d documents, but a sample needs"):
+        build_dataset(None, corpus=other, data_path=tmp_path, index=single, config=DatasetConfig(exclude="document"))
+    with refused(TextTooShort, r"has \d+ tokens in \d documents, but a sample needs.*--chunks-per-sample, --chunk-len"):
         build_dataset(None, 10_000, corpus=corpus, data_path=tmp_path, index=RetroIndex(data_path=data, bert=bert))
 
 
@@ -301,7 +299,8 @@ def test_a_damaged_index_never_reaches_faiss(data, bert, tmp_path, damage):
         path.unlink()
     else:
         path.write_bytes(content[:-100] if damage == "truncated" else content[:5000] + b"\xff" + content[5001:])
-    with pytest.raises(ValueError, match=r"retro\.index was made with sha256=.*python -m retro\.database"):
+    kind, message = (MissingArtifact, "does not exist") if damage == "missing" else (DamagedFile, "has sha256 .* says")
+    with refused(kind, rf"retro\.index {message}.*retro database"):
         RetroIndex(corpus=Corpus.load(data / "corpus"), data_path=tmp_path, bert=bert)
 
 
@@ -309,8 +308,8 @@ def test_a_truncated_dataset_is_refused(data, tmp_path):
     path = tmp_path / "d.jsonl"
     lines = (data / DATASET_FILE["train"]).read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:-1]))
-    with pytest.raises(ValueError, match=r"has \d+ samples, but its header says"):
+    with pytest.raises(DamagedFile, match=r"has \d+ samples, but its header says"):
         Dataset(path, Corpus.load(data / "corpus"))
     path.write_bytes(b"garbage\n")
-    with pytest.raises(ValueError, match=r"d\.jsonl is not the JSON that retro writes"):
+    with pytest.raises(DamagedFile, match=r"d\.jsonl is not the JSON that retro writes"):
         Dataset(path, Corpus.load(data / "corpus"))

@@ -1,0 +1,93 @@
+"""The command lines: `retro COMMAND`, and `python -m retro.STAGE`, which is the same.
+
+Everything heavy is imported after the options are read, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from retro import parallel
+from retro.cli.repair import explain
+
+# Each command: where its function is, and what it does.
+COMMANDS = {
+    "database": ("building", "texts to a database: BERT embeddings in a FAISS index"),
+    "dataset": ("building", "the neighbors of every training sample, retrieved once"),
+    "train": ("training", "train a model that reads them; builds what is missing before, if texts are named"),
+    "sample": ("using", "write text with a trained model that retrieves as it writes"),
+    "evaluate": ("using", "what retrieval brings to text that nobody trained on"),
+    "add": ("changing", "add documents to a database, embedding only them"),
+    "remove": ("changing", "take documents out of a database"),
+    "plan": ("planning", "what a database of any size will take, told before it is built"),
+}
+OVERVIEW = """usage: retro COMMAND [OPTIONS]      retro COMMAND --help shows all options
+
+From text to a sample:
+
+  retro train --preset demo                                a first look, on eight plays, in minutes
+
+  retro database ~/notes papers.jsonl --data-path mydata   your own text
+  retro dataset --data-path mydata
+  retro train --data-path mydata --steps 2000
+  retro sample --data-path mydata "Dear reader,"
+
+Commands:
+
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`retro`: run a command; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(OVERVIEW + "\n".join(f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()))
+        return 0
+    if arguments[0] == "--version":
+        from retro import __version__
+
+        print(f"retro {__version__}")
+        return 0
+    name, *options = _without_flags_of_old(arguments)
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        print(f"error: there is no command {name!r}{f'; is it {near[0]!r}?' if near else ''}", file=sys.stderr)
+        print(f"commands: {', '.join(COMMANDS)}; retro --help says what they do", file=sys.stderr)
+        return 2
+    return _run(name, options)
+
+
+def script(name: str) -> None:
+    """What the script of a stage does: its command, with the options of the process."""
+    raise SystemExit(main([name, *sys.argv[1:]]))
+
+
+def _without_flags_of_old(arguments: list[str]) -> list[str]:
+    """`database --add TEXT` and the like, which are commands of their own, as these commands."""
+    for flag in ("add", "remove", "plan"):
+        if arguments[0] == "database" and f"--{flag}" in arguments:
+            return [flag, *(argument for argument in arguments[1:] if argument != f"--{flag}")]
+    return arguments
+
+
+def _run(name: str, options: list[str]) -> int:
+    """Run a command; what users can cause becomes a message and an exit status, without a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warnings from the tokenizer library
+    if parallel.rank():  # rank 0 speaks for all
+        os.environ["TQDM_DISABLE"] = "1"
+        sys.stdout = open(os.devnull, "w")
+    try:
+        getattr(importlib.import_module(f"retro.cli.{COMMANDS[name][0]}"), f"{name}_command")(options)
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:  # python -X dev shows where
+            raise
+        print(f"\nerror: {explain(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from what is finished", file=sys.stderr)
+        return 130
+    return 0

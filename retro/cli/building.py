@@ -1,0 +1,63 @@
+"""`retro database` and `retro dataset`: from texts to samples with neighbors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser
+
+from retro.cli.options import add_config, config_from, data_path_of, new_parser, parse_with_preset
+from retro.config import CorpusConfig, DatabaseConfig, DatasetConfig, Preset
+from retro.progress import note
+
+TEXTS = "text files, .jsonl files, or folders of them"
+
+
+def database_command(argv: Sequence[str]) -> None:
+    """Texts to corpus and database."""
+
+    def build(preset: Preset) -> ArgumentParser:
+        parser = new_parser(
+            "database", "Build the key-value database of a text: BERT embeddings in a FAISS index.", texts=TEXTS
+        )
+        add_config(parser, CorpusConfig, preset.corpus)
+        add_config(parser, DatabaseConfig, preset.database, skip=("seed",))
+        return parser
+
+    options, given = parse_with_preset(build, argv)
+    changed = {"n_probe": None} if "recall" in given and "n_probe" not in given else {}
+    config, corpus_config = config_from(DatabaseConfig, options, changed), config_from(CorpusConfig, options)
+    from retro.cli.stages import prepare_corpus, prepare_database
+    from retro.device import pick_device
+    from retro.text.corpus import CORPUS_FOLDER, MANIFEST_FILE, Corpus
+
+    device, data_path = pick_device(options.device), data_path_of(options)
+    if not options.texts and options.preset is None and (data_path / CORPUS_FOLDER / MANIFEST_FILE).exists():
+        corpus = Corpus.load(data_path / CORPUS_FOLDER)  # another index over the text that is there
+    else:
+        corpus = prepare_corpus(corpus_config, options.preset or "demo", options.texts, data_path, rebuild=True)
+    prepare_database(config, corpus, data_path, device, rebuild=True)
+    if corpus.split("valid"):
+        note(f"next: retro dataset --data-path {data_path}")
+    else:  # nothing to validate on: a database for models that are trained already
+        note(f"next: retro evaluate --run RUN TEXT ... --database {data_path}")
+
+
+def dataset_command(argv: Sequence[str]) -> None:
+    """The database's text to samples with neighbors."""
+
+    def build(preset: Preset) -> ArgumentParser:
+        parser = new_parser("dataset", "Retrieve the neighbors of every training and validation sample, once.")
+        add_config(parser, DatasetConfig, preset.dataset)
+        return parser
+
+    options, _ = parse_with_preset(build, argv)
+    config, data_path = config_from(DatasetConfig, options), data_path_of(options)
+    from retro.cli.stages import prepare_dataset
+    from retro.device import pick_device
+    from retro.search.index_file import read_database_manifest
+    from retro.text.corpus import open_corpus
+
+    corpus, manifest = open_corpus(data_path), read_database_manifest(data_path)
+    prepare_dataset(config, corpus, manifest, data_path, pick_device(options.device), rebuild=True)
+    note(f"next: retro train --data-path {data_path}")

@@ -1,0 +1,164 @@
+"""Corpus, database and dataset, found or built.
+
+A stage builds its artifact if it is not there, or is damaged, or (with `rebuild`) was made with other options, and leaves
+it alone if it is what the options ask for. Without `rebuild`, what was made otherwise is refused, not replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retro import parallel
+from retro.cli.presets import texts_of
+from retro.config import CorpusConfig, DatabaseConfig, DatasetConfig
+from retro.errors import ArtifactError, DamagedFile, MissingArtifact, StaleArtifact, require_match
+from retro.progress import note
+from retro.storage.files import remove_unfinished
+
+if TYPE_CHECKING:
+    from retro.text.corpus import Corpus
+
+
+def is_current(
+    path: Path, read: Callable[[Path], Mapping[str, Any]], cache_key: Mapping[str, Any], rebuild: bool
+) -> bool:
+    """Whether the artifact at `path` is there and was made with these options. Raises if not, unless `rebuild`."""
+    try:
+        require_match(path, read(path), cache_key)
+    except MissingArtifact:
+        return False
+    except (StaleArtifact, DamagedFile):
+        if not rebuild:
+            raise
+        return False
+    return True
+
+
+def is_whole(verify: Callable[[], Any]) -> bool:
+    """Whether nothing that `verify` reads is damaged; if it is, that is said, because it is made again."""
+    try:
+        verify()
+    except ArtifactError as error:
+        note(f"made again: {error}")
+        return False
+    return True
+
+
+def prepare_corpus(
+    config: CorpusConfig, preset: str, texts: Sequence[str], data_path: Path, rebuild: bool
+) -> Corpus:
+    """The corpus of `texts` (the preset's own if empty): found, or built."""
+    from retro.storage.manifests import read_manifest
+    from retro.text.build import build_corpus, corpus_cache_key
+    from retro.text.corpus import CORPUS_FOLDER, MANIFEST_FILE, Corpus
+    from retro.text.documents import find_texts
+    from retro.text.split import split_texts
+
+    folder = data_path / CORPUS_FOLDER
+
+    def paths() -> list[Path]:
+        """The texts, downloaded if they have to be; for rank 0 to ask."""
+        return [Path(text) for text in texts] or texts_of(preset, data_path)
+
+    def found() -> bool:
+        split = split_texts(find_texts(paths()), config.valid_fraction, config.seed)
+        cache_key = corpus_cache_key(split, config.tokenizer, config.valid_fraction, config.seed)
+        if not is_current(folder / MANIFEST_FILE, read_manifest, cache_key, rebuild):
+            return False
+        manifest = read_manifest(folder / MANIFEST_FILE)
+        if manifest.get("additions") or manifest.get("removed"):  # which building it again would lose
+            try:
+                Corpus.load(folder)
+            except DamagedFile as error:
+                raise ValueError(
+                    f"{error}. But documents were added and removed since it was built: to build it of these texts "
+                    f"alone, delete {folder}; then repeat retro add and retro remove"
+                ) from None
+            return True
+        return is_whole(lambda: Corpus.load(folder))
+
+    if not parallel.broadcast_from_rank_zero(found):
+        c, name = config, None if texts else f"retro_{preset}"
+        parallel.on_rank_zero(lambda: build_corpus(paths(), folder, c.tokenizer, c.valid_fraction, c.seed, name))
+        corpus = Corpus.load(folder)
+        valid = ", ".join(corpus.documents[i].name for i in list(corpus.split("valid"))[:4])
+        note(
+            f"corpus: {len(corpus.documents):,} documents, {len(corpus.tokens):,} tokens of {corpus.n_tokens:,} kinds; "
+            f"held out: {valid or 'nothing'}{' ...' if len(corpus.split('valid')) > 4 else ''}"
+        )
+        return corpus
+    return Corpus.load(folder)
+
+
+def prepare_database(
+    config: DatabaseConfig, corpus: Corpus, data_path: Path, device: Any, rebuild: bool
+) -> dict[str, Any]:
+    """The database's manifest: found, or built. Keys that are damaged are made again, and the index stays."""
+    from retro.database import build_database
+    from retro.search.building import SHARDS_FOLDER, database_cache_key, embedder_of
+    from retro.search.index_file import MANIFEST_FILE, read_database_manifest, read_index
+    from retro.search.keys import Keys
+    from retro.search.querying import holds_keys
+
+    path, cache_key = data_path / MANIFEST_FILE, database_cache_key(corpus, config)
+    needs_keys = False
+
+    def found() -> bool:
+        nonlocal needs_keys
+        if not is_current(path, lambda _: read_database_manifest(data_path), cache_key, rebuild):
+            return False
+        manifest, opened = read_database_manifest(data_path), []
+        if not is_whole(lambda: opened.append(read_index(data_path, manifest))):
+            return False
+        needs_keys = not holds_keys(opened[0]) and not is_whole(
+            Keys(data_path, corpus, manifest["chunk_len"], manifest).verify
+        )
+        return True
+
+    if not parallel.broadcast_from_rank_zero(found):
+        build_database(config=config, corpus=corpus, data_path=data_path, device=device)
+        manifest = read_database_manifest(data_path)
+    else:
+        manifest = read_database_manifest(data_path)
+        keys = Keys(data_path, corpus, manifest["chunk_len"], manifest)
+        if parallel.broadcast_from_rank_zero(lambda: needs_keys):
+            keys.compute_alone(embedder_of(keys, manifest, device))
+        parallel.on_rank_zero(lambda: remove_unfinished(data_path, data_path / SHARDS_FOLDER, *keys.others))
+    if manifest["note"]:
+        note(f"note: {manifest['note']}")
+    note(f"database: {describe(manifest)}")
+    return manifest
+
+
+def describe(database: dict[str, Any]) -> str:
+    """A database's manifest in a line: how many chunks, in which index, with which recall."""
+    recall = ", ".join(f"{share:.1%} {k}" for k, share in database["recall"].items())
+    return f"{database['n_chunks']:,} chunks of {database['chunk_len']} tokens in {database['index']}; recall {recall}"
+
+
+def prepare_dataset(
+    config: DatasetConfig, corpus: Corpus, database: dict[str, Any], data_path: Path, device: Any, rebuild: bool
+) -> dict[str, int]:
+    """Counts of the training dataset, found or built."""
+    from retro.dataset import DATASET_FILE, Dataset, audit, build_dataset, dataset_cache_key
+    from retro.storage.sample_file import read_header, shards_folder
+
+    cache_key = dataset_cache_key(corpus, database, config)
+    paths = [data_path / name for name in DATASET_FILE.values()]
+
+    def found() -> bool:
+        current = [is_current(path, read_header, cache_key, rebuild) for path in paths]
+        return all(current) and all(is_whole(lambda p=path: Dataset(p, corpus)) for path in paths)
+
+    if not parallel.broadcast_from_rank_zero(found):
+        build_dataset(config=config, corpus=corpus, data_path=data_path, device=device)
+    else:
+        parallel.on_rank_zero(lambda: remove_unfinished(data_path, *map(shards_folder, paths)))
+    counts = audit(Dataset(paths[0], corpus))
+    note(
+        f"dataset: {counts['samples']:,} samples, {counts['chunks']:,} chunks with {counts['neighbors']:,} neighbors "
+        f"(exclude={cache_key['exclude']}); {counts['leaking_neighbors']:,} neighbors overlap text still to be predicted"
+    )
+    return counts

@@ -1,0 +1,171 @@
+"""`retro train`: everything that is missing, then training and a sample."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from retro import parallel
+from retro.cli.building import TEXTS
+from retro.cli.options import add_config, config_from, data_path_of, new_parser, parse_with_preset
+from retro.config import (
+    PRESETS,
+    CorpusConfig,
+    DatabaseConfig,
+    DatasetConfig,
+    Preset,
+    RetroConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from retro.errors import InvalidOption
+from retro.progress import note
+
+FROM_DATA = ("n_vocab", "chunk_len")  # of the model's shape
+
+
+def train_command(argv: Sequence[str]) -> None:
+    """Train a model, on data that are there or on texts."""
+    options, given = parse_with_preset(_parser, argv)
+    changed: dict[str, Any] = {"steps": None} if "epochs" in given and "steps" not in given else {}
+    config = config_from(TrainConfig, options, changed)
+    changed = {"n_probe": None} if "recall" in given and "n_probe" not in given else {}
+    configs = (
+        config_from(CorpusConfig, options),
+        config_from(DatabaseConfig, options, changed),
+        config_from(DatasetConfig, options),
+    )
+    shape = {name: getattr(options, name) for name in RetroConfig.__dataclass_fields__ if name not in FROM_DATA}
+    started = time.perf_counter()
+    from retro.device import pick_device
+
+    device = pick_device(options.device)
+    if options.resume is not None:
+        if options.no_retrieval:
+            raise ValueError("--no-retrieval shapes a new run; --resume continues one as it is. Leave one of them out")
+        _resume(options, config if given & {"steps", "epochs"} else None, device)
+        return
+    if configs[0].valid_fraction == 0:
+        raise InvalidOption("valid_fraction", 0, "leaves nothing to validate on; training needs a share above 0")
+    counts = None
+    if options.preset or options.texts:
+        counts = _prepare(options, configs, device)
+    from retro.text.corpus import open_corpus
+    from retro.train import train
+
+    data_path, prompt = data_path_of(options), options.prompt
+    if prompt is None and options.preset and not options.texts:
+        prompt = PRESETS[options.preset].prompt
+    run, summary = train(
+        data_path=data_path,
+        name=options.name or open_corpus(data_path).name + "_no_retrieval" * options.no_retrieval,
+        config=config,
+        model_shape=shape | ({"ca_layers": ()} if options.no_retrieval else {}),
+        device=device,
+        prompt=prompt,
+        fsdp=options.fsdp,
+    )
+    if parallel.rank():
+        return
+    _report_run(run, summary, data_path, device, prompt, counts)
+    note(f"\neverything took {time.perf_counter() - started:.0f} s; samples with other prompts:")
+    elsewhere = "" if data_path.resolve().is_relative_to(Path.cwd()) else f" --data-path {data_path}"
+    note(f'  retro sample --run {run}{elsewhere} --show-neighbors "YOUR PROMPT"')
+
+
+def _parser(preset: Preset) -> ArgumentParser:
+    parser = new_parser(
+        "train",
+        "Train a RETRO model; with --preset or TEXT, build corpus, database and dataset first where they are missing.",
+        texts=TEXTS,
+    )
+    parser.add_argument(
+        "--name", type=str | None, default=None, help="the run's folder below logs/; null for the text's name"
+    )
+    parser.add_argument(
+        "--prompt", type=str | None, default=None, help="text to continue; null for the beginning of a held-out document"
+    )
+    parser.add_argument(
+        "--no-retrieval", action="store_true", help="without cross-attention: the baseline of retro evaluate"
+    )
+    parser.add_argument(
+        "--fsdp", action="store_true", help="under torchrun: shard the weights over the processes, for large models"
+    )
+    parser.add_argument("--resume", metavar="RUN", type=str | None, default=None, help="continue the run in this folder")
+    add_config(parser, CorpusConfig, preset.corpus)
+    add_config(parser, DatabaseConfig, preset.database, skip=("seed",))
+    add_config(parser, DatasetConfig, preset.dataset, skip=("seed",))
+    add_config(parser, RetroConfig, preset.model, skip=FROM_DATA)
+    add_config(parser, TrainConfig, preset.train, skip=("seed",))
+    return parser
+
+
+def _prepare(
+    options: Namespace, configs: tuple[CorpusConfig, DatabaseConfig, DatasetConfig], device: Any
+) -> dict[str, int]:
+    """Corpus, database and dataset where they are missing; counts of the last."""
+    from retro.cli.stages import prepare_corpus, prepare_database, prepare_dataset
+
+    corpus_config, database_config, dataset_config = configs
+    data_path = data_path_of(options)
+    corpus = prepare_corpus(corpus_config, options.preset or "demo", options.texts, data_path, rebuild=False)
+    manifest = prepare_database(database_config, corpus, data_path, device, rebuild=False)
+    return prepare_dataset(dataset_config, corpus, manifest, data_path, device, rebuild=False)
+
+
+def _resume(options: Namespace, config: TrainConfig | None, device: Any) -> None:
+    """Continue a run with its own configs, with the length of `config` if it is given."""
+    from retro.runs.run import data_path_of as data_of_run
+    from retro.runs.run import read_run
+    from retro.train import train
+
+    folder = Path(options.resume)
+    manifest = read_run(folder)
+    named = None if options.data_path == "data" else Path(options.data_path)
+    data_path = data_of_run(folder, manifest, named)
+    run, summary = train(
+        data_path=data_path, config=config, device=device, resume=folder, prompt=options.prompt, fsdp=options.fsdp
+    )
+    if not parallel.rank():
+        _report_run(run, summary, data_path, device, options.prompt, None)
+
+
+def _report_run(
+    run: Path, summary: dict[str, Any], data_path: Path, device: Any, prompt: str | None, counts: dict[str, int] | None
+) -> None:
+    """What came out: the numbers, where the files lie, and a sample with its sources.
+
+    `counts` are the dataset's, if they have been counted.
+    """
+    from retro.cli.stages import describe
+    from retro.cli.using import write_sample
+    from retro.dataset import audit
+    from retro.runs.data import TrainingData
+    from retro.runs.run import read_run
+    from retro.search.index_file import read_database_manifest
+
+    data = TrainingData(data_path)
+    counts = counts or audit(data.datasets["train"])
+    reads = bool(read_run(run)["model"]["ca_layers"])
+    off = f"({summary['valid_bpb_without_retrieval']:.3f} with retrieval switched off)" if reads else "(no retrieval)"
+    rows = {
+        "model": f"{summary['n_parameters']:,} parameters, {summary['steps']:,} steps on {summary['device']}",
+        "database": describe(read_database_manifest(data_path)),
+        "neighbors": f"{counts['neighbors']:,} for {counts['chunks']:,} chunks of {counts['samples']:,} samples; "
+        f"{counts['leaking_neighbors']:,} overlap text still to be predicted",
+        "training": f"{summary['train_bpb']:.3f} bits per byte",
+        "validation": f"{summary['valid_bpb']:.3f} bits per byte {off}",
+        "speed": f"{summary['tokens_per_second']:,.0f} training tokens per second",
+        "files": str(run),
+    }
+    note("\n" + "\n".join(f"{name:<12}{text}" for name, text in rows.items()))
+    try:
+        data.corpus.tokenizer.encode(prompt or "")
+    except ValueError:  # it cannot be written in this text's characters
+        prompt = None
+    prompt = data.beginning_of_held_out() if prompt is None else prompt
+    write_sample(run, data_path, device, prompt, 128, reads, SampleConfig(temperature=0.8, top_k=40))

@@ -1,0 +1,208 @@
+"""`retro sample` and `retro evaluate`: what a trained run writes, and what retrieval brings to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import Namespace
+
+from retro.cli.building import TEXTS
+from retro.cli.options import add_config, config_from, new_parser
+from retro.config import EvaluateConfig, SampleConfig
+from retro.errors import phrase
+from retro.progress import note
+
+if TYPE_CHECKING:
+    from retro.model import RetroModel
+    from retro.text.corpus import Corpus
+
+DATA = Path("data")
+
+
+def find_run(options: Namespace) -> tuple[Path, dict[str, Any], Path]:
+    """The run that is named, or the latest of the data; its manifest, and the folder of its data."""
+    from retro.runs.run import data_path_of, latest_run, read_run
+
+    named = None if options.data_path is None else Path(options.data_path)
+    if options.run is None:
+        run = latest_run(named or DATA)
+        note(f"run: {run}")
+    else:
+        run = Path(options.run)
+    manifest = read_run(run)
+    return run, manifest, data_path_of(run, manifest, named)
+
+
+def sample_command(argv: Sequence[str]) -> None:
+    """Text from a trained model."""
+    parser = new_parser("sample", "Write text with a trained model that retrieves as it writes.", of_a_run=True)
+    parser.add_argument("prompt", type=str, help="text to continue")
+    parser.add_argument("--run", type=str | None, default=None, help="folder of a run; null for the latest of the data")
+    parser.add_argument("--length", type=int, default=256, help="tokens to write")
+    parser.add_argument("--show-neighbors", action="store_true", help="print what each chunk retrieved")
+    add_config(parser, SampleConfig, SampleConfig())
+    options = parser.parse_args(list(argv))
+    config = config_from(SampleConfig, options)
+    from retro.device import pick_device
+
+    device = pick_device(options.device)
+    run, _, data_path = find_run(options)
+    write_sample(run, data_path, device, options.prompt, options.length, options.show_neighbors, config)
+
+
+def write_sample(
+    run: Path, data_path: Path, device: Any, prompt: str, length: int, show_neighbors: bool, config: SampleConfig
+) -> None:
+    """Write a sample as it comes, then the neighbors that its chunks read."""
+    from retro.database import RetroIndex
+    from retro.runs.checkpoints import load_model
+    from retro.runs.run import read_run
+    from retro.sample import Sampler
+
+    dataset = read_run(run)["dataset"]
+    index = RetroIndex(dataset["chunk_len"], n_neighbors=dataset["n_neighbors"], data_path=data_path, device=device)
+    sampler = Sampler(device, load_model(run, device), index.corpus, dataset["chunk_len"], index=index)
+    note(f"\n--- prompt ---\n{prompt}\n--- sample ---")
+    for text in sampler.stream(prompt, length, config):
+        print(text, end="", flush=True)
+    note("")
+    if not show_neighbors:
+        return
+    ids = sampler.corpus.tokenizer.encode(prompt)
+    for u, neighbors in enumerate(sampler.neighbors, start=1):
+        origin = "prompt" if u * dataset["chunk_len"] <= len(ids) else "sample"
+        note(f"\n--- neighbors of chunk {u} ({origin}) ---" + ("" if neighbors else "\nnone"))
+        for n in neighbors:
+            note(f"[{n.document}, token {n.offset:,}, distance {n.distance:.2f}] {' '.join(n.text.split())}")
+
+
+def evaluate_command(argv: Sequence[str]) -> None:
+    """What retrieval brings to held-out text."""
+    parser = new_parser(
+        "evaluate",
+        "Measure bits per byte with retrieval on, off and random, and leakage, on the run's held-out text or on TEXT.",
+        texts=TEXTS,
+        of_a_run=True,
+    )
+    run_help, baseline_help = "folder of a run; null for the latest of the data", "a run of retro train --no-retrieval"
+    parser.add_argument("--run", type=str | None, default=None, help=run_help)
+    parser.add_argument("--baseline", metavar="RUN", type=str | None, default=None, help=baseline_help)
+    parser.add_argument(
+        "--database", metavar="DIR", type=str | None, default=None, help="data to retrieve from; null for the run's"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", type=str | None, default=None, help="folder of the figures; null for RUN/evaluation"
+    )
+    parser.add_argument(
+        "--report", metavar="FILE.html", type=str | None, default=None, help="write a page: what each token gained"
+    )
+    add_config(parser, EvaluateConfig, EvaluateConfig())
+    options = parser.parse_args(list(argv))
+    config = config_from(EvaluateConfig, options)
+    from retro.device import pick_device
+
+    device = pick_device(options.device)
+    run, manifest, data_path = find_run(options)
+    evaluation, model, differing = _evaluate(options, config, run, manifest, data_path, device)
+    summary = evaluation.summary() | {
+        "run": run.name,
+        "baseline_run": options.baseline and Path(options.baseline).name,
+        "baseline_differs": [phrase({name: pair}) for name, pair in differing.items()],
+        "database_path": str(options.database or data_path),
+    }
+    _write_figures(summary, Path(options.out or run / "evaluation"))
+    if options.report:
+        from retro.evaluation.report import write_report
+
+        write_report(Path(options.report), evaluation, model)
+        note(f"written: {options.report}")
+
+
+def _evaluate(
+    options: Namespace, config: EvaluateConfig, run: Path, manifest: dict[str, Any], data_path: Path, device: Any
+) -> tuple[Any, RetroModel, dict[str, tuple[Any, Any]]]:
+    """The evaluation, the model, and in what the baseline differs besides retrieval."""
+    from dataclasses import replace
+
+    from retro.database import RetroIndex
+    from retro.errors import require_match
+    from retro.evaluate import evaluate
+    from retro.evaluation.held_out import held_out_texts, require_held_out
+    from retro.runs.checkpoints import load_model
+    from retro.text.corpus import open_corpus
+
+    dataset, trained_on = manifest["dataset"], open_corpus(data_path)
+    require_match(data_path / "corpus", {"corpus_sha256": trained_on.sha256}, {"corpus_sha256": dataset["corpus_sha256"]})
+    held_out = held_out_texts(options.texts, trained_on.tokenizer) if options.texts else trained_on
+    database = Path(options.database or data_path)
+    in_database = _open_database(database, trained_on, dataset["chunk_len"], f"{data_path}/corpus")
+    require_held_out(held_out, trained_on, in_database)
+    baseline, differing = None, {}
+    if options.baseline is not None:
+        baseline, differing = _load_baseline(Path(options.baseline), manifest, data_path, device)
+    model = load_model(run, device)
+    config = replace(
+        config,
+        n_neighbors=config.n_neighbors or dataset["n_neighbors"],
+        window=config.window or dataset["chunk_len"] * dataset["chunks_per_sample"],
+    )
+    index = RetroIndex(dataset["chunk_len"], corpus=in_database, data_path=database, device=device)
+    return evaluate(model, held_out, index, config=config, baseline=baseline, device=device), model, differing
+
+
+def _write_figures(summary: dict[str, Any], out: Path) -> None:
+    from retro.evaluation.figures import plot, table
+    from retro.storage.manifests import write_manifest
+
+    note("\n" + table(summary))
+    if summary["baseline_differs"]:
+        note(f"note: the baseline differs in more than retrieval: {'; '.join(summary['baseline_differs'])}")
+    write_manifest(out / "evaluation.json", summary)
+    note(f"\nwritten: {out / 'evaluation.json'}")
+    try:
+        plot(summary, out / "filtered.png")
+        note(f"written: {out / 'filtered.png'}")
+    except ImportError:
+        note("not written: the plot, which needs matplotlib (pip install matplotlib)")
+
+
+def _open_database(path: Path, trained_on: Corpus, chunk_len: int, tokenizer: str) -> Corpus:
+    """The corpus of a database, if the run can read what it retrieves: same tokens, same chunks."""
+    from retro.errors import ArtifactError, require_match
+    from retro.search.index_file import MANIFEST_FILE, read_database_manifest
+    from retro.text.corpus import open_corpus
+
+    try:
+        corpus = open_corpus(path)
+        found = {
+            "chunk_len": read_database_manifest(path)["chunk_len"],
+            "tokenizer_sha256": corpus.tokenizer.sha256,
+        }
+        wanted = {"chunk_len": chunk_len, "tokenizer_sha256": trained_on.tokenizer.sha256}
+        require_match(path / MANIFEST_FILE, found, wanted)
+    except ArtifactError as error:
+        options = f"--tokenizer {tokenizer} --valid-fraction 0 --chunk-len {chunk_len} --data-path {path}"
+        raise ValueError(f"{error}. Build it for this run: retro database TEXT ... {options}") from None
+    return corpus
+
+
+def _load_baseline(
+    path: Path, run: dict[str, Any], data_path: Path, device: Any
+) -> tuple[RetroModel, dict[str, tuple[Any, Any]]]:
+    """A model without retrieval of the same data, and in what else it differs from the run."""
+    from retro.errors import differences, require_match
+    from retro.runs.checkpoints import load_model
+    from retro.runs.run import read_run
+
+    baseline = read_run(path)
+    require_match(
+        path / "run.json", baseline["dataset"], {"corpus_sha256": run["dataset"]["corpus_sha256"]}
+    )
+    if baseline["model"]["ca_layers"]:
+        command = f"retro train --no-retrieval --data-path {data_path}"
+        raise ValueError(f"{path} was trained with retrieval, so it is no baseline. Train one: {command}")
+    unlike = ("ca_layers", "n_encoder_layers", "encoder_ca_layers")
+    theirs, ours = ({**r["train"], **{k: v for k, v in r["model"].items() if k not in unlike}} for r in (baseline, run))
+    return load_model(path, device), differences(theirs, ours)

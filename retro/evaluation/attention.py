@@ -1,0 +1,80 @@
+r"""How the attention of chunked cross-attention is shared out among the neighbors that a chunk reads.
+
+With the weights $a_{ij}$ from token $i$ to token $j$ of any neighbor, summing to 1 over $j$:
+
+$$\text{share}(k) = \underset{\text{layers, heads, } i}{\text{mean}} \ \sum_{j \in \text{neighbor } k} a_{ij}$$
+
+Shapes: as in `retro.model`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retro.evaluation.result import Evaluation
+from retro.evaluation.windows import windows
+from retro.model import ChunkedCrossAttention, RetroModel, padding_mask, written_out_attention
+
+
+@torch.inference_mode()
+def attention_shares(model: RetroModel, x: Tensor, ret: Tensor) -> Tensor:
+    """Share of chunked cross-attention that each neighbor gets (B, C, K), on the CPU.
+
+    * `x` are tokens (B, T)
+    * `ret` are the neighbors of its chunks (B, C, K, R), tokens or -1
+
+    It is the mean over layers, heads and the tokens that read the chunk's neighbors. The shares of a chunk sum to 1,
+    or are 0 where there is nothing to read.
+    """
+    device = next(model.parameters()).device
+    found: list[Tensor] = []
+    hooks = [cca.register_forward_pre_hook(lambda cca, args: found.append(_shares(cca, *args))) for cca in model.cca]
+    try:
+        model(x.to(device), ret.to(device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found).mean(dim=0).cpu() if found else torch.zeros(ret.shape[:3])
+
+
+def _shares(cca: ChunkedCrossAttention, h: Tensor, e: Tensor, present: Tensor) -> Tensor:
+    """Shares (B, C, K) in one layer, from the arguments of its `forward`."""
+    (B, T, D), (C, K, R), m = h.shape, e.shape[1:4], cca.chunk_len
+    shifted = F.pad(h, (0, 0, -(m - 1), C * m - (T - (m - 1)))).reshape(B * C, m, D)
+    queries = cca.split_heads(cca.query(cca.norm(shifted))).transpose(1, 2)  # (B*C, H, m, d_k)
+    keys, _ = cca.keys_values(e.flatten(2, 3).flatten(0, 1))  # (B*C, H, K*R, d_k)
+    mask, has_neighbor = padding_mask(present.flatten(2).flatten(0, 1))
+    assert has_neighbor is not None
+    # If a token's value is the one-hot number of its neighbor, attention returns each neighbor's weight.
+    values = torch.eye(K, dtype=keys.dtype, device=keys.device).repeat_interleave(R, dim=0)
+    weights = written_out_attention(queries, keys, values.expand(B * C, cca.n_heads, -1, -1), attn_mask=mask)
+    weights = torch.where(has_neighbor[:, None, None], weights.mean(dim=1), 0.0).view(B, C, m, K)
+    # The neighbors of the last chunk may have fewer than m readers, because the sequence ends.
+    is_token = (torch.arange(C * m, device=h.device) + m - 1 < T).view(C, m, 1)
+    return (weights * is_token).sum(dim=2) / is_token.sum(dim=1)
+
+
+def shares_of_chunks(evaluation: Evaluation, model: RetroModel, chunks: np.ndarray) -> list[Tensor | None]:
+    """For each chunk, the shares (K) of the neighbors that it reads, in the window that scored it.
+
+    * `chunks` are numbers of chunks
+
+    It is None for a chunk that begins its window, because there is no chunk before it whose neighbors it could
+    read. (The first token of such a chunk is scored by the window before, if there is one.)
+    """
+    corpus, offsets, m = evaluation.corpus, evaluation.offsets, evaluation.index.chunk_len
+    second = np.minimum(offsets[chunks] + 1, corpus.ends_of(offsets[chunks]) - 1)  # tokens
+    shares: dict[int, Tensor | None] = dict.fromkeys(chunks.tolist())
+    for start, end, scored in windows(corpus, evaluation.window, evaluation.stride):
+        in_window = chunks[(scored <= second) & (second <= end)].tolist()
+        first, n_whole = int(np.searchsorted(offsets, start)), (end - start) // m
+        if not in_window or in_window == [first]:
+            continue
+        ret = evaluation.index.values(evaluation.neighbors[first : first + n_whole, : evaluation.n_neighbors])
+        tokens = torch.from_numpy(corpus.tokens[start:end].astype(np.int64))
+        found = attention_shares(model, tokens[None], torch.from_numpy(ret)[None])[0]  # (C, K)
+        shares |= {number: found[number - 1 - first] for number in in_window if number > first}
+    return list(shares.values())

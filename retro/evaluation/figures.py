@@ -1,0 +1,70 @@
+"""Figures of an evaluation: as text for a terminal, and as curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from retro.evaluation.intervals import format_interval
+from retro.evaluation.result import VARIANTS
+
+COLORS = ("C0", "C1", "C7", "C2", "C4")  # of the variants, as matplotlib numbers them
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The figures as text for a terminal."""
+    d, over = summary["database"], next(iter(summary["gain"]), None)
+    lines = [
+        f"held out  {len(summary['documents']):,} documents, {summary['n_bytes']:,.0f} bytes predicted, "
+        f"{summary['n_chunks']:,} chunks; windows of {summary['window']} tokens, {summary['stride']} apart",
+        f"database  {d['n_documents']:,} documents, {d['n_chunks']:,} chunks in {d['index']}; "
+        f"{summary['n_neighbors']} neighbors",
+        "",
+        f"{'':<27}{'bits per byte':<28}gain of retrieval over it",
+    ]
+    for variant, value in summary["bits_per_byte"].items():
+        gain = format_interval(summary["gain"].get(f"over {variant}"))
+        lines.append(f"{VARIANTS.get(variant, variant):<27}{format_interval(value, '.3f'):<28}{gain}".rstrip())
+    variants = list(summary["bits_per_byte"])
+    lines += ["", f"{'r(C) up to':<12}{'chunks':>8}  " + "".join(f"{v:>10}" for v in variants)]
+    lines[-1] += f"  gain {over}" if over else ""
+    for row in summary["filtered"]:
+        values = [row["bits_per_byte"][v] for v in variants]
+        lines.append(
+            f"{row['alpha']:<12.1%}{row['n_chunks']:>8,}  "
+            + "".join("         –" if v is None else f"{v:>10.3f}" for v in values)
+            + (f"  {format_interval(row['gain'][over])}" if over else "")
+        )
+    shares = ", ".join(f"{share:.1%} share {k}" for k, share in summary["copyable_tokens"].items())
+    if not shares:
+        return "\n".join([*lines, "", "no chunk reads neighbors"])
+    return "\n".join([*lines, "", f"of the chunks that read neighbors, {shares} or more in a row with them"])
+
+
+def plot(summary: dict[str, Any], path: Path) -> None:
+    """Draw the figures of the filtered chunks into a PNG. Raises `ImportError` without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in summary["filtered"] if row["n_chunks"]]
+    alphas = [100 * row["alpha"] for row in rows]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for variant, color in zip(summary["bits_per_byte"], COLORS, strict=False):
+        left.plot(alphas, [row["bits_per_byte"][variant] for row in rows], marker="o", label=variant, color=color)
+    left.set(title="Chunks filtered by overlap", ylabel="bits per byte")
+    for name, color in zip(summary["gain"], COLORS[1:], strict=False):
+        gains = [row["gain"][name] for row in rows]
+        right.plot(alphas, [gain["value"] for gain in gains], marker="o", label=name, color=color)
+        if all(gain["low"] is not None for gain in gains):
+            ends = [gain["low"] for gain in gains], [gain["high"] for gain in gains]
+            right.fill_between(alphas, *ends, color=color, alpha=0.15, linewidth=0)
+    right.axhline(0, color="grey", linewidth=0.8)
+    right.set(title="Gain of retrieval, with 95% intervals", ylabel="bits per byte saved")
+    for axes in (left, right):
+        axes.set(xlabel="r(C) up to, %")
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,70 @@
+"""Leakage: what held-out chunks retrieve, and how much of each chunk is in it word for word.
+
+Shapes: c chunks of m tokens, K neighbors. A neighbor's value is the neighbor with its continuation, R = 2m tokens.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from retro.database import RetroIndex
+from retro.progress import bar
+from retro.text.corpus import Corpus
+
+N_LEAKAGE_NEIGHBORS = 10  # section 2.6 of the paper
+CHUNKS_AT_ONCE = 4096  # embedded, searched and compared together: what bounds memory
+
+
+def retrieve(corpus: Corpus, index: RetroIndex, offsets: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Neighbors and distances (c, k) of the chunks at `offsets` (c), nearest first."""
+    found = []
+    with bar("Retrieve", "chunk", len(offsets)) as progress:
+        for start in range(0, len(offsets), CHUNKS_AT_ONCE):
+            part = offsets[start : start + CHUNKS_AT_ONCE]
+            found.append(index.search(index.embed(corpus.texts(part, index.chunk_len)), k))
+            progress.update(len(part))
+    return np.concatenate([neighbors for _, neighbors in found]), np.concatenate([distances for distances, _ in found])
+
+
+def overlaps(corpus: Corpus, index: RetroIndex, offsets: np.ndarray, neighbors: np.ndarray) -> np.ndarray:
+    """r(C) of each chunk (c): how much of it is in one of its own neighbors, as one run of tokens."""
+    lengths = np.diff(np.append(offsets, corpus.end_of_valid))
+    return longest_common(corpus, index, offsets, neighbors) / lengths
+
+
+def copyable(corpus: Corpus, index: RetroIndex, offsets: np.ndarray, neighbors: np.ndarray) -> np.ndarray:
+    """Tokens (c) of the longest run that a chunk has in common with what it reads: the neighbors of the chunk before.
+
+    * `neighbors` (c, K) are those that the chunks retrieved
+    """
+    before = np.roll(neighbors, 1, axis=0)
+    before[np.isin(offsets, corpus.starts)] = -1  # the first chunk of a document reads none
+    return longest_common(corpus, index, offsets, before)
+
+
+def longest_common(corpus: Corpus, index: RetroIndex, offsets: np.ndarray, neighbors: np.ndarray) -> np.ndarray:
+    """Length (c) of the longest run of tokens that a chunk has in common with one of its neighbors' values.
+
+    * `offsets` (c) are chunks of `corpus`, `neighbors` (c, K) offsets in `index.corpus`, -1 for none
+    """
+    longest = np.zeros(len(offsets), dtype=np.int64)
+    for start in range(0, len(offsets), CHUNKS_AT_ONCE):
+        part = slice(start, start + CHUNKS_AT_ONCE)
+        chunks, values = corpus.values(offsets[part], index.chunk_len), index.values(neighbors[part])
+        longest[part] = longest_common_run(chunks, values)  # (c, m) in (c, K, 2m)
+    return longest
+
+
+def longest_common_run(chunks: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Length (N) of the longest run of tokens of `chunks` (N, m) in one of `values` (N, K, R); -1 equals nothing.
+
+    At step i, `run` is the length of the common run that ends at token i of the chunk and at each token of a value:
+    one more than it was a token earlier in both.
+    """
+    run = np.zeros((*values.shape[:2], values.shape[2] + 1), dtype=np.int16)
+    longest = np.zeros(len(chunks), dtype=np.int16)
+    for i in range(chunks.shape[1]):
+        token = chunks[:, i, None, None]
+        run[..., 1:] = np.where((values == token) & (token >= 0), run[..., :-1] + 1, 0)
+        longest = np.maximum(longest, run.max(axis=(1, 2)))
+    return longest.astype(np.int64)

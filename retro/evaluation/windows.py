@@ -1,0 +1,117 @@
+"""Windows: held-out text as a model reads it, and what each token of it costs.
+
+Shapes: n evaluated tokens, c chunks of them, K neighbors. Offsets count tokens of the corpus.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from retro.database import RetroIndex
+from retro.dataset import IGNORED_TARGET
+from retro.model import RetroModel
+from retro.progress import each
+from retro.text.corpus import Corpus
+
+Window = tuple[int, int, int]  # (start, end, scored): reads tokens `start:end`, scores tokens `scored` to `end`
+
+
+def documents(corpus: Corpus) -> Iterator[tuple[int, int]]:
+    """First offset and end of each validation document."""
+    for number in corpus.split("valid"):
+        yield int(corpus.starts[number]), int(corpus.starts[number + 1])
+
+
+def chunk_offsets(corpus: Corpus, chunk_len: int) -> np.ndarray:
+    """Where the chunks of the validation documents start (c); a document's last may be shorter."""
+    return np.concatenate([np.arange(start, end, chunk_len) for start, end in documents(corpus)])
+
+
+def predicted_bytes(corpus: Corpus) -> np.ndarray:
+    """UTF-8 bytes (n) of each predicted token of the validation documents; 0 for a document's first.
+
+    If a tokenizer does not keep a text exactly, they are scaled to sum to the document's own number of bytes.
+    """
+    base = corpus.n_train_tokens
+    ids = np.asarray(corpus.tokens[base : corpus.end_of_valid], dtype=np.int64)
+    n_bytes = corpus.tokenizer.n_bytes[ids].astype(np.float64)
+    for number, (start, end) in zip(corpus.split("valid"), documents(corpus), strict=True):
+        part = n_bytes[start - base : end - base]
+        if part.sum():
+            part *= corpus.documents[number].n_bytes / part.sum()
+        part[:1] = 0
+    return n_bytes
+
+
+def shuffled_neighbors(neighbors: np.ndarray) -> np.ndarray:
+    """Give the neighbors (c, K) of each chunk that has some to another such chunk, half of the text away.
+
+    With one or two chunks none gets any: there is no other, or only the next one, whose neighbors were retrieved with
+    text that is still to be predicted.
+    """
+    has = np.flatnonzero((neighbors >= 0).any(axis=1))
+    shuffled = np.full_like(neighbors, -1)
+    if len(has) > 2:
+        shuffled[has] = neighbors[np.roll(has, len(has) // 2)]
+    return shuffled
+
+
+def windows(corpus: Corpus, window: int, stride: int) -> list[Window]:
+    """The validation documents, cut into windows of at most `window` tokens, `stride` apart.
+
+    Token `end` itself is predicted, but not read. Each token is scored by the first window that predicts it.
+    """
+    found = []
+    for first, end_of_document in documents(corpus):
+        scored, start = first + 1, first
+        while scored < end_of_document:
+            end = min(start + window, end_of_document - 1)
+            found.append((start, end, scored))
+            scored, start = end + 1, start + stride
+    return found
+
+
+@torch.inference_mode()
+def losses(
+    model: RetroModel,
+    corpus: Corpus,
+    index: RetroIndex,
+    neighbors: np.ndarray | None,
+    cut: Sequence[Window],
+    batch_size: int,
+    device: torch.device | str,
+    name: str,
+) -> np.ndarray:
+    """Cross entropy (n) of each token of the validation documents, in nats; 0 for a document's first.
+
+    * `neighbors` (c, K) are offsets in the index's corpus of what each chunk retrieved, or None
+    * `cut` are the windows, of which `batch_size` are evaluated at once
+    * `name` stands beside the progress bar
+    """
+    model.eval()
+    m, base, offsets = model.chunk_len, corpus.n_train_tokens, chunk_offsets(corpus, model.chunk_len)
+    nats = np.zeros(corpus.end_of_valid - base)
+    cut = sorted(cut, key=lambda w: w[0] - w[1])  # long ones first: those of a batch have about the same length
+    batches = [cut[i : i + batch_size] for i in range(0, len(cut), batch_size)]
+    for batch in each(batches, f"Evaluate ({name})", "batch"):
+        n_chunks = math.ceil((batch[0][1] - batch[0][0]) / m)
+        src = torch.zeros(len(batch), n_chunks * m, dtype=torch.long)  # (B, T)
+        tgt = torch.full_like(src, IGNORED_TARGET)
+        ret = np.full((len(batch), n_chunks, 1 if neighbors is None else neighbors.shape[1]), -1)  # (B, C, K)
+        for row, (start, end, _) in enumerate(batch):
+            tokens = torch.from_numpy(corpus.tokens[start : end + 1].astype(np.int64))
+            src[row, : end - start], tgt[row, : end - start] = tokens[:-1], tokens[1:]
+            if neighbors is not None:
+                first, n_whole = int(np.searchsorted(offsets, start)), (end - start) // m
+                ret[row, :n_whole] = neighbors[first : first + n_whole]
+        values = None if neighbors is None else torch.from_numpy(index.values(ret)).to(device)
+        logits = model(src.to(device), values).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), tgt.to(device).flatten(), reduction="none").view(src.shape).cpu()
+        for row, (start, end, scored) in enumerate(batch):
+            nats[scored - base : end + 1 - base] = loss[row, scored - 1 - start : end - start].numpy()
+    return nats

@@ -1,0 +1,1 @@
+"""What a database of any size will take: rates measured on this machine, and counting."""

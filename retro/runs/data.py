@@ -1,0 +1,93 @@
+"""The data of a run: its datasets, and the order of their samples.
+
+The order is a function of the seed and the step, so that a run can go on anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import Sampler as TorchSampler
+
+from retro import parallel
+from retro.config import TrainConfig
+from retro.dataset import DATASET_FILE, IGNORED_TARGET, Dataset
+from retro.errors import require_match
+from retro.search.index_file import read_database_manifest
+from retro.text.corpus import NO_TOKEN, open_corpus
+
+
+class TrainingData:
+    """Corpus and datasets in a folder. Raises what opening them raises."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.corpus = open_corpus(path)
+        self.datasets = {split: Dataset(path / file, self.corpus) for split, file in DATASET_FILE.items()}
+        self.header: dict[str, Any] = self.datasets["train"].header
+        self.chunk_len: int = self.header["chunk_len"]
+        self.tokens_per_sample: int = self.chunk_len * self.header["chunks_per_sample"]
+
+    def require_current(self) -> None:
+        """Raise `StaleArtifact` if the neighbors were retrieved from another index than there is now."""
+        now = {"index_sha256": read_database_manifest(self.path)["index_sha256"]}
+        require_match(self.datasets["train"].path, self.header, now)
+
+    def n_batches(self, split: str, batch_size: int) -> int:
+        """Batches of an epoch."""
+        return math.ceil(len(self.datasets[split]) / batch_size)
+
+    def bits_per_nat(self, split: str) -> float:
+        """Bits per byte of a mean loss of one nat per token."""
+        return 1 / (math.log(2) * self.corpus.bytes_per_token(split))
+
+    def beginning_of_held_out(self) -> str:
+        """Two chunks of text that nobody trains on, to be continued."""
+        first = self.corpus.split("valid")[0]
+        start, end = self.corpus.starts[first : first + 2].tolist()
+        return self.corpus.text(start, min(2 * self.chunk_len, end - start))
+
+    def batches(self, split: str, config: TrainConfig, start: int, stop: int, pin_memory: bool) -> DataLoader[Any]:
+        """Batches `(src, tgt, neighbors)` of the steps from `start` to `stop`."""
+        dataset, m, C, K = self.datasets[split], self.chunk_len, self.header["chunks_per_sample"], self.header["n_neighbors"]
+        blank = (
+            torch.zeros(C * m, dtype=torch.long),
+            torch.full((C * m,), IGNORED_TARGET),
+            torch.full((C, K, 2 * m), NO_TOKEN),
+        )
+        order = Batches(len(dataset), config.batch_size, config.seed, start, stop)
+        return DataLoader(dataset, batch_sampler=order, pin_memory=pin_memory, collate_fn=partial(collate, blank=blank))
+
+
+class Batches(TorchSampler):
+    """Numbers of the samples of each step, from `start` to `stop`; each epoch is a new seeded permutation.
+
+    Of several processes each gets its share of each step's samples, which may be none.
+    """
+
+    def __init__(self, n_samples: int, batch_size: int, seed: int, start: int, stop: int) -> None:
+        self.n_samples, self.batch_size, self.seed, self.start, self.stop = n_samples, batch_size, seed, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        per_epoch, drawn = math.ceil(self.n_samples / self.batch_size), -1
+        for step in range(self.start, self.stop):
+            epoch, i = divmod(step, per_epoch)
+            if epoch != drawn:
+                order, drawn = np.random.default_rng([self.seed, epoch]).permutation(self.n_samples).tolist(), epoch
+            batch = order[i * self.batch_size : (i + 1) * self.batch_size]
+            yield batch[parallel.rank() :: parallel.n_processes()]
+
+
+def collate(items: list[tuple[torch.Tensor, ...]], blank: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """A batch of samples; of none, the `blank` one, in which there is nothing to predict."""
+    return default_collate(items or [blank])

@@ -1,0 +1,64 @@
+"""What a run computes with: model and optimizer, accelerate, and weights sharded by PyTorch's `fully_shard`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from retro import parallel
+from retro.config import RetroConfig, TrainConfig
+from retro.model import RetroModel
+from retro.runs.checkpoints import Progress, load_model, load_optimizer, newest_whole_checkpoint
+
+
+class Engine(NamedTuple):
+    """A model and its optimizer, where a run begins or goes on."""
+
+    model: RetroModel
+    optimizer: Any
+    accelerator: Accelerator
+    progress: Progress
+
+
+def start_engine(run: Path, config: TrainConfig, shape: RetroConfig, device: torch.device, fsdp: bool) -> Engine:
+    """A new model, or that of the run's last checkpoint, on its device."""
+    torch.manual_seed(config.seed)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+    model = RetroModel.from_config(shape)
+    if (checkpoint := newest_whole_checkpoint(run)) is not None:
+        model.load_state_dict(load_model(checkpoint).state_dict())
+    if not fsdp:  # which puts on the device what is its own
+        model.to(device)
+    accelerator = new_accelerator(device, model)
+    if fsdp:
+        shard_model(model, device)
+    if config.compile:
+        model.compile()
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, eps=1e-9, fused=device.type in ("cuda", "cpu"))
+    progress = load_optimizer(checkpoint, optimizer) if checkpoint is not None else Progress()
+    return Engine(model, accelerator.prepare_optimizer(optimizer, device_placement=False), accelerator, progress)
+
+
+def new_accelerator(device: torch.device, model: RetroModel) -> Accelerator:
+    """accelerate's engine for a model; a model without cross-attention has weights that no step uses."""
+    unused = DistributedDataParallelKwargs(find_unused_parameters=not model.ca_layers)
+    handlers = [unused, InitProcessGroupKwargs(timeout=parallel.PATIENCE)]
+    return Accelerator(cpu=device.type == "cpu", kwargs_handlers=handlers)
+
+
+def shard_model(model: RetroModel, device: torch.device) -> None:
+    """Shard the weights over the processes, rows by rows; each module gathers its own while it computes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if parallel.n_processes() < 2:
+        raise ValueError("fsdp shards a model over processes; start several: torchrun --nproc-per-node N")
+    mesh = init_device_mesh(device.type, (parallel.n_processes(),))
+    layers = [*model.attn, *model.ffw, *model.cca, *([model.encoder] if model.encoder is not None else [])]
+    for module in (*layers, model):
+        fully_shard(module, mesh=mesh)

@@ -1,0 +1,78 @@
+"""The loop of a run: intervals of training, each ended by a validation, a sample and a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from labml import tracker
+
+from retro import parallel
+from retro.progress import note
+from retro.runs.checkpoints import save_checkpoint
+from retro.runs.data import TrainingData
+from retro.runs.run import Run
+from retro.runs.tracking import report_progress
+
+if TYPE_CHECKING:
+    from retro.train import Trainer
+
+
+def fit(trainer: Trainer, run: Run, data: TrainingData, sample: Callable[[], str]) -> dict[str, Any]:
+    """Train to the end of a run; returns its summary.
+
+    * `sample` writes a text, to watch the model learn
+
+    Ctrl-C ends it after a step, with a checkpoint.
+    """
+    config, done = run.config, trainer.progress
+    step_tokens = config.batch_size * data.tokens_per_sample
+    pin_memory, n_valid = trainer.device.type == "cuda", data.n_batches("valid", config.batch_size)
+
+    def validate(n_batches: int) -> tuple[float, float]:
+        """Bits per byte with and without retrieval."""
+        batches = data.batches("valid", config, 0, n_batches, pin_memory)
+        on, off = (trainer.validate(batches, retrieval) for retrieval in (True, False))
+        return on * data.bits_per_nat("valid"), off * data.bits_per_nat("valid")
+
+    def save() -> None:
+        save_checkpoint(run.folder, trainer.model, run.shape, trainer.optimizer, done, run.interval)
+
+    tracker.set_global_step(done.step * config.batch_size)
+    while done.step < run.n_steps:
+        stop = min(run.n_steps, (done.step // run.interval + 1) * run.interval)
+        trainer.dataloader = data.batches("train", config, done.step, stop, pin_memory)
+        try:
+            done.train_bpb = trainer() * data.bits_per_nat("train")
+        except KeyboardInterrupt:
+            if parallel.n_processes() == 1:  # of several, the others may be at another step
+                save()
+                note(f"step {done.step:,} of {run.n_steps:,}: stopped, with a checkpoint")
+            raise
+        on, off = validate(min(n_valid, config.n_valid_batches))
+        losses = {"train": done.train_bpb, "valid": on, "valid without neighbors": off}
+        speed = done.step * step_tokens / done.seconds
+        report_progress(done.step, run.n_steps, losses, speed, (run.n_steps - done.step) * step_tokens / speed)
+        if parallel.rank() == 0:
+            note(_one_line(sample))
+        save()
+    on, off = validate(n_valid)
+    summary = {
+        "steps": done.step,
+        "n_parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "train_bpb": round(done.train_bpb, 4),
+        "valid_bpb": round(on, 4),
+        "valid_bpb_without_retrieval": round(off, 4),
+        "tokens_per_second": round(done.step * step_tokens / done.seconds, 1),
+        "device": trainer.device.type,
+    }
+    run.write_summary(summary)
+    return summary
+
+
+def _one_line(sample: Callable[[], str]) -> str:
+    """A sample on one line; a prompt that the vocabulary cannot write is no reason to stop."""
+    try:
+        return f"sample: {' '.join(sample().split())}"
+    except ValueError as error:
+        return f"no sample: {error}"

@@ -1,0 +1,79 @@
+"""Watching a run: labml records its figures, a line on the screen tells how far it is, Ctrl-C ends it after a step."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from labml import experiment, lab, tracker
+
+from retro import parallel
+from retro.progress import note
+from retro.runs.run import Run
+from retro.storage.files import exclusive_lock
+
+
+@contextlib.contextmanager
+def tracked(run: Run, data_path: Path) -> Iterator[None]:
+    """Inside, labml's tracker writes to the run's folder, and no other command trains the run."""
+    if parallel.rank():
+        yield
+        return
+    folder = run.folder
+    pid_file = folder / "run.pid"  # labml's, which stops where one was left; the lock is what counts here
+    with exclusive_lock(folder):
+        pid_file.unlink(missing_ok=True)
+        name, experiments = folder.resolve().parent.name, folder.resolve().parent.parent
+        with contextlib.redirect_stdout(io.StringIO()):  # labml remarks on a missing .labml.yaml and repository
+            lab.configure(
+                {"path": str(Path.cwd()), "data_path": str(data_path.resolve()), "experiments_path": str(experiments)}
+            )
+            experiment.create(name=name, uuid=folder.name, comment=name, writers={"file"})
+        experiment.configs(asdict(run.config))
+        try:
+            with experiment.start():
+                yield
+        finally:
+            pid_file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def interrupted_afterwards() -> Iterator[None]:
+    """Inside, Ctrl-C waits for the end, so that a step is made whole or not at all; pressed twice, it does not."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # Ctrl-C is someone else's
+        return
+    pressed = []
+
+    def press(number: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+def report_progress(step: int, n_steps: int, losses: Mapping[str, float], tokens_per_second: float, left: float) -> None:
+    """Record losses, in bits per byte, and say how far training is, in a line.
+
+    * `left` are seconds
+    """
+    if parallel.rank():
+        return
+    tracker.save({f"bpb.{name}": value for name, value in losses.items()})
+    figures = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+    minutes = f"{left / 60:.0f} min" if left >= 120 else f"{left:.0f} s"
+    note(f"step {step:,} of {n_steps:,}: {figures} bits per byte; {tokens_per_second:,.0f} tokens/s, {minutes} left")

@@ -1,0 +1,131 @@
+"""The FAISS index learns from a sample of the keys, and is filled with all of them.
+
+Indexes with inverted lists are filled in shards, which several processes can make. The shards are merged, in memory or,
+where the index would take more than `ON_DISK_ABOVE` of it, in a file that is searched where it lies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from pathlib import Path
+
+import faiss
+import numpy as np
+from faiss.contrib.ondisk import merge_ondisk
+
+from retro import parallel
+from retro.progress import each, note
+from retro.search.factory import ivf_of, new_index, prepare_training, set_n_probe
+from retro.search.index_file import LISTS_FILE, write_faiss
+from retro.search.keys import Keys
+from retro.storage.files import naming_what_cannot_be_written
+from retro.storage.shards import Shards
+
+KEYS_PER_SHARD = 1 << 20  # of the index
+ON_DISK_ABOVE = 0.25  # of the machine's memory
+
+
+def fill_index(factory: str, keys: Keys, n_train: int, seed: int, folder: Path) -> faiss.Index | None:
+    """An index of all keys in the database, each under the offset of its chunk; on rank 0, None on others.
+
+    * `n_train` keys, drawn with `seed`, are what it learns from
+    * `folder` takes what is finished while there is more to do
+    """
+    if ivf_of(new_index(keys.d_emb, factory)) is None:  # cannot be merged of shards
+        every = range(len(keys.chunks_of_shard))
+        return parallel.on_rank_zero(lambda: _add(_train(factory, keys, n_train, seed), keys, every))
+    # A shard of the index takes several shards of keys; shard 0 is what was learnt.
+    shard_of = np.cumsum([len(chunks) for chunks in keys.chunks_of_shard]) // KEYS_PER_SHARD
+    groups = [range(*np.searchsorted(shard_of, [shard, shard + 1])) for shard in range(shard_of[-1] + 1)]
+    manifest = {
+        "keys": keys.shards.manifest,
+        "inputs": keys.shards.inputs,
+        "removed": sorted(keys.corpus.removed),
+        "index": factory,
+        "n_train": n_train,
+        "seed": seed,
+    }
+    shards = Shards(folder, manifest, ["trained", *(f"{g.start}-{g.stop}" for g in groups)], ".index")
+
+    def prepare() -> None:
+        shards.open()
+        if 0 in shards.missing(all_processes=True):
+            with shards.written(0) as temporary:
+                write_faiss(_train(factory, keys, n_train, seed), temporary)
+
+    parallel.on_rank_zero(prepare)
+    for number in shards.missing():
+        index = faiss.read_index(str(shards.path(0)))
+        with shards.written(number) as temporary:
+            write_faiss(_add(index, keys, groups[number - 1]), temporary)
+    parallel.wait_for_everyone()
+    return parallel.on_rank_zero(lambda: _merge(shards))
+
+
+def _train(factory: str, keys: Keys, n_train: int, seed: int) -> faiss.Index:
+    """An empty index that takes ids of our choice and has learnt what it has to learn."""
+    index = new_index(keys.d_emb, factory)
+    prepare_training(index)
+    if not index.is_trained:
+        candidates = np.flatnonzero(keys.in_database)
+        drawn = np.random.default_rng(seed).choice(len(candidates), size=n_train, replace=False)
+        note(f"{factory} learns from {n_train:,} keys")
+        index.train(keys.rows(candidates[np.sort(drawn)]))
+    set_n_probe(index, 1)
+    if ivf_of(index) is None and not isinstance(index, faiss.IndexIDMap2):
+        index = faiss.IndexIDMap2(index)
+    return index
+
+
+def _add(index: faiss.Index, keys: Keys, shards: range) -> faiss.Index:
+    """Add the keys of some shards that are in the database."""
+    for number in each(shards, "Add keys", "shard"):
+        numbers = slice(keys.firsts[number], keys.firsts[number + 1])
+        chosen = keys.in_database[numbers]
+        index.add_with_ids(np.ascontiguousarray(keys.of_shard(number)[chosen]), keys.offsets[numbers][chosen])
+    return index
+
+
+def _merge(shards: Shards) -> faiss.Index:
+    """The shards as one index, in memory, or with its lists in a file beside the shards."""
+    files = [str(shards.path(number)) for number in range(1, len(shards))]
+    index = faiss.read_index(str(shards.path(0)))
+    if sum(os.path.getsize(file) for file in files) > ON_DISK_ABOVE * memory_of_machine():
+        lists = shards.folder / LISTS_FILE
+        lists.unlink(missing_ok=True)
+        with naming_what_cannot_be_written(lists), contextlib.redirect_stdout(io.StringIO()):
+            merge_ondisk(index, files, str(lists))
+        return index
+    for file in each(files, "Merge", "shard"):
+        faiss.merge_into(index, faiss.read_index(file), False)
+    return index
+
+
+def add_rows(index: faiss.Index, rows: np.ndarray, ids: np.ndarray) -> None:
+    """Add keys to an index that is full already. Lists on disk are copied, with what comes to each, into a new file.
+
+    (FAISS' own way to add to lists on disk that were read from a file gives wrong ids: 1.15.1.)
+    """
+    ivf = ivf_of(index)
+    old = faiss.downcast_InvertedLists(ivf.invlists) if ivf is not None else None
+    if ivf is None or not isinstance(old, faiss.OnDiskInvertedLists):
+        index.add_with_ids(rows, ids)
+        return
+    ivf.own_invlists = False
+    new = faiss.ArrayInvertedLists(ivf.nlist, ivf.code_size)
+    ivf.replace_invlists(new, False)
+    index.add_with_ids(rows, ids)
+    grown = faiss.OnDiskInvertedLists(ivf.nlist, ivf.code_size, f"{old.filename}.grown")
+    both = faiss.InvertedListsPtrVector()
+    both.push_back(old)
+    both.push_back(new)
+    grown.merge_from_multiple(both.data(), both.size(), False)
+    ivf.replace_invlists(grown, True)
+    grown.this.disown()
+
+
+def memory_of_machine() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

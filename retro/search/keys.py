@@ -1,0 +1,185 @@
+r"""The keys of the database: an embedding of every chunk, on disk.
+
+Chunks are cut from the documents that are in the database: the training documents, and what was added later.
+Their embeddings are computed once, in shards, and kept: what an index of codes finds is compared by its whole keys,
+another index over the same keys needs no embedding, and adding a document embeds that document alone. A shard holds
+float32 rows, and the rows of all shards, one after the other, are those of `chunk_offsets`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+
+from retro.bert_embeddings import BERTChunkEmbeddings
+from retro.errors import DamagedFile, require_match
+from retro.search.index_file import INDEX_FILE
+from retro.storage.files import exclusive_lock
+from retro.storage.manifests import sha256_of_json
+from retro.storage.shards import TOKENS_PER_SHARD, Shards
+from retro.text.corpus import Corpus
+
+KEYS_FOLDER = "keys"
+MOST_OPEN = 256  # shards mapped at one time: each takes one of the files that a process may have open
+
+
+def chunk_offsets(corpus: Corpus, chunk_len: int, documents: range | None = None) -> np.ndarray:
+    """Offsets of the chunks of the database's documents, or of some `documents`, ascending, int64.
+
+    Every document is cut from its start on; what is left at its end, shorter than a chunk, is in
+    the continuation of the last one. A document shorter than a chunk is a chunk.
+    """
+    if documents is None:
+        return np.concatenate([chunk_offsets(corpus, chunk_len, part) for part in corpus.parts])
+    starts = corpus.starts[documents.start : documents.stop + 1]
+    counts = np.maximum(1, np.diff(starts) // chunk_len)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return (np.repeat(starts[:-1], counts) + within * chunk_len).astype(np.int64)
+
+
+class Keys:
+    """Embeddings of all chunks of a corpus' database, in shards of float32 on disk.
+
+    * `data_path` has a folder `keys`, and in it one for all that the keys depend on: what is there for another text,
+      chunk length or BERT stays beside it, in `others`
+    * `embedder` is what the embeddings depend on: `BERTChunkEmbeddings.manifest`, or a database's manifest
+
+    `offsets` (n) are the chunks', ascending.
+    """
+
+    def __init__(self, data_path: Path, corpus: Corpus, chunk_len: int, embedder: Mapping[str, Any]) -> None:
+        self.data_path, self.corpus, self.chunk_len = data_path, corpus, chunk_len
+        self.d_emb = int(embedder["d_emb"])
+        per_shard = max(1, TOKENS_PER_SHARD // chunk_len)
+        self.chunks_of_shard: list[np.ndarray] = []  # offsets
+        inputs: list[str] = []
+        for part in corpus.parts:
+            offsets = chunk_offsets(corpus, chunk_len, part)
+            self.chunks_of_shard += [offsets[i : i + per_shard] for i in range(0, len(offsets), per_shard)]
+            # The first part is the corpus itself, which the manifest names.
+            texts = sha256_of_json([corpus.documents[i].sha256 for i in part]) if part.start else ""
+            inputs += [texts] * (len(self.chunks_of_shard) - len(inputs))
+        self.offsets = np.concatenate(self.chunks_of_shard)
+        self.firsts = np.cumsum([0] + [len(chunks) for chunks in self.chunks_of_shard])  # number of each's first key
+        self.embedder = {name: embedder[name] for name in ("embedder_sha256", "trim", "precision")}
+        manifest = {
+            "corpus_sha256": corpus.sha256,
+            "chunk_len": chunk_len,
+            **self.embedder,
+            "keys_per_shard": per_shard,
+        }
+        self.shards = Shards(data_path / KEYS_FOLDER / sha256_of_json(manifest)[:8], manifest, inputs, ".npy")
+        self._opened: dict[int, np.ndarray] = {}  # the last ones to be read, the very last at the end
+
+    @cached_property
+    def in_database(self) -> np.ndarray:
+        """Which of the keys are of documents that have not been removed, of shape `[n]`."""
+        return ~np.isin(self.corpus.document_of(self.offsets), list(self.corpus.removed))
+
+    def compute(self, bert: BERTChunkEmbeddings, batch_size: int = 4096) -> None:
+        """Embed the chunks whose shards are missing, each shard by itself, so that it has the same bytes always.
+
+        Raises `StaleArtifact` for a BERT that is not the one the keys are of.
+        """
+        require_match(self.shards.folder, bert.manifest, self.embedder)
+
+        def embed(number: int, path: Path, done: Callable[[int], Any]) -> None:
+            texts = self.corpus.texts(self.chunks_of_shard[number], self.chunk_len)
+            with open(path, "wb") as file:
+                np.save(file, bert(texts, batch_size, done).cpu().numpy(), allow_pickle=False)
+
+        self.shards.make_missing("Embed", "chunk", [len(chunks) for chunks in self.chunks_of_shard], embed)
+
+    def compute_alone(self, bert: BERTChunkEmbeddings) -> None:
+        """As `compute`, while nobody else writes into the data folder."""
+        with exclusive_lock(self.data_path):
+            self.compute(bert)
+
+    @property
+    def others(self) -> list[Path]:
+        """Folders of the keys of other texts, chunk lengths and BERTs."""
+        folder = self.shards.folder.parent
+        return [p for p in folder.iterdir() if p.is_dir() and p != self.shards.folder] if folder.exists() else []
+
+    def verify(self) -> None:
+        """Raise `MissingArtifact` if a shard is missing, or has not the bytes that its name speaks of."""
+        for number in range(len(self.chunks_of_shard)):
+            self._shard(number)
+
+    def _shard(self, number: int) -> np.ndarray:
+        """A shard, mapped from its file; the first time it is read whole, to see that it is what its name says."""
+        shard = self._opened.pop(number) if number in self._opened else self._open(number)
+        self._opened[number] = shard
+        if len(self._opened) > MOST_OPEN:
+            self._opened.pop(next(iter(self._opened)))
+        return shard
+
+    def _open(self, number: int) -> np.ndarray:
+        file, expected = self.shards.path(number), (len(self.chunks_of_shard[number]), self.d_emb)
+        try:
+            shard = np.load(file, mmap_mode="r", allow_pickle=False)
+        except OSError:
+            raise
+        except Exception as error:  # numpy raises many kinds for a crafted header
+            raise DamagedFile(file, f"is no numpy array ({error})") from None
+        if shard.shape != expected or shard.dtype != np.float32:
+            raise DamagedFile(file, f"holds {shard.dtype} {shard.shape}, but float32 {expected} is wanted")
+        return shard
+
+    def each_shard(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(number of the first key, keys of shape `[n, d_emb]`) of each shard, in order."""
+        for number in range(len(self.chunks_of_shard)):
+            yield int(self.firsts[number]), self.of_shard(number)
+
+    def of_shard(self, number: int) -> np.ndarray:
+        """The keys of shard `number`, of shape `[n, d_emb]`."""
+        return np.ascontiguousarray(self._shard(number))
+
+    def _by_shard(self, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """(shard, where in `numbers` its keys are) of each shard that has any, its keys in the order of the file."""
+        order = np.argsort(numbers, kind="stable")
+        ends = np.searchsorted(numbers[order], self.firsts).tolist()
+        yield from ((shard, order[a:b]) for shard, (a, b) in enumerate(pairwise(ends)) if a < b)
+
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        """The keys of these numbers, of shape `[len(numbers), d_emb]`."""
+        keys = np.empty((len(numbers), self.d_emb), dtype=np.float32)
+        for shard, at in self._by_shard(numbers):
+            keys[at] = self._shard(shard)[numbers[at] - self.firsts[shard]]
+        return keys
+
+    def distances(self, queries: np.ndarray, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Squared L2 distances of `queries[rows]` to the keys of `numbers`, which stay on disk; of shape `[n]`.
+
+        * `queries` are float32, of shape `[q, d_emb]`
+        * `rows`, `numbers` are of shape `[n]`, int64
+        """
+        distances = np.empty(len(numbers), dtype=np.float32)
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        for shard, at in self._by_shard(numbers):
+            found = np.empty(len(at), dtype=np.float32)
+            arrays = queries, rows[at], self._shard(shard), numbers[at] - self.firsts[shard], found
+            faiss.pairwise_indexed_L2sqr(self.d_emb, len(at), *map(faiss.swig_ptr, arrays))
+            distances[at] = found
+        return distances
+
+    def numbers_of(self, offsets: np.ndarray) -> np.ndarray:
+        """Numbers of the keys of chunks at `offsets`. Raises `DamagedFile` for an offset that no chunk has."""
+        numbers = np.minimum(np.searchsorted(self.offsets, offsets), len(self.offsets) - 1)
+        if len(wrong := np.flatnonzero(self.offsets[numbers] != offsets)):
+            raise DamagedFile(self.data_path / INDEX_FILE, f"holds offset {offsets[wrong[0]]}, where no chunk begins")
+        return numbers
+
+    def checked(self, offsets: np.ndarray) -> np.ndarray:
+        """Offsets that an index holds, as they are. Raises `DamagedFile` if one lies outside of the text."""
+        if offsets.size and not -1 <= offsets.min() <= offsets.max() < len(self.corpus.tokens):
+            raise DamagedFile(
+                self.data_path / INDEX_FILE, f"holds offset {offsets.max()}, but the text has {len(self.corpus.tokens)} tokens"
+            )
+        return offsets

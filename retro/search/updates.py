@@ -1,0 +1,222 @@
+r"""Updates: documents added to a database and taken out of it, nothing else embedded again.
+
+The database of RETRO is apart from the model: a model trained before reads whatever is retrieved, so its database can
+grow or forget without training. (The paper trains with 600 billion tokens in it and evaluates with 1.75 trillion,
+section 2.1 of arXiv:2112.04426.)
+
+Added documents lie behind all others in `tokens.bin`, so every offset stays what it was; only their chunks are
+embedded, and added to the index with the centroids that it has. The chunks of a removed document leave the index;
+its tokens stay in `tokens.bin`, and samples of it in the dataset, until the corpus is built again. Held-out text can
+not be added. The corpus is changed first, then the index; after a crash in between, the same command finishes both.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+
+from retro import parallel
+from retro.bert_embeddings import BERTChunkEmbeddings
+from retro.errors import EmptyDatabase, NameTaken, require_match
+from retro.search.building import (
+    SHARDS_FOLDER,
+    build_from_keys,
+    config_of_database,
+    documents_in_database,
+    embedder_of,
+)
+from retro.search.factory import set_n_probe
+from retro.search.filling import add_rows
+from retro.search.index_file import (
+    INDEX_FILE,
+    LISTS_FILE,
+    MANIFEST_FILE,
+    promote_new_index,
+    read_database_manifest,
+    read_index,
+    verify_index,
+    write_database,
+)
+from retro.search.keys import Keys
+from retro.search.recall import ExactNeighbors
+from retro.storage.files import atomic_write, exclusive_lock, sha256_of_file
+from retro.storage.manifests import read_manifest, sha256_of_json, write_manifest
+from retro.text import corpus as corpus_files
+from retro.text.build import write_documents
+from retro.text.corpus import CORPUS_FOLDER, TOKENS_FILE, Corpus
+from retro.text.documents import Document, find_texts, read_documents, sha256_of_text
+
+MEASURE_UP_TO = 4_000_000  # keys; above, recall stays as it was measured when the index was built
+
+
+def add_documents(
+    paths: Sequence[str | Path],
+    data_path: str | Path = "data",
+    *,
+    bert: BERTChunkEmbeddings | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Add texts to the database in `data_path`; returns its manifest.
+
+    What is in it already is passed over, what was removed comes back. Raises `ValueError` for text that is
+    held out, that the tokenizer cannot write, or that has the name of another document.
+    """
+    data_path = Path(data_path)
+    with _one_process(data_path):
+        corpus = Corpus.load(data_path / CORPUS_FOLDER)
+        new, restored = split_new_and_restored(corpus, list(read_documents(find_texts(paths))))
+        if new or restored:
+            _rewrite(data_path / CORPUS_FOLDER, corpus, new, corpus.removed - set(restored))
+        manifest = update_index(data_path, bert, device)
+    return manifest or _rebuild(data_path, bert, device)
+
+
+def remove_documents(
+    names: Sequence[str],
+    data_path: str | Path = "data",
+    *,
+    bert: BERTChunkEmbeddings | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Take documents out of the database in `data_path`; returns its manifest.
+
+    Raises `ValueError` for a name that no document of the database has, and if none would be left.
+    """
+    data_path = Path(data_path)
+    with _one_process(data_path):
+        corpus = Corpus.load(data_path / CORPUS_FOLDER)
+        every = [i for part in corpus.parts for i in part]
+        # Of several texts of one name, at most one is in the database: that is meant.
+        numbers = {corpus.documents[i].name: i for i in [*every, *corpus.in_database]}
+        for name in names:
+            if name not in numbers:
+                near = difflib.get_close_matches(name, numbers, n=3)
+                held_out = name in [corpus.documents[i].name for i in corpus.split("valid")]
+                raise ValueError(
+                    f"no document of the database is called {name!r}"
+                    + (", it is held out" if held_out else f"; there is {', '.join(near)}" if near else "")
+                )
+        removed = corpus.removed | {numbers[name] for name in names}
+        if len(removed) == sum(map(len, corpus.parts)):
+            raise EmptyDatabase("this would leave no document in the database; add another one first")
+        if removed != corpus.removed:
+            _rewrite(data_path / CORPUS_FOLDER, corpus, [], removed)
+        manifest = update_index(data_path, bert, device)
+    return manifest or _rebuild(data_path, bert, device)
+
+
+@contextmanager
+def _one_process(data_path: Path) -> Iterator[None]:
+    if parallel.n_processes() > 1:
+        raise ValueError("a database is changed by one process; add and remove without torchrun")
+    with exclusive_lock(data_path):
+        yield
+
+
+def split_new_and_restored(corpus: Corpus, documents: list[Document]) -> tuple[list[Document], list[int]]:
+    """The documents that are new, and the numbers of those that were removed and come back."""
+    held_out = {corpus.documents[i].sha256: corpus.documents[i].name for i in corpus.split("valid")}
+    known = {corpus.documents[i].sha256: i for part in corpus.parts for i in part}
+    names = {corpus.documents[i].name for i in corpus.in_database}
+    new: dict[str, Document] = {}
+    restored = []
+    for document in documents:
+        sha256 = sha256_of_text(document.text)
+        if sha256 in held_out:
+            raise ValueError(f"{document.name} has the text of {held_out[sha256]}, which is held out; leave it out")
+        number = known.get(sha256)
+        if number is not None and number not in corpus.removed:
+            continue
+        if (document.name if number is None else corpus.documents[number].name) in names:
+            raise NameTaken(document.name)
+        if number is None:
+            new[sha256] = document
+        else:
+            restored.append(number)
+    return list(new.values()), restored
+
+
+def _rewrite(folder: Path, corpus: Corpus, new: list[Document], removed: frozenset[int] | set[int]) -> None:
+    """Write a corpus with documents behind those it has, and with others marked as removed."""
+    manifest, path = corpus.manifest | {"removed": sorted(removed)}, folder / corpus_files.MANIFEST_FILE
+    with exclusive_lock(folder):
+        # Nobody has written a corpus there, or damaged this one, since it was read.
+        require_match(
+            path, {"sha256": sha256_of_json(read_manifest(path))}, {"sha256": sha256_of_json(corpus.manifest)}
+        )
+        if new:
+            with atomic_write(folder / TOKENS_FILE) as temporary:
+                shutil.copyfile(folder / TOKENS_FILE, temporary)
+                with open(temporary, "r+b") as file:
+                    file.truncate(corpus.tokens.nbytes)  # behind them may lie what another addition left
+                    found = {"sha256": sha256_of_file(temporary)}
+                    require_match(folder / TOKENS_FILE, found, {"sha256": manifest["tokens.bin_sha256"]})
+                    file.seek(0, os.SEEK_END)
+                    entries = write_documents(file, new, corpus.tokenizer, corpus.tokens.dtype)
+                manifest |= {
+                    "tokens.bin_sha256": sha256_of_file(temporary),
+                    "additions": [*corpus.additions, *([len(entries)] if entries else [])],
+                    "documents": manifest["documents"] + [[e.name, e.sha256, e.n_bytes, e.n_tokens] for e in entries],
+                }
+        write_manifest(path, manifest)
+
+
+def update_index(data_path: Path, bert: BERTChunkEmbeddings | None, device: torch.device | str) -> dict[str, Any] | None:
+    """Bring the index to where the corpus is; None if it is of a kind that cannot forget."""
+    corpus, manifest = Corpus.load(data_path / CORPUS_FOLDER), read_database_manifest(data_path)
+    if manifest["database_sha256"] == corpus.database_sha256:
+        promote_new_index(data_path, manifest)
+        return manifest
+    require_match(data_path / MANIFEST_FILE, manifest, {"corpus_sha256": corpus.sha256})
+    keys = Keys(data_path, corpus, manifest["chunk_len"], manifest)
+    keys.compute(embedder_of(keys, manifest, device, bert))
+    was_removed = set(map(int, manifest["removed"]))
+    added = {i for part in corpus.parts[len(manifest["additions"]) + 1 :] for i in part}
+    to_add, to_remove = (added | was_removed) - corpus.removed, corpus.removed - was_removed - added
+    if to_remove and manifest["lists_sha256"]:
+        return None  # FAISS takes a list on disk that shrinks to be free, and writes over others: 1.15.1
+    index = _writable_index(data_path, manifest)
+    set_n_probe(index, manifest["n_probe"])
+    document_of = corpus.document_of(keys.offsets)
+    if to_remove:
+        try:
+            index.remove_ids(keys.offsets[np.isin(document_of, list(to_remove))])
+        except RuntimeError:  # as an HNSW graph
+            return None
+    numbers = np.flatnonzero(np.isin(document_of, list(to_add)))
+    if len(numbers):
+        add_rows(index, keys.rows(numbers), keys.offsets[numbers])
+    manifest |= documents_in_database(corpus) | {"n_chunks": index.ntotal}
+    if len(keys.offsets) <= MEASURE_UP_TO:
+        manifest["recall"] = ExactNeighbors.of(keys, manifest["seed"]).recall(index, keys)
+    manifest = write_database(index, data_path, manifest)
+    shutil.rmtree(data_path / SHARDS_FOLDER, ignore_errors=True)
+    return manifest
+
+
+def _writable_index(data_path: Path, manifest: dict[str, Any]) -> faiss.Index:
+    """The index in memory; if its lists are on disk, a copy of them, so that the old ones stay until all is done."""
+    if not manifest["lists_sha256"]:
+        return read_index(data_path, manifest, writable=True)
+    verify_index(data_path, manifest)
+    copy = data_path / SHARDS_FOLDER
+    copy.mkdir(exist_ok=True)
+    for name in (INDEX_FILE, LISTS_FILE):
+        shutil.copyfile(data_path / name, copy / name)
+    return read_index(copy, manifest, writable=True)
+
+
+def _rebuild(data_path: Path, bert: BERTChunkEmbeddings | None, device: torch.device | str) -> dict[str, Any]:
+    """Build the index anew from the keys, which are all there."""
+    corpus, manifest = Corpus.load(data_path / CORPUS_FOLDER), read_database_manifest(data_path)
+    keys = Keys(data_path, corpus, manifest["chunk_len"], manifest)
+    return build_from_keys(keys, embedder_of(keys, manifest, device, bert), config_of_database(manifest), data_path)

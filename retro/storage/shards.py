@@ -1,0 +1,140 @@
+"""Long work in shards, so that what is finished stays finished.
+
+Embedding a corpus, filling an index and retrieving neighbors take hours. Each is cut into shards that depend on nothing
+but their number, and each finished shard is a file. After a crash, the same command makes those that are missing.
+Several processes make a shard each.
+
+A shard's name ends in a hash of its bytes *and* of what it was made with. So a torn or altered shard, or one of
+another corpus, is told by its name: it is thrown away and made again.
+
+    keys/51f9a2c7/manifest.json
+    keys/51f9a2c7/000000-6f0c1be5a0f1c3d2.npy
+    keys/51f9a2c7/000001-93b8d1a4e57f2c60.npy
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from retro import parallel
+from retro.errors import ArtifactError, MissingArtifact, differences
+from retro.progress import bar, note
+from retro.storage.files import BLOCK, atomic_write
+from retro.storage.manifests import read_manifest, sha256_of_json, write_manifest
+
+TOKENS_PER_SHARD = 1 << 19  # of text: the work that an interruption can lose, and that shares its duplicates
+HASH_LENGTH = 16  # hexadecimal digits of it in a name: enough to tell damage
+
+
+class Shards:
+    """The finished shards of a stage, in a folder of their own.
+
+    * `folder` is made if it is not there
+    * `manifest` is what all shards depend on; a folder of anything else is emptied
+    * `inputs` are what each shard depends on besides; there are as many shards
+    * `suffix` is how the files' names end, as `.npy`
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], inputs: Sequence[str], suffix: str) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.inputs = inputs
+        self.suffix = suffix
+        self._verified: dict[int, Path] = {}
+        self._listed: dict[int, list[Path]] = {}
+
+    def __len__(self) -> int:
+        """Number of shards, finished or not."""
+        return len(self.inputs)
+
+    def open(self) -> None:
+        """Empty the folder of what is not of this work. One process calls it, before the others begin."""
+        manifest = self.folder / "manifest.json"
+        try:
+            fits = not differences(read_manifest(manifest), self.manifest)
+        except ArtifactError:
+            fits = False
+        if not fits:
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+            write_manifest(manifest, self.manifest)
+        for file in self.folder.iterdir():
+            number = file.name.partition("-")[0]
+            if file != manifest and not (number.isdigit() and int(number) < len(self) and file.suffix == self.suffix):
+                file.unlink()
+
+    def missing(self, all_processes: bool = False) -> list[int]:
+        """Numbers of the shards to make: of this process's share, or of all. Removes damaged ones, and says so."""
+        numbers, files = list(range(len(self))), self._files()
+        missing = []
+        for number in numbers if all_processes else parallel.my_share(numbers):
+            for file in files.get(number, ()):
+                if number not in self._verified and file.name == self._name(number, file):
+                    self._verified[number] = file
+                elif self._verified.get(number) != file:
+                    note(f"{file} is damaged, or of another text: it is made again")
+                    file.unlink()
+            if number not in self._verified:
+                missing.append(number)
+        return missing
+
+    def make_missing(
+        self, what: str, unit: str, sizes: Sequence[int], make: Callable[[int, Path, Callable[[int], Any]], None]
+    ) -> None:
+        """Make the missing shards, each process its share, with a bar beside it.
+
+        * `sizes` are how much work each shard is, in `unit`
+        * `make` is called with a shard's number, the path to write it to, and a function to call with how much is done
+        """
+        parallel.on_rank_zero(self.open)
+        missing = self.missing()
+        mine = sum(sizes[number] for number in parallel.my_share(list(range(len(self)))))
+        with bar(what, unit, mine, mine - sum(sizes[number] for number in missing)) as progress:
+            for number in missing:
+                with self.written(number) as temporary:
+                    make(number, temporary, progress.update)
+        parallel.wait_for_everyone()
+
+    @contextmanager
+    def written(self, number: int) -> Iterator[Path]:
+        """Give a temporary path for a shard; on success it becomes the shard."""
+        part = self.folder / f"{number:06d}.part"
+        with atomic_write(part) as temporary:
+            yield temporary
+        self._verified[number] = part.rename(self.folder / self._name(number, part))
+
+    def path(self, number: int) -> Path:
+        """The file of a finished shard. Raises `MissingArtifact` if it is missing, or damaged."""
+        if number not in self._verified:
+            if number not in self._listed:
+                self._listed = self._files()
+            found = [f for f in self._listed.get(number, ()) if f.exists() and f.name == self._name(number, f)]
+            if not found:
+                self._listed.pop(number, None)
+                raise MissingArtifact(self.folder, f"{self.folder} has no shard {number}, or a damaged one")
+            self._verified[number] = found[0]
+        return self._verified[number]
+
+    def _files(self) -> dict[int, list[Path]]:
+        """The files of the folder that have a shard's number."""
+        files: dict[int, list[Path]] = {}
+        for file in self.folder.glob(f"*-*{self.suffix}"):
+            if (number := file.name.partition("-")[0]).isdigit():
+                files.setdefault(int(number), []).append(file)
+        return files
+
+    def remove(self) -> None:
+        """Delete the folder: what the shards were for is written."""
+        shutil.rmtree(self.folder)
+
+    def _name(self, number: int, file: Path) -> str:
+        digest = hashlib.sha256(f"{sha256_of_json(self.manifest)} {number} {self.inputs[number]} ".encode())
+        with open(file, "rb") as content:
+            while block := content.read(BLOCK):
+                digest.update(block)
+        return f"{number:06d}-{digest.hexdigest()[:HASH_LENGTH]}{self.suffix}"

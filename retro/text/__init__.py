@@ -1,0 +1,1 @@
+"""Text: documents with names and boundaries, the split into training and held-out ones, tokens."""

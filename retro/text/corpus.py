@@ -1,0 +1,294 @@
+"""Corpus: documents with names and boundaries, as one array of tokens.
+
+The tutorial reads one text file. A corpus here is any number of documents, because
+two things that RETRO promises are about documents: neighbors may be barred from the
+document of the query (section 2.2 of arXiv:2112.04426), and held-out text is held out
+by whole documents.
+
+The training documents lie first, the validation documents after them, and behind both whatever is added to the
+database later, in one array::
+
+    tokens  | doc 0 | doc 1 | ...... | doc n_train-1 || doc n_train | ... || added | ... |
+    starts  0       s_1     s_2                      s_{n_train}                         len(tokens)
+
+An *offset* is always a position in that array, and stays what it is when documents are added or removed. The
+array is memory-mapped, so a corpus costs memory only for its table of documents. The public attributes are
+those of labml-helpers' `TextFileDataset` (`train`, `valid`, `text_to_i`, `itos`, `stoi`, `n_tokens`); such a
+dataset can stand wherever a corpus is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from retro.errors import DamagedFile, MissingArtifact
+from retro.storage.files import sha256_of_file
+from retro.storage.manifests import MAX_NUMBER, Fields, read_manifest, sha256_of_json
+from retro.text.documents import sha256_of_text
+from retro.text.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NO_TOKEN = -1  # stands where a value or a neighbor has no token
+CORPUS_FOLDER = "corpus"  # in a data folder
+TOKENS_FILE, TOKENIZER_FILE, MANIFEST_FILE = "tokens.bin", "tokenizer.json", "manifest.json"
+
+
+@dataclass(frozen=True)
+class DocumentEntry:
+    """What the corpus keeps of a document besides its tokens."""
+
+    name: str
+    sha256: str  # of the text in UTF-8
+    n_bytes: int  # of the text in UTF-8, for bits per byte
+    n_tokens: int = 0
+
+
+MANIFEST_FIELDS: Fields = {
+    "name": str,
+    "tokenizer": ("char", "subword"),
+    "dtype": ("uint16", "uint32"),
+    "n_train": int,
+    "documents": list,
+    "additions": list,
+    "removed": list,
+    "tokens.bin_sha256": str,
+    "tokenizer.json_sha256": str,
+}
+
+
+def _documents_of(path: Path, manifest: dict[str, Any]) -> list[DocumentEntry]:
+    """The documents of a manifest. Raises `DamagedFile` if they, or the numbers that speak of them, cannot be."""
+    n, kinds = len(manifest["documents"]), (str, str, int, int)
+    for number, entry in enumerate(manifest["documents"]):
+        fits = type(entry) is list and tuple(map(type, entry)) == kinds
+        if not (fits and 0 <= entry[2] < MAX_NUMBER and 0 < entry[3] < MAX_NUMBER):
+            raise DamagedFile(path, f"has document {number}: {entry!r:.80} is not [name, sha256, bytes, tokens]")
+    counts = [manifest["n_train"], *manifest["additions"]]
+    if not all(type(count) is int and 0 < count <= n for count in counts) or sum(counts) > n:
+        raise DamagedFile(
+            path,
+            f"has {n} documents, but n_train={manifest['n_train']!r} and additions={manifest['additions']!r:.80}",
+        )
+    if not all(type(number) is int and 0 <= number < n for number in manifest["removed"]):
+        raise DamagedFile(path, f"has {n} documents, but removed={manifest['removed']!r:.80}")
+    return [DocumentEntry(*entry) for entry in manifest["documents"]]
+
+
+def largest_token(tokens: np.ndarray) -> int:
+    """The largest of the tokens, read in parts; -1 for none."""
+    parts = (tokens[i : i + (1 << 22)] for i in range(0, len(tokens), 1 << 22))
+    return max((int(part.max()) for part in parts), default=-1)
+
+
+class Corpus:
+    """Documents as one array of tokens, training documents first.
+
+    * `tokens` is the array, of shape `[n]`, memory-mapped when it comes from a file
+    * `documents` are their entries, in the order of the array
+    * `n_train` is how many of them are for training
+    * `tokenizer` turns text into tokens and back
+    * `manifest` is the manifest
+    * `additions` are the numbers of documents that were added to the database, at one time each; they lie last
+    * `removed` are the documents that are no longer in the database
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        documents: list[DocumentEntry],
+        n_train: int,
+        tokenizer: Tokenizer,
+        manifest: dict[str, Any] | None = None,
+        additions: Sequence[int] = (),
+        removed: Iterable[int] = (),
+    ) -> None:
+        self.tokens = tokens
+        self.documents = documents
+        self.n_train = n_train
+        self.tokenizer = tokenizer
+        self.starts = np.cumsum([0] + [d.n_tokens for d in documents])
+        self.manifest = manifest or {}
+        self.additions = tuple(additions)
+        self.removed = frozenset(removed)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Names everything that samples depend on: the documents but for added ones, their split, the tokenizer."""
+        base = self.documents[: self.split("valid").stop]
+        return sha256_of_json([[asdict(d) for d in base], self.n_train, self.tokenizer.sha256])
+
+    @cached_property
+    def database_sha256(self) -> str:
+        """Names everything that neighbors depend on: `sha256`, and what was added and removed since."""
+        if not self.additions and not self.removed:
+            return self.sha256
+        added = [asdict(d) for d in self.documents[self.split("valid").stop :]]
+        return sha256_of_json([self.sha256, added, self.additions, sorted(self.removed)])
+
+    @staticmethod
+    def load(folder: str | Path) -> Corpus:
+        """Open what `build_corpus` wrote. Raises if it is missing, damaged or of another version."""
+        folder = Path(folder)
+        manifest = read_manifest(folder / MANIFEST_FILE, MANIFEST_FIELDS)
+        documents = _documents_of(folder / MANIFEST_FILE, manifest)
+        n_tokens = sum(document.n_tokens for document in documents)
+        # Both are read whole before anything is made of them. Behind the tokens may lie those of an addition that
+        # was killed before it wrote the manifest.
+        n_bytes = n_tokens * np.dtype(manifest["dtype"]).itemsize
+        for name, length in ((TOKENS_FILE, n_bytes), (TOKENIZER_FILE, None)):
+            found = sha256_of_file(folder / name, length) if (folder / name).exists() else "no file"
+            if found != (expected := manifest[f"{name}_sha256"]):
+                raise DamagedFile(folder / name, f"has sha256 {found}, but its manifest says {expected}")
+        corpus = Corpus(
+            np.memmap(folder / TOKENS_FILE, dtype=manifest["dtype"], mode="r")[:n_tokens],
+            documents,
+            manifest["n_train"],
+            load_tokenizer(folder / TOKENIZER_FILE, manifest["tokenizer"]),
+            manifest,
+            manifest["additions"],
+            manifest["removed"],
+        )
+        if len(corpus.tokens) != n_tokens:
+            raise DamagedFile(
+                folder / TOKENS_FILE, f"holds {len(corpus.tokens)} tokens, but its manifest says {n_tokens}"
+            )
+        if (largest := largest_token(corpus.tokens)) >= corpus.n_tokens:
+            raise DamagedFile(folder / TOKENS_FILE, f"holds token {largest}, but there are {corpus.n_tokens}")
+        return corpus
+
+    @staticmethod
+    def of(tds: Any) -> Corpus:
+        """A corpus from a corpus, or from labml's `TextDataset` (its two parts become two documents)."""
+        if isinstance(tds, Corpus):
+            return tds
+        parts = [("train", tds.train), ("valid", tds.valid)]
+        arrays = [tds.text_to_i(text).numpy() for _, text in parts]
+        name = Path(getattr(tds, "path", "text")).name
+        documents = [
+            DocumentEntry(f"{name} [{part}]", sha256_of_text(text), len(text.encode()), len(array))
+            for (part, text), array in zip(parts, arrays, strict=True)
+        ]
+        return Corpus(np.concatenate(arrays), documents, 1, CharTokenizer(tds.itos))
+
+    # The interface of labml's `TextFileDataset`.
+
+    @property
+    def train(self) -> str:
+        """The training text, decoded anew at each access."""
+        return self.text(0, self.n_train_tokens)
+
+    @property
+    def valid(self) -> str:
+        """The validation text, decoded anew at each access."""
+        return self.text(self.n_train_tokens, self.end_of_valid - self.n_train_tokens)
+
+    @property
+    def n_tokens(self) -> int:
+        """Size of the vocabulary (labml's name for it)."""
+        return self.tokenizer.n_tokens
+
+    @cached_property
+    def itos(self) -> list[str]:
+        """Text of each token."""
+        return [self.tokenizer.decode([i]) for i in range(self.n_tokens)]
+
+    @cached_property
+    def stoi(self) -> dict[str, int]:
+        """Token of each text that is one token."""
+        return {text: i for i, text in enumerate(self.itos)}
+
+    def text_to_i(self, text: str) -> Tensor:
+        """Tokens of a text, of shape `[n]`. Raises `ValueError` for a character the vocabulary lacks."""
+        import torch
+
+        return torch.tensor(self.tokenizer.encode(text), dtype=torch.long)
+
+    # What retrieval needs: slices, boundaries, values.
+
+    @property
+    def n_train_tokens(self) -> int:
+        """Length of the training part of `tokens`."""
+        return int(self.starts[self.n_train])
+
+    @property
+    def end_of_valid(self) -> int:
+        """Where the validation part of `tokens` ends; behind it lies what was added."""
+        return int(self.starts[self.split("valid").stop])
+
+    def split(self, name: str) -> range:
+        """Numbers of the documents of `'train'` or `'valid'`."""
+        end = len(self.documents) - sum(self.additions)
+        return {"train": range(self.n_train), "valid": range(self.n_train, end)}[name]
+
+    @property
+    def name(self) -> str:
+        """What runs on this text are called."""
+        return str(self.manifest.get("name", "text"))
+
+    @property
+    def parts(self) -> list[range]:
+        """Numbers of the documents that the database was built from, then of those of each addition."""
+        ends = np.cumsum([self.split("valid").stop, *self.additions]).tolist()
+        return [self.split("train"), *map(range, ends[:-1], ends[1:])]
+
+    @property
+    def in_database(self) -> list[int]:
+        """Numbers of the documents that can be retrieved: for training, or added, and not removed."""
+        return [number for part in self.parts for number in part if number not in self.removed]
+
+    def bytes_per_token(self, split: str) -> float:
+        """Mean UTF-8 bytes of a token of the split, which makes nats per token comparable as bits per byte."""
+        documents = [self.documents[i] for i in self.split(split)]
+        return sum(d.n_bytes for d in documents) / sum(d.n_tokens for d in documents)
+
+    def text(self, offset: int, length: int) -> str:
+        """Decoded text of `length` tokens from `offset`."""
+        return self.tokenizer.decode(self.tokens[offset : offset + length].tolist())
+
+    def texts(self, offsets: np.ndarray, length: int) -> list[str]:
+        """Decoded text from each offset on, of `length` tokens or up to the end of its document."""
+        ends = np.minimum(offsets + length, self.ends_of(offsets))
+        return [self.text(start, end - start) for start, end in zip(offsets.tolist(), ends.tolist(), strict=True)]
+
+    def document_of(self, offsets: np.ndarray | int) -> np.ndarray:
+        """Number of the document that each offset lies in."""
+        return np.searchsorted(self.starts, offsets, side="right") - 1
+
+    def ends_of(self, offsets: np.ndarray | int) -> np.ndarray:
+        """End of the document that each offset lies in."""
+        return self.starts[self.document_of(offsets) + 1]
+
+    def values(self, offsets: np.ndarray, length: int) -> np.ndarray:
+        """Tokens from each offset on, up to the end of its document.
+
+        * `offsets` has any shape `[...]`; -1 is no offset
+
+        Returns an int64 array of shape `[..., length]`, with `NO_TOKEN` wherever the document has
+        ended or there was no offset.
+        """
+        offsets = np.asarray(offsets, dtype=np.int64)
+        positions = offsets[..., None] + np.arange(length)
+        ends = self.ends_of(np.maximum(offsets, 0))
+        missing = (offsets < 0)[..., None] | (positions >= ends[..., None])
+        return np.where(missing, NO_TOKEN, self.tokens[np.where(missing, 0, positions)].astype(np.int64))
+
+
+def open_corpus(data_path: str | Path) -> Corpus:
+    """The corpus of a data folder; else the tutorial's text, `tiny_shakespeare.txt`, if it lies there."""
+    data_path = Path(data_path)
+    if (data_path / CORPUS_FOLDER / MANIFEST_FILE).exists():
+        return Corpus.load(data_path / CORPUS_FOLDER)
+    from labml_helpers.datasets.text import TextFileDataset
+
+    file = data_path / "tiny_shakespeare.txt"
+    if not file.exists():
+        raise MissingArtifact(data_path / CORPUS_FOLDER)
+    return Corpus.of(TextFileDataset(file, list))
