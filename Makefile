@@ -26,7 +26,7 @@ layers: .venv/installed
 types: .venv/installed
 	$(BIN)/mypy
 
-# A wheel, installed in an empty environment, runs the command and the demo: two minutes and 1.5 GB.
+# A wheel, installed in an empty environment, runs the command and the demo: some minutes and 1.5 GB.
 wheel: .venv/installed
 	.ci/wheel $(BIN)
 

@@ -22,8 +22,8 @@ The modules, in reading order:
 * `retro.evaluate` what retrieval brings, in bits per byte
 
 The first five are the tutorial's. What makes them survive and scale lies behind them: `retro.text`, `retro.search`,
-`retro.storage`, `retro.runs`, `retro.evaluation`, `retro.planning`, and the commands in `retro.cli`. The names below
-can be imported from `retro` itself, which brings nothing but their places; `train` and `evaluate` are functions of
+`retro.storage`, `retro.runs`, `retro.evaluation`, `retro.planning`, and the commands in `retro.cli`. The public names
+can be imported from `retro` itself, which loads them when they are asked for; `train` and `evaluate` are functions of
 modules of the same name: `from retro.train import train`.
 """
 
@@ -37,7 +37,8 @@ __version__ = "0.2.0"
 _PLACES = {
     "bert_embeddings": ("BERTChunkEmbeddings",),
     "config": (
-        "CorpusConfig", "DatabaseConfig", "DatasetConfig", "EvaluateConfig", "RetroConfig", "SampleConfig", "TrainConfig",
+        "CorpusConfig", "DatabaseConfig", "DatasetConfig", "EvaluateConfig", "RetroConfig", "SampleConfig",
+        "TrainConfig",
     ),
     "database": ("RetroIndex", "build_database"),
     "dataset": ("Dataset", "audit", "build_dataset"),
@@ -51,7 +52,7 @@ _PLACES = {
     "train": ("Trainer",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
-__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:

@@ -28,9 +28,7 @@ class CorpusConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.valid_fraction < 1:
-            raise InvalidOption(
-                "valid_fraction", self.valid_fraction, "is not a share from 0 up to (not including) 1"
-            )
+            raise InvalidOption("valid_fraction", self.valid_fraction, "is not a share from 0 up to (not including) 1")
 
 
 @dataclass(frozen=True)
@@ -222,4 +220,3 @@ PRESETS = {
         train=TrainConfig(batch_size=8, steps=300, lr=3e-3, schedule="cosine", warmup=30, clip=1.0, interval=100),
     ),
 }
-

@@ -12,8 +12,8 @@ not overlap.
 
 Where this differs from the tutorial: there are documents, so a continuation ends with its own; the held-out ones are
 not in the database; and what a query must not find is left out inside the search, so that $k$ neighbors come back
-wherever $k$ exist. The tutorial fetches a few more than it needs and filters them (`RetroIndex.filter_neighbors`), which
-can leave none. How good the index is, is measured when it is built: see `retro.search.recall`. The paper searches
+wherever $k$ exist. The tutorial fetches a few more than it needs and filters them (`RetroIndex.filter_neighbors`),
+which can leave none. How good the index is, is measured when it is built (`retro.search.recall`). The paper searches
 $2 \cdot 10^{12}$ tokens with SCaNN, in 10 ms a query.
 """
 

@@ -26,14 +26,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset as PyTorchDataset
 
 from retro.config import DatasetConfig, with_given
 from retro.database import RetroIndex
 from retro.errors import InvalidOption, TextTooShort, require_match
-from retro.storage.manifests import package_versions
-from retro.storage.sample_file import SampleFile, is_tutorials, read_tutorials, write_samples
+from retro.storage.sample_file import SampleFile, dataset_cache_key, is_tutorials, read_tutorials, write_samples
 from retro.text.corpus import NO_TOKEN, Corpus, open_corpus
 
 DATASET_FILE = {"train": "retro_train_dataset.jsonl", "valid": "retro_valid_dataset.jsonl"}
@@ -62,12 +60,10 @@ def build_dataset(
     * `index` retrieves; left out, the database in `data_path`, its BERT on `device`
 
     Writes a file for the training and one for the validation documents into `data_path` and returns their headers.
-    The last sample of a document may be shorter. Raises `TextTooShort` when there is not enough for a sample, `InvalidOption`
-    when no chunk can have a neighbor.
+    The last sample of a document may be shorter. Raises `TextTooShort` when there is not enough for a sample,
+    `InvalidOption` when no chunk can have a neighbor.
     """
-    config = with_given(
-        config or DatasetConfig(), {"chunks_per_sample": chunks_per_sample, "skip_range": skip_range}
-    )
+    config = with_given(config or DatasetConfig(), {"chunks_per_sample": chunks_per_sample, "skip_range": skip_range})
     corpus = open_corpus(data_path) if corpus is None else Corpus.of(corpus)
     index = index or RetroIndex(chunk_len, data_path=data_path, corpus=corpus, device=device)
     if chunk_len is not None:
@@ -75,33 +71,21 @@ def build_dataset(
     headers = {}
     for split, name in DATASET_FILE.items():
         offsets = sample_offsets(corpus, split, index.chunk_len, config)
-        header = {
-            "split": split,
-            "n_samples": len(offsets),
-            **dataset_cache_key(corpus, index.manifest, config),
-            "versions": package_versions(),
-        }
-        headers[split] = write_samples(
-            Path(data_path) / name, header, offsets, lambda some, h=header: retrieve_samples(some, h, index)
-        )
+        header = {"split": split, "n_samples": len(offsets)}
+        header |= dataset_cache_key(index.manifest, config, what_to_exclude(corpus, config))
+
+        def retrieve(some: np.ndarray, header: dict[str, Any] = header) -> Iterator[dict[str, Any]]:
+            return retrieve_samples(some, header, index)
+
+        headers[split] = write_samples(Path(data_path) / name, header, offsets, retrieve)
     return headers
 
 
-def dataset_cache_key(corpus: Corpus, database: dict[str, Any], config: DatasetConfig) -> dict[str, Any]:
-    """The part of a dataset's header that tells whether it has to be built again; `database` is a manifest."""
-    exclude = config.exclude or ("document" if corpus.n_train > 1 else "sample")
-    if exclude == "document" and corpus.n_train < 2:
-        raise InvalidOption("exclude", exclude, "leaves no neighbors: one document trains. Use sample")
-    return {
-        "chunk_len": database["chunk_len"],
-        "chunks_per_sample": config.chunks_per_sample,
-        "skip_range": config.skip_range,
-        "n_neighbors": config.n_neighbors,
-        "exclude": exclude,
-        "seed": config.seed,
-        "corpus_sha256": database["corpus_sha256"],
-        "index_sha256": database["index_sha256"],
-    }
+def what_to_exclude(corpus: Corpus, config: DatasetConfig) -> str:
+    """What neighbors may not come from: as the config says, else the document, or its sample where one trains."""
+    if config.exclude == "document" and corpus.n_train < 2:
+        raise InvalidOption("exclude", "document", "leaves no neighbors: one document trains. Use sample")
+    return config.exclude or ("document" if corpus.n_train > 1 else "sample")
 
 
 def sample_offsets(corpus: Corpus, split: str, chunk_len: int, config: DatasetConfig) -> np.ndarray:
@@ -181,9 +165,8 @@ class Dataset(PyTorchDataset):
         self.texts = [_tensors(*texts, tds) for texts in read_tutorials(self.path)] if is_tutorials(self.path) else None
         if self.texts is None:
             self.corpus = Corpus.of(tds)
-            self.samples = SampleFile(self.path, len(self.corpus.tokens))
+            self.samples = SampleFile(self.path, self.corpus)
             self.header = self.samples.header
-            require_match(self.path, self.header, {"corpus_sha256": self.corpus.sha256})
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -193,7 +176,7 @@ class Dataset(PyTorchDataset):
         """Sample `idx` as it is written: offsets and distances."""
         return self.samples[idx]
 
-    def __getitem__(self, idx: int) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitem__(self, idx: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sample `idx`, as described above."""
         if not 0 <= idx < len(self):
             raise IndexError(f"sample {idx} of {len(self)}")
@@ -211,7 +194,9 @@ class Dataset(PyTorchDataset):
         return src, tgt, torch.from_numpy(self.corpus.values(offsets, 2 * m))
 
 
-def _tensors(src: str, tgt: str, neighbors: list[list[str]], tds: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _tensors(
+    src: str, tgt: str, neighbors: list[list[str]], tds: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The tutorial's sample of texts as tensors."""
     values = [[tds.text_to_i(text) for text in row] for row in neighbors]
     longest = max(len(value) for row in values for value in row)

@@ -2,8 +2,8 @@
 
 Every stage runs under `torchrun --nproc-per-node N -m retro.STAGE ...` with no option of its own: `torchrun` tells
 each process its rank and how many there are, in its environment. What can be split is split by number (shards of
-text, shards of samples, the samples of a step). What cannot, rank 0 does while the others wait. What is written does not
-depend on how many there were.
+text, shards of samples, the samples of a step). What cannot, rank 0 does while the others wait. What is written does
+not depend on how many there were.
 
 The process group is Hugging Face accelerate's, the same that training uses: gloo on CPUs, NCCL on GPUs.
 """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,9 @@ class CachedDecoder:
         """Causal self-attention of the new states (n, D), whose keys and values are kept."""
         start, end, H, d = self.length, self.length + len(h), self.n_heads, self.d_k
         qkv = layer.project(layer.norm(h)).view(len(h), 3 * H, d)
-        rotated = RotaryPositionalEmbeddings.rotate(qkv[:, : 2 * H], self.rotations[start:end]).transpose(0, 1)  # (2H, n, d_k)
+        rotated = RotaryPositionalEmbeddings.rotate(qkv[:, : 2 * H], self.rotations[start:end]).transpose(
+            0, 1
+        )  # (2H, n, d_k)
         layer.kept[0, :, start:end] = rotated[H:]
         layer.kept[1, :, start:end] = qkv[:, 2 * H :].transpose(0, 1)
         mask = None
@@ -188,7 +191,7 @@ class Sampler:
     * `model` is the model
     * `tds` is the corpus, or a labml `TextDataset`, that the database was built from
     * `chunk_len` is the length of a chunk
-    * `index` retrieves; left out, the database in `data_path`
+    * `index` retrieves; left out, the database in `data_path`, `n_neighbors` for each chunk
 
     After (and during) sampling, `neighbors` holds what each complete chunk of prompt and sample
     retrieved.
@@ -203,13 +206,22 @@ class Sampler:
         *,
         index: RetroIndex | None = None,
         data_path: str | Path = "data",
+        n_neighbors: int = 2,
     ) -> None:
         self.device = torch.device(device)
         self.model = model
         self.corpus = Corpus.of(tds)
         self.chunk_len = chunk_len
-        self.index = index or RetroIndex(chunk_len, corpus=self.corpus, data_path=data_path, device=device)
+        self._open = lambda: (
+            index
+            or RetroIndex(chunk_len, n_neighbors=n_neighbors, corpus=self.corpus, data_path=data_path, device=device)
+        )
         self.neighbors: list[list[Neighbor]] = []
+
+    @cached_property
+    def index(self) -> RetroIndex:
+        """What retrieves; opened when the first chunk is complete."""
+        return self._open()
 
     def retrieve_nearest_neighbours(self, chunk: str) -> list[str]:
         """Texts of the nearest neighbors of a chunk, each with its continuation."""

@@ -5,10 +5,10 @@ arXiv:2112.04426), which does not depend on the tokenizer:
 
 $$\text{bpb} = \frac{\text{nats per token}}{\ln 2 \cdot \text{bytes per token}}$$
 
-A run's folder is named by a hash of everything that shapes the run. The same command therefore finds its own run again:
-finished, it is reported; interrupted, it continues from its last checkpoint, with the same numbers as if it had never
-stopped. For that, the order of the samples and the learning rate are functions of the seed and the step, and the rest is
-in the checkpoint. Under `torchrun` the samples of a step are shared out, so that two processes make the steps of one.
+The same command finds its own run again: finished, it is reported; interrupted, it continues from its last checkpoint,
+with the same numbers as if it had never stopped. For that, the order of the samples and the learning rate are functions
+of the seed and the step, and the rest is in the checkpoint. Under `torchrun` the samples of a step are shared out, so
+that two processes make the steps of one.
 
 The defaults of `TrainConfig` are the tutorial's: batches of 4 samples, 32 epochs, Adam with Noam's schedule. What it
 lacks: validation on held-out documents, checkpoints, gradient clipping, bf16, and any device but the first GPU.
@@ -17,22 +17,18 @@ lacks: validation on held-out documents, checkpoints, gradient clipping, bf16, a
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from labml import tracker
-from torch.utils.data import DataLoader
 
 from retro.config import TrainConfig
-from retro.database import RetroIndex
 from retro.device import pick_device
-from retro.model import NearestNeighborEncoder, RetroModel
-from retro.progress import each
-from retro.runs import checkpoints, data, engine, loop, tracking
-from retro.runs import run as runs
+from retro.model import RetroModel
+from retro.runs import data, loop, tracking
+from retro.runs.engine import Engine, new_engine, start_engine
+from retro.runs.run import find_run, write_run
 from retro.sample import Sampler
 
 
@@ -45,21 +41,19 @@ class Trainer:
     * `optimizer` is the optimizer
     * `config` says how: its `clip`, `precision` and schedule; left out, the learning rate is the optimizer's
     * `n_steps` is how many steps there will be, for the schedule
-    * `accelerator` is accelerate's engine; left out, one is made for `device`
-    * `sharded` tells that the model's weights are sharded over the processes already
+    * `engine` is what a run goes on with; left out, it begins
     """
 
     def __init__(
         self,
         device: torch.device | str,
         model: RetroModel,
-        dataloader: DataLoader[Any] | None,
+        dataloader: Any,
         optimizer: Any,
         *,
         config: TrainConfig | None = None,
         n_steps: int = 0,
-        accelerator: Any = None,
-        sharded: bool = False,
+        engine: Engine | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.model = model
@@ -68,28 +62,24 @@ class Trainer:
         self.config = config or TrainConfig()
         self.schedules = config is not None
         self.n_steps = n_steps
-        self.progress = checkpoints.Progress()
-        self.accelerator = accelerator or engine.new_accelerator(self.device, model)
-        # What is called in place of the model: with several processes it averages their gradients.
-        self.net = model if sharded else self.accelerator.prepare_model(model, device_placement=False)
+        engine = engine or new_engine(self.device, model, optimizer)
+        self.progress, self.accelerator = engine.progress, engine.accelerator
+        self.net = engine.net  # called in place of the model: with several processes it averages their gradients
 
     def __call__(self) -> float:
         """Train on every batch of the dataloader; returns the mean loss, in nats per token."""
         self.model.train()
-        done, started = self.progress, time.perf_counter()
+        done = self.progress
         loss_sum = torch.tensor(done.loss_sum, device=self.device)
         try:
-            for batch in each(self.dataloader, "Train", "step"):
+            for batch in tracking.steps(self.dataloader):
                 with tracking.interrupted_afterwards():
                     loss = self.train_step(*batch)
                     loss_sum += loss
                     done.loss_steps += 1
-                    tracker.add("loss.train", loss)
-                    tracker.add_global_step(len(batch[0]))
-                    if done.step % 10 == 0:  # reading the loss waits for the device
-                        tracker.save()
+                    tracking.record(loss, len(batch[0]), done.step)
         finally:
-            done.loss_sum, done.seconds = loss_sum.item(), done.seconds + time.perf_counter() - started
+            done.loss_sum = loss_sum.item()
         mean, done.loss_sum, done.loss_steps = done.loss_sum / max(1, done.loss_steps), 0.0, 0
         return mean
 
@@ -125,7 +115,7 @@ class Trainer:
         return total / (tgt >= 0).sum().clamp(min=1)
 
     @torch.no_grad()
-    def validate(self, dataloader: DataLoader[Any], retrieval: bool = True) -> float:
+    def validate(self, dataloader: Any, retrieval: bool = True) -> float:
         """Mean loss over a dataloader, in nats per token; without retrieval no neighbor is read."""
         self.model.eval()
         total, n = 0.0, 0
@@ -167,8 +157,8 @@ def train(
     """Train a model on the dataset in `data_path`; without arguments, as the tutorial does.
 
     * `name` is the experiment's; runs lie in `logs/NAME/`; left out, the corpus' name
-    * `config` says how to train, `model_shape` what: values of `RetroConfig`, whose vocabulary and `chunk_len` come from
-      the data
+    * `config` says how to train, `model_shape` what: values of `RetroConfig`, whose vocabulary and `chunk_len` are the
+      data's
     * `device` is where; left out, the best there is
     * `prompt` is continued after each interval, to watch the model learn; left out, the beginning of held-out text
     * `resume` is the folder of a run to continue; its own configs are then used, with the `steps` and `epochs` of
@@ -180,31 +170,26 @@ def train(
     """
     device = torch.device(device) if device else pick_device()
     found = data.TrainingData(Path(data_path))
-    run = runs.find_run(found, name, config, model_shape or {}, Path(resume) if resume else None)
+    run = find_run(found, name, config, model_shape or {}, Path(resume) if resume else None)
     if (finished := run.summary()) is not None:
         return run.folder, finished
     beginning = found.beginning_of_held_out() if prompt is None else prompt
     with tracking.tracked(run, found.path):
-        runs.write_run(run, found, beginning)
-        model, optimizer, accelerator, progress = engine.start_engine(run.folder, run.config, run.shape, device, fsdp)
+        write_run(run, found, beginning)
+        engine = start_engine(run, device, fsdp)
         trainer = Trainer(
-            device, model, None, optimizer, config=run.config, n_steps=run.n_steps, accelerator=accelerator, sharded=fsdp
+            device, engine.model, None, engine.optimizer, config=run.config, n_steps=run.n_steps, engine=engine
         )
-        trainer.progress = progress
-        K, samplers = found.header["n_neighbors"], []
+        m, K = found.chunk_len, found.header["n_neighbors"]
+        sampler = Sampler(device, engine.model, found.corpus, m, data_path=found.path, n_neighbors=K)
 
         def sample() -> str:
-            if fsdp:
-                raise ValueError("the model is sharded")
-            if not samplers:
-                index = RetroIndex(n_neighbors=K, data_path=found.path, corpus=found.corpus, device=device)
-                samplers.append(Sampler(device, model, found.corpus, found.chunk_len, index=index))
-            return beginning + samplers[0].sample(beginning, 4 * found.chunk_len)
+            return beginning + sampler.sample(beginning, 4 * m)
 
-        return run.folder, loop.fit(trainer, run, found, sample)
+        return run.folder, loop.fit(trainer, run, found, None if fsdp else sample)
 
 
-__all__ = ["NearestNeighborEncoder", "RetroModel", "Sampler", "TrainConfig", "Trainer", "train"]
+__all__ = ["Sampler", "TrainConfig", "Trainer", "train"]
 
 if __name__ == "__main__":
     from retro.cli import script

@@ -133,4 +133,6 @@ def test_a_corpus_is_called_as_what_it_was_made_of(tmp_path):
     assert name_of([notes]) == "my_notes" and name_of([papers]) == "papers"
     assert name_of([notes / "0.txt", notes / "1.txt"]) == "my_notes" and name_of(["/"]) == "text"
     assert build_corpus([notes], tmp_path / "corpus").name == "my_notes"
-    assert build_corpus([notes], tmp_path / "corpus", name="mine").name == Corpus.load(tmp_path / "corpus").name == "mine"
+    assert (
+        build_corpus([notes], tmp_path / "corpus", name="mine").name == Corpus.load(tmp_path / "corpus").name == "mine"
+    )

@@ -71,6 +71,16 @@ def test_on_is_off_bit_for_bit_when_there_are_no_neighbors(index, evaluation):
     assert not np.array_equal(evaluation.nats["on"], evaluation.nats["random"])
 
 
+def test_what_an_unfinished_chunk_retrieves_is_nobody_s_random_neighbor(index, evaluation):
+    model, corpus, offsets = model_of(index), index.corpus, evaluation.offsets
+    is_whole = offsets + CHUNK_LEN <= corpus.ends_of(offsets)
+    assert is_whole.sum() == len(offsets) - 1, "the text ends with a chunk"
+    neighbors = np.where(is_whole[:, None], evaluation.neighbors[:, :2], -1)
+    cut = windows(corpus, WINDOW, WINDOW // 2)
+    expected = losses(model, corpus, index, shuffled_neighbors(neighbors), cut, 8, "cpu", "test")
+    assert np.array_equal(evaluation.nats["random"], expected)
+
+
 @pytest.mark.parametrize("stride", [CHUNK_LEN, 2 * CHUNK_LEN, WINDOW])
 def test_each_token_is_scored_once_with_the_context_that_the_stride_leaves_it(index, stride):
     model, corpus = model_of(index), index.corpus

@@ -18,8 +18,6 @@ from hypothesis import strategies as st
 
 from retro.cli import main
 from retro.config import DatabaseConfig
-from retro.text.build import build_corpus
-from retro.text.corpus import Corpus
 from retro.database import RetroIndex, build_database
 from retro.dataset import DATASET_FILE, Dataset, build_dataset
 from retro.errors import DamagedFile
@@ -29,6 +27,8 @@ from retro.search import index_file
 from retro.search.keys import Keys
 from retro.storage.files import sha256_of_file
 from retro.storage.manifests import CHECKSUM, with_checksum
+from retro.text.build import build_corpus
+from retro.text.corpus import Corpus
 from retro.train import TrainConfig, train
 
 N_EXAMPLES = int(os.environ.get("RETRO_FUZZ", "20"))  # mutated files of each kind
@@ -95,7 +95,14 @@ def worlds(plays, bert, char_bert, tmp_path_factory):
         for file in plays.iterdir():
             (root / "texts" / file.name).write_text(file.read_text()[: 1500 if name == "lists" else 4000])
         corpus = build_corpus([root / "texts"], root / "data" / "corpus", tokenizer)
-        build_database(CHUNK_LEN, corpus=corpus, data_path=root / "data", config=DatabaseConfig(index=factory), bert=embedder, n_probe=4)
+        build_database(
+            CHUNK_LEN,
+            corpus=corpus,
+            data_path=root / "data",
+            config=DatabaseConfig(index=factory),
+            bert=embedder,
+            n_probe=4,
+        )
         index = RetroIndex(data_path=root / "data", corpus=corpus, bert=embedder)
         build_dataset(None, CHUNKS_PER_SAMPLE, data_path=root / "data", corpus=corpus, index=index)
         found[name] = World(root / "data", embedder, None)

@@ -11,8 +11,6 @@ from conftest import CHUNK_LEN, CHUNKS_PER_SAMPLE, refused
 from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.cli import main
 from retro.config import DatabaseConfig
-from retro.text.build import build_corpus
-from retro.text.corpus import Corpus
 from retro.database import RetroIndex, build_database, chunk_offsets
 from retro.dataset import DATASET_FILE, Dataset, build_dataset
 from retro.errors import NameTaken, UnfinishedUpdate
@@ -21,6 +19,8 @@ from retro.model import RetroConfig, RetroModel
 from retro.sample import Sampler
 from retro.search import filling, updates
 from retro.search.updates import add_documents, remove_documents
+from retro.text.build import build_corpus
+from retro.text.corpus import Corpus
 
 QUOTE = "The quality of this glass is that it never lies to the one who looks into it twice on a winter morning. " * 4
 

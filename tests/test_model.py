@@ -211,7 +211,7 @@ def test_wrong_shapes_are_refused(model, tokens, neighbors):
         RetroConfig(10, ca_layers=(6,))
     with pytest.raises(ValueError, match="pass an encoder"):
         RetroModel(*SHAPE, encoder=None)
-    with pytest.raises(ValueError, match=r"ca_layers \[2\] do not exist"):
+    with pytest.raises(ValueError, match=r"ca_layers=\[2\] do not exist"):
         NearestNeighborEncoder(4, 2, {2}, 16, 2, 8, 32)
 
 

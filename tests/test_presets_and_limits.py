@@ -35,7 +35,9 @@ def pipeline(folder, texts, tokenizer, bert, n_neighbors=2):
     corpus = build_corpus([folder], folder / "data" / "corpus", tokenizer, valid_fraction=0.1)
     build_database(CHUNK_LEN, corpus=corpus, data_path=folder / "data", config=DatabaseConfig(index="auto"), bert=bert)
     index = RetroIndex(corpus=corpus, data_path=folder / "data", bert=bert, n_neighbors=n_neighbors)
-    build_dataset(None, 2, corpus=corpus, data_path=folder / "data", index=index, config=DatasetConfig(n_neighbors=n_neighbors))
+    build_dataset(
+        None, 2, corpus=corpus, data_path=folder / "data", index=index, config=DatasetConfig(n_neighbors=n_neighbors)
+    )
     return Dataset(folder / "data" / DATASET_FILE["train"], corpus), index
 
 

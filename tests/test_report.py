@@ -23,7 +23,7 @@ from retro.text.build import build_corpus
 from retro.text.corpus import Corpus, DocumentEntry
 
 SCRIPT = "<script>alert(1)</script>"
-LONG_NAME = f"odd & {'n' * 100}.md"
+LONG_NAME = f"<i>odd & {'n' * 100}.md"
 ALL = 1000  # passages: more than there are
 
 

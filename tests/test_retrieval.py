@@ -9,8 +9,6 @@ import pytest
 from conftest import CHUNK_LEN, CHUNKS_PER_SAMPLE, refused
 from labml_helpers.datasets.text import TextFileDataset
 
-from retro.text.build import build_corpus
-from retro.text.corpus import Corpus
 from retro.config import DatabaseConfig, DatasetConfig
 from retro.database import RetroIndex, build_database, chunk_offsets
 from retro.dataset import DATASET_FILE, Dataset, audit, build_dataset
@@ -18,6 +16,8 @@ from retro.errors import DamagedFile, InvalidOption, MissingArtifact, StaleArtif
 from retro.search.factory import KMEANS_ITERATIONS, ivf_of, prepare_training, set_n_probe
 from retro.search.querying import MANY_QUERIES_PER_LIST, search_many
 from retro.search.recall import ExactNeighbors
+from retro.text.build import build_corpus
+from retro.text.corpus import Corpus
 
 
 def brute_force(bert, corpus, queries, k, excluded=None):
@@ -102,7 +102,9 @@ def coded(data, bert, path):
     """An index of codes over the keys of `data`, all of its lists searched."""
     shutil.copytree(data / "keys", path / "keys")
     corpus = Corpus.load(data / "corpus")
-    manifest = build_database(CHUNK_LEN, corpus=corpus, data_path=path, bert=bert, n_probe=8, config=DatabaseConfig(index="IVF8,PQ16"))
+    manifest = build_database(
+        CHUNK_LEN, corpus=corpus, data_path=path, bert=bert, n_probe=8, config=DatabaseConfig(index="IVF8,PQ16")
+    )
     return RetroIndex(corpus=corpus, data_path=path, bert=bert), manifest
 
 
@@ -170,7 +172,9 @@ def test_chunks_start_with_their_documents_and_come_from_training_only(index):
 def test_other_indexes_leave_a_document_out_too_and_report_their_recall(data, bert, tmp_path, factory):
     corpus = Corpus.load(data / "corpus")
     shutil.copytree(data / "keys", tmp_path / "keys")  # no embedding is needed for another index
-    manifest = build_database(CHUNK_LEN, corpus=corpus, data_path=tmp_path, config=DatabaseConfig(index=factory), bert=bert)
+    manifest = build_database(
+        CHUNK_LEN, corpus=corpus, data_path=tmp_path, config=DatabaseConfig(index=factory), bert=bert
+    )
     assert manifest["index"] == factory and 0.2 < manifest["recall"]["@10"] <= 1
     index = RetroIndex(corpus=corpus, data_path=tmp_path, bert=bert, n_probe=8)
     if "_HNSW" in factory:  # as it was while the index was filled

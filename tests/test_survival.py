@@ -106,7 +106,9 @@ def test_a_build_with_other_chunks_leaves_a_working_database_until_it_is_done(co
 
     monkeypatch.setattr(index_file, "write_index", die)
     with pytest.raises(KeyboardInterrupt):
-        build_database(2 * CHUNK_LEN, corpus=corpus, data_path=copy, config=DatabaseConfig(index="IVF8,PQ16"), bert=bert)
+        build_database(
+            2 * CHUNK_LEN, corpus=corpus, data_path=copy, config=DatabaseConfig(index="IVF8,PQ16"), bert=bert
+        )
     assert before == [x.tolist() for x in RetroIndex(data_path=copy, bert=bert).search(queries, 3)]
     monkeypatch.undo()
     build_database(2 * CHUNK_LEN, corpus=corpus, data_path=copy, config=DatabaseConfig(index="IVF8,PQ16"), bert=bert)
@@ -134,7 +136,9 @@ def test_shards_of_other_texts_or_of_no_work_at_all_are_thrown_away(tmp_path):
 @pytest.mark.parametrize("stage", ["database", "dataset"])
 def test_a_second_process_in_one_folder_says_so_and_stops(copy, capsys, stage):
     before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file() and p.name != ".lock"}
-    command = ["database", "--index", "SQ8", "--chunk-len", "16"] if stage == "database" else [stage, "--skip-range", "3"]
+    command = (
+        ["database", "--index", "SQ8", "--chunk-len", "16"] if stage == "database" else [stage, "--skip-range", "3"]
+    )
     holder = subprocess.Popen(
         [sys.executable, "-c", f"from pathlib import Path; from retro.storage.files import exclusive_lock\n"
          f"with exclusive_lock(Path({str(copy)!r})): print('held', flush=True); input()"],
@@ -184,7 +188,9 @@ def test_an_index_is_the_same_whether_filled_at_once_or_in_parts_on_disk_or_in_m
         monkeypatch.setattr(filling, "KEYS_PER_SHARD", per_shard)
         monkeypatch.setattr(filling, "ON_DISK_ABOVE", on_disk)
         shutil.copytree(copy, tmp_path / name)
-        build_database(CHUNK_LEN, corpus=corpus, data_path=tmp_path / name, config=DatabaseConfig(index="IVF8,PQ16"), bert=bert)
+        build_database(
+            CHUNK_LEN, corpus=corpus, data_path=tmp_path / name, config=DatabaseConfig(index="IVF8,PQ16"), bert=bert
+        )
         assert (tmp_path / name / "retro.ivfdata").exists() == (name == "disk")
         index = RetroIndex(data_path=tmp_path / name, bert=bert)
         queries = index.embed([corpus.text(40 * i, CHUNK_LEN) for i in range(30)])
@@ -272,6 +278,10 @@ def test_a_run_goes_back_to_the_checkpoint_before_a_damaged_one(copy, monkeypatc
     train(resume=run, device="cpu")
     assert "optimizer.safetensors has sha256 " in capsys.readouterr().out.replace("\n", "")
     assert (last / "model.safetensors").read_bytes() == expected
+    # A checkpoint that cannot be used is passed over, and stays where it is: reading deletes nothing.
+    state = last / "state.json"
+    state.write_text(state.read_text().replace('"step": 6', '"step": 7'))
+    assert newest_whole_checkpoint(run).name == "00000004" and state.exists()
     shutil.rmtree(run / "checkpoints")
     assert newest_whole_checkpoint(run) is None
 

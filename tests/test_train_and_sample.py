@@ -14,8 +14,8 @@ from labml_nn.optimizers.noam import Noam
 from labml_nn.transformers.retro import model as reference
 from safetensors.torch import load_file
 
-from retro.dataset import build_dataset
 from retro.config import DatasetConfig, SampleConfig
+from retro.dataset import build_dataset
 from retro.errors import DamagedFile, StaleArtifact
 from retro.model import RetroConfig, RetroModel
 from retro.runs.checkpoints import load_model, newest_checkpoint
@@ -24,9 +24,7 @@ from retro.train import TrainConfig, learning_rate, train
 
 SHAPE = {"d_model": 32, "n_layers": 2, "ca_layers": (1,), "n_heads": 2, "d_k": 16, "d_ff": 64}
 SHAPE |= {"n_encoder_layers": 1, "encoder_ca_layers": (0,)}
-CONFIG = TrainConfig(
-    steps=12, interval=4, lr=3e-3, schedule="cosine", warmup=2, n_valid_batches=2, clip=1.0
-)
+CONFIG = TrainConfig(steps=12, interval=4, lr=3e-3, schedule="cosine", warmup=2, n_valid_batches=2, clip=1.0)
 
 
 @pytest.fixture
@@ -72,6 +70,38 @@ def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(workplace, monk
     assert train(config=CONFIG, model_shape=SHAPE, device="cpu", name="whole") == (whole, summary) and steps == n
 
 
+def test_ctrl_c_ends_training_after_a_step_with_a_checkpoint(workplace, monkeypatch):
+    from retro.train import Trainer
+
+    shape = SHAPE | {"d_ff": 48}
+    whole, summary = train(config=CONFIG, model_shape=shape, device="cpu", name="whole")
+    train_step, finished = Trainer.train_step, []
+
+    def pressed(self, *batch):
+        if self.progress.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)  # in the middle of the sixth step, which is made all the same
+        loss = train_step(self, *batch)
+        finished.append(self.progress.step)
+        return loss
+
+    monkeypatch.setattr(Trainer, "train_step", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config=CONFIG, model_shape=shape, device="cpu", name="cut")
+    assert finished == [1, 2, 3, 4, 5, 6]
+    (run,) = (workplace / "logs" / "cut").iterdir()
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["00000004", "00000006"]
+    again, resumed = train(resume=run, device="cpu")
+    assert finished[6:] == [7, 8, 9, 10, 11, 12], "no step is made twice"
+    expected = weights(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(again).items())
+    assert {k: v for k, v in resumed.items() if k != "tokens_per_second"} == {
+        k: v for k, v in summary.items() if k != "tokens_per_second"
+    }
+    # What an uninterrupted run keeps is what is kept.
+    kept = [sorted(p.name for p in (r / "checkpoints").iterdir()) for r in (whole, again)]
+    assert kept[0] == kept[1] == ["00000008", "00000012"]
+
+
 def test_a_run_is_continued_without_its_summary_but_not_on_another_dataset(workplace, index):
     run, summary = train(config=CONFIG, model_shape=SHAPE, device="cpu", name="moved")
     (run / "summary.json").write_text("{")
@@ -80,7 +110,9 @@ def test_a_run_is_continued_without_its_summary_but_not_on_another_dataset(workp
     (run / "summary.json").unlink()
     again = train(resume=run, device="cpu")[1]  # from the last checkpoint, which made all its steps
     assert {k: v for k, v in again.items() if k != "tokens_per_second"}.items() <= summary.items()
-    build_dataset(None, CHUNKS_PER_SAMPLE, corpus=index.corpus, data_path="data", index=index, config=DatasetConfig(seed=1))
+    build_dataset(
+        None, CHUNKS_PER_SAMPLE, corpus=index.corpus, data_path="data", index=index, config=DatasetConfig(seed=1)
+    )
     with refused(StaleArtifact, r"run\.json was made with .*seed=0, but seed=1"):
         train(resume=run, device="cpu")
 

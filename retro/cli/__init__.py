@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"retro {__version__}")
         return 0
-    name, *options = _without_flags_of_old(arguments)
+    name, *options = arguments
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         print(f"error: there is no command {name!r}{f'; is it {near[0]!r}?' if near else ''}", file=sys.stderr)
@@ -66,12 +66,14 @@ def script(name: str) -> None:
     raise SystemExit(main([name, *sys.argv[1:]]))
 
 
-def _without_flags_of_old(arguments: list[str]) -> list[str]:
+def _without_old_flags(name: str, options: list[str]) -> tuple[str, list[str]]:
     """`database --add TEXT` and the like, which are commands of their own, as these commands."""
-    for flag in ("add", "remove", "plan"):
-        if arguments[0] == "database" and f"--{flag}" in arguments:
-            return [flag, *(argument for argument in arguments[1:] if argument != f"--{flag}")]
-    return arguments
+    for command in ("add", "remove", "plan"):
+        if name == "database" and (flag := f"--{command}") in options:
+            if command != "plan" and not options[0].startswith("-"):
+                raise ValueError(f"{options[0]}: texts to build a database of, but --add and --remove change one")
+            return command, [option for option in options if option != flag]
+    return name, options
 
 
 def _run(name: str, options: list[str]) -> int:
@@ -81,6 +83,7 @@ def _run(name: str, options: list[str]) -> int:
         os.environ["TQDM_DISABLE"] = "1"
         sys.stdout = open(os.devnull, "w")
     try:
+        name, options = _without_old_flags(name, options)
         getattr(importlib.import_module(f"retro.cli.{COMMANDS[name][0]}"), f"{name}_command")(options)
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:  # python -X dev shows where

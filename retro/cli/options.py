@@ -32,7 +32,11 @@ def new_parser(command: str, description: str, *, texts: str = "", of_a_run: boo
     parser.add_argument("--config", action=ActionConfigFile, metavar="FILE.yaml", help="a file with options")
     data = "data" if not of_a_run else None
     parser.add_argument(
-        "--data-path", metavar="DIR", type=str | None, default=data, help="artifacts" + " (the run's, if null)" * of_a_run
+        "--data-path",
+        metavar="DIR",
+        type=str | None,
+        default=data,
+        help="artifacts" + " (the run's, if null)" * of_a_run,
     )
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return parser
@@ -43,7 +47,11 @@ def add_config(parser: ArgumentParser, of: type, values: Any = None, skip: Colle
 
     * `values` has the defaults: an object of the class, or a dict; what it lacks has the class' default
     """
-    group, hints, comments = parser.add_argument_group((of.__doc__ or "").rstrip(".")), get_type_hints(of), comments_of(of)
+    group, hints, comments = (
+        parser.add_argument_group((of.__doc__ or "").rstrip(".")),
+        get_type_hints(of),
+        comments_of(of),
+    )
     for field in fields(of):
         default = values.get(field.name, field.default) if isinstance(values, Mapping) else getattr(values, field.name)
         if field.name not in skip and default is not MISSING:
@@ -55,7 +63,8 @@ def add_config(parser: ArgumentParser, of: type, values: Any = None, skip: Colle
 
 def comments_of(of: type) -> dict[str, str]:
     """The comment of each field of a dataclass: behind it, or in the lines above it."""
-    found, above = {}, []
+    found: dict[str, str] = {}
+    above: list[str] = []
     for line in inspect.getsource(of).splitlines():
         if match := re.fullmatch(r"\s+(\w+): .*?(?:\s\s#\s(.*))?", line):
             found[match[1]] = match[2] or " ".join(above)
@@ -69,9 +78,7 @@ def config_from(of: Callable[..., Config], options: Namespace, changed: Mapping[
     return of(**values | dict(changed or {}))
 
 
-def parse_with_preset(
-    build: Callable[[Preset], ArgumentParser], argv: Sequence[str]
-) -> tuple[Namespace, set[str]]:
+def parse_with_preset(build: Callable[[Preset], ArgumentParser], argv: Sequence[str]) -> tuple[Namespace, set[str]]:
     """All options, and the names of those that were given; the preset, itself an option, has the defaults.
 
     * `build` makes the parser for a preset

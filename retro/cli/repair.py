@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from retro.config import CorpusConfig, DatabaseConfig, DatasetConfig
 from retro.errors import (
     ArtifactError,
     CannotWrite,
@@ -24,9 +25,9 @@ from retro.errors import (
 
 # Fields of manifests that options of another name set.
 OPTIONS = {"index_wanted": "index", "tokenizer_name": "tokenizer"}
-SETTABLE = (
-    "chunk_len embedder index seed tokenizer valid_fraction chunks_per_sample skip_range n_neighbors exclude n_probe recall"
-).split()
+SETTABLE = {
+    *CorpusConfig.__dataclass_fields__, *DatabaseConfig.__dataclass_fields__, *DatasetConfig.__dataclass_fields__
+}  # fmt: skip
 
 
 def explain(error: Exception) -> str:

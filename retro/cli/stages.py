@@ -1,7 +1,7 @@
 """Corpus, database and dataset, found or built.
 
-A stage builds its artifact if it is not there, or is damaged, or (with `rebuild`) was made with other options, and leaves
-it alone if it is what the options ask for. Without `rebuild`, what was made otherwise is refused, not replaced.
+A stage builds its artifact if it is not there, or is damaged, or (with `rebuild`) was made with other options, and
+leaves it alone if it is what the options ask for. Without `rebuild`, what was made otherwise is refused, not replaced.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ def is_whole(verify: Callable[[], Any]) -> bool:
     return True
 
 
-def prepare_corpus(
-    config: CorpusConfig, preset: str, texts: Sequence[str], data_path: Path, rebuild: bool
-) -> Corpus:
+def prepare_corpus(config: CorpusConfig, preset: str, texts: Sequence[str], data_path: Path, rebuild: bool) -> Corpus:
     """The corpus of `texts` (the preset's own if empty): found, or built."""
     from retro.storage.manifests import read_manifest
     from retro.text.build import build_corpus, corpus_cache_key
@@ -142,15 +140,15 @@ def prepare_dataset(
     config: DatasetConfig, corpus: Corpus, database: dict[str, Any], data_path: Path, device: Any, rebuild: bool
 ) -> dict[str, int]:
     """Counts of the training dataset, found or built."""
-    from retro.dataset import DATASET_FILE, Dataset, audit, build_dataset, dataset_cache_key
-    from retro.storage.sample_file import read_header, shards_folder
+    from retro.dataset import DATASET_FILE, Dataset, audit, build_dataset, what_to_exclude
+    from retro.storage.sample_file import dataset_cache_key, read_header, shards_folder
 
-    cache_key = dataset_cache_key(corpus, database, config)
+    cache_key = dataset_cache_key(database, config, what_to_exclude(corpus, config))
     paths = [data_path / name for name in DATASET_FILE.values()]
 
     def found() -> bool:
         current = [is_current(path, read_header, cache_key, rebuild) for path in paths]
-        return all(current) and all(is_whole(lambda p=path: Dataset(p, corpus)) for path in paths)
+        return all(current) and is_whole(lambda: [Dataset(path, corpus) for path in paths])
 
     if not parallel.broadcast_from_rank_zero(found):
         build_dataset(config=config, corpus=corpus, data_path=data_path, device=device)
@@ -159,6 +157,7 @@ def prepare_dataset(
     counts = audit(Dataset(paths[0], corpus))
     note(
         f"dataset: {counts['samples']:,} samples, {counts['chunks']:,} chunks with {counts['neighbors']:,} neighbors "
-        f"(exclude={cache_key['exclude']}); {counts['leaking_neighbors']:,} neighbors overlap text still to be predicted"
+        f"(exclude={cache_key['exclude']}); {counts['leaking_neighbors']:,} neighbors overlap text still to be "
+        "predicted"
     )
     return counts

@@ -87,7 +87,10 @@ def _parser(preset: Preset) -> ArgumentParser:
         "--name", type=str | None, default=None, help="the run's folder below logs/; null for the text's name"
     )
     parser.add_argument(
-        "--prompt", type=str | None, default=None, help="text to continue; null for the beginning of a held-out document"
+        "--prompt",
+        type=str | None,
+        default=None,
+        help="text to continue; null for the beginning of a held-out document",
     )
     parser.add_argument(
         "--no-retrieval", action="store_true", help="without cross-attention: the baseline of retro evaluate"
@@ -95,7 +98,9 @@ def _parser(preset: Preset) -> ArgumentParser:
     parser.add_argument(
         "--fsdp", action="store_true", help="under torchrun: shard the weights over the processes, for large models"
     )
-    parser.add_argument("--resume", metavar="RUN", type=str | None, default=None, help="continue the run in this folder")
+    parser.add_argument(
+        "--resume", metavar="RUN", type=str | None, default=None, help="continue the run in this folder"
+    )
     add_config(parser, CorpusConfig, preset.corpus)
     add_config(parser, DatabaseConfig, preset.database, skip=("seed",))
     add_config(parser, DatasetConfig, preset.dataset, skip=("seed",))

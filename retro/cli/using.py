@@ -134,12 +134,14 @@ def _evaluate(
     from retro.text.corpus import open_corpus
 
     dataset, trained_on = manifest["dataset"], open_corpus(data_path)
-    require_match(data_path / "corpus", {"corpus_sha256": trained_on.sha256}, {"corpus_sha256": dataset["corpus_sha256"]})
+    require_match(
+        data_path / "corpus", {"corpus_sha256": trained_on.sha256}, {"corpus_sha256": dataset["corpus_sha256"]}
+    )
     held_out = held_out_texts(options.texts, trained_on.tokenizer) if options.texts else trained_on
     database = Path(options.database or data_path)
     in_database = _open_database(database, trained_on, dataset["chunk_len"], f"{data_path}/corpus")
     require_held_out(held_out, trained_on, in_database)
-    baseline, differing = None, {}
+    baseline, differing = None, dict[str, tuple[Any, Any]]()
     if options.baseline is not None:
         baseline, differing = _load_baseline(Path(options.baseline), manifest, data_path, device)
     model = load_model(run, device)
@@ -197,9 +199,7 @@ def _load_baseline(
     from retro.runs.run import read_run
 
     baseline = read_run(path)
-    require_match(
-        path / "run.json", baseline["dataset"], {"corpus_sha256": run["dataset"]["corpus_sha256"]}
-    )
+    require_match(path / "run.json", baseline["dataset"], {"corpus_sha256": run["dataset"]["corpus_sha256"]})
     if baseline["model"]["ca_layers"]:
         command = f"retro train --no-retrieval --data-path {data_path}"
         raise ValueError(f"{path} was trained with retrieval, so it is no baseline. Train one: {command}")

@@ -69,7 +69,11 @@ def save_model(folder: Path, model: RetroModel, config: RetroConfig) -> None:
 
 
 def save_checkpoint(
-    run: Path, model: RetroModel, config: RetroConfig, optimizer: torch.optim.Optimizer, progress: Progress,
+    run: Path,
+    model: RetroModel,
+    config: RetroConfig,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
     interval: int,
 ) -> None:
     """Write `checkpoints/STEP`, whole or not at all; of the earlier ones the last is kept that ended an interval.

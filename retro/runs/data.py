@@ -56,7 +56,12 @@ class TrainingData:
 
     def batches(self, split: str, config: TrainConfig, start: int, stop: int, pin_memory: bool) -> DataLoader[Any]:
         """Batches `(src, tgt, neighbors)` of the steps from `start` to `stop`."""
-        dataset, m, C, K = self.datasets[split], self.chunk_len, self.header["chunks_per_sample"], self.header["n_neighbors"]
+        dataset, m, C, K = (
+            self.datasets[split],
+            self.chunk_len,
+            self.header["chunks_per_sample"],
+            self.header["n_neighbors"],
+        )
         blank = (
             torch.zeros(C * m, dtype=torch.long),
             torch.full((C * m,), IGNORED_TARGET),

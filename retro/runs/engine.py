@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,27 +9,35 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from retro import parallel
-from retro.config import RetroConfig, TrainConfig
 from retro.model import RetroModel
 from retro.runs.checkpoints import Progress, load_model, load_optimizer, newest_whole_checkpoint
+from retro.runs.run import Run
 
 
 class Engine(NamedTuple):
     """A model and its optimizer, where a run begins or goes on."""
 
     model: RetroModel
+    net: Any  # the model, or what averages gradients around it
     optimizer: Any
     accelerator: Accelerator
     progress: Progress
 
 
-def start_engine(run: Path, config: TrainConfig, shape: RetroConfig, device: torch.device, fsdp: bool) -> Engine:
+def new_engine(device: torch.device, model: RetroModel, optimizer: Any) -> Engine:
+    """An engine at its first step."""
+    accelerator = new_accelerator(device, model)
+    return Engine(model, accelerator.prepare_model(model, device_placement=False), optimizer, accelerator, Progress())
+
+
+def start_engine(run: Run, device: torch.device, fsdp: bool) -> Engine:
     """A new model, or that of the run's last checkpoint, on its device."""
+    config = run.config
     torch.manual_seed(config.seed)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-    model = RetroModel.from_config(shape)
-    if (checkpoint := newest_whole_checkpoint(run)) is not None:
+    model = RetroModel.from_config(run.shape)
+    if (checkpoint := newest_whole_checkpoint(run.folder)) is not None:
         model.load_state_dict(load_model(checkpoint).state_dict())
     if not fsdp:  # which puts on the device what is its own
         model.to(device)
@@ -41,7 +48,9 @@ def start_engine(run: Path, config: TrainConfig, shape: RetroConfig, device: tor
         model.compile()
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, eps=1e-9, fused=device.type in ("cuda", "cpu"))
     progress = load_optimizer(checkpoint, optimizer) if checkpoint is not None else Progress()
-    return Engine(model, accelerator.prepare_optimizer(optimizer, device_placement=False), accelerator, progress)
+    optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
+    net = model if fsdp else accelerator.prepare_model(model, device_placement=False)
+    return Engine(model, net, optimizer, accelerator, progress)
 
 
 def new_accelerator(device: torch.device, model: RetroModel) -> Accelerator:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from labml import tracker
 
@@ -14,14 +15,12 @@ from retro.runs.data import TrainingData
 from retro.runs.run import Run
 from retro.runs.tracking import report_progress
 
-if TYPE_CHECKING:
-    from retro.train import Trainer
 
-
-def fit(trainer: Trainer, run: Run, data: TrainingData, sample: Callable[[], str]) -> dict[str, Any]:
+def fit(trainer: Any, run: Run, data: TrainingData, sample: Callable[[], str] | None) -> dict[str, Any]:
     """Train to the end of a run; returns its summary.
 
-    * `sample` writes a text, to watch the model learn
+    * `trainer` is a `Trainer` of `retro.train`
+    * `sample` writes a text, to watch the model learn; None for none
 
     Ctrl-C ends it after a step, with a checkpoint.
     """
@@ -42,6 +41,7 @@ def fit(trainer: Trainer, run: Run, data: TrainingData, sample: Callable[[], str
     while done.step < run.n_steps:
         stop = min(run.n_steps, (done.step // run.interval + 1) * run.interval)
         trainer.dataloader = data.batches("train", config, done.step, stop, pin_memory)
+        started = time.perf_counter()
         try:
             done.train_bpb = trainer() * data.bits_per_nat("train")
         except KeyboardInterrupt:
@@ -49,11 +49,13 @@ def fit(trainer: Trainer, run: Run, data: TrainingData, sample: Callable[[], str
                 save()
                 note(f"step {done.step:,} of {run.n_steps:,}: stopped, with a checkpoint")
             raise
+        finally:
+            done.seconds += time.perf_counter() - started
         on, off = validate(min(n_valid, config.n_valid_batches))
         losses = {"train": done.train_bpb, "valid": on, "valid without neighbors": off}
         speed = done.step * step_tokens / done.seconds
         report_progress(done.step, run.n_steps, losses, speed, (run.n_steps - done.step) * step_tokens / speed)
-        if parallel.rank() == 0:
+        if sample is not None and parallel.rank() == 0:
             note(_one_line(sample))
         save()
     on, off = validate(n_valid)

@@ -67,7 +67,11 @@ class Run:
 
 
 def find_run(
-    data: TrainingData, name: str | None, config: TrainConfig | None, model_shape: Mapping[str, Any], resume: Path | None
+    data: TrainingData,
+    name: str | None,
+    config: TrainConfig | None,
+    model_shape: Mapping[str, Any],
+    resume: Path | None,
 ) -> Run:
     """The run of these configs on some data, or the one to `resume`, with the length of `config` if that is given.
 

@@ -6,15 +6,16 @@ import contextlib
 import io
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from labml import experiment, lab, tracker
 
 from retro import parallel
-from retro.progress import note
+from retro.progress import each, note
 from retro.runs.run import Run
 from retro.storage.files import exclusive_lock
 
@@ -43,6 +44,19 @@ def tracked(run: Run, data_path: Path) -> Iterator[None]:
             pid_file.unlink(missing_ok=True)
 
 
+def steps(dataloader: Iterable[Any]) -> Iterable[Any]:
+    """The batches of an interval, with a bar beside them."""
+    return each(dataloader, "Train", "step")
+
+
+def record(loss: torch.Tensor, n_samples: int, step: int) -> None:
+    """Record the loss of a step; every tenth time it is written, because reading it waits for the device."""
+    tracker.add("loss.train", loss)
+    tracker.add_global_step(n_samples)
+    if step % 10 == 0:
+        tracker.save()
+
+
 @contextlib.contextmanager
 def interrupted_afterwards() -> Iterator[None]:
     """Inside, Ctrl-C waits for the end, so that a step is made whole or not at all; pressed twice, it does not."""
@@ -50,7 +64,7 @@ def interrupted_afterwards() -> Iterator[None]:
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield  # Ctrl-C is someone else's
         return
-    pressed = []
+    pressed: list[int] = []
 
     def press(number: int, frame: Any) -> None:
         if pressed:
@@ -66,7 +80,9 @@ def interrupted_afterwards() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def report_progress(step: int, n_steps: int, losses: Mapping[str, float], tokens_per_second: float, left: float) -> None:
+def report_progress(
+    step: int, n_steps: int, losses: Mapping[str, float], tokens_per_second: float, left: float
+) -> None:
     """Record losses, in bits per byte, and say how far training is, in a line.
 
     * `left` are seconds

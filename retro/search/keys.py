@@ -180,6 +180,7 @@ class Keys:
         """Offsets that an index holds, as they are. Raises `DamagedFile` if one lies outside of the text."""
         if offsets.size and not -1 <= offsets.min() <= offsets.max() < len(self.corpus.tokens):
             raise DamagedFile(
-                self.data_path / INDEX_FILE, f"holds offset {offsets.max()}, but the text has {len(self.corpus.tokens)} tokens"
+                self.data_path / INDEX_FILE,
+                f"holds offset {offsets.max()}, but the text has {len(self.corpus.tokens)} tokens",
             )
         return offsets

@@ -170,7 +170,9 @@ def _rewrite(folder: Path, corpus: Corpus, new: list[Document], removed: frozens
         write_manifest(path, manifest)
 
 
-def update_index(data_path: Path, bert: BERTChunkEmbeddings | None, device: torch.device | str) -> dict[str, Any] | None:
+def update_index(
+    data_path: Path, bert: BERTChunkEmbeddings | None, device: torch.device | str
+) -> dict[str, Any] | None:
     """Bring the index to where the corpus is; None if it is of a kind that cannot forget."""
     corpus, manifest = Corpus.load(data_path / CORPUS_FOLDER), read_database_manifest(data_path)
     if manifest["database_sha256"] == corpus.database_sha256:

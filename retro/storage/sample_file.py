@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,17 @@ from typing import Any
 import numpy as np
 
 from retro import parallel
-from retro.errors import ArtifactError, DamagedFile, MissingArtifact, differences
+from retro.config import DatasetConfig
+from retro.errors import ArtifactError, DamagedFile, MissingArtifact, differences, require_match
 from retro.storage.files import BLOCK, atomic_write, sha256_of_file
-from retro.storage.manifests import FORMAT_VERSION, Fields, parse_manifest, require_positive, with_checksum
+from retro.storage.manifests import (
+    FORMAT_VERSION,
+    Fields,
+    package_versions,
+    parse_manifest,
+    require_positive,
+    with_checksum,
+)
 from retro.storage.shards import TOKENS_PER_SHARD, Shards
 
 MAX_HEADER = 1 << 20  # bytes of the first line
@@ -41,14 +49,15 @@ HEADER_FIELDS: Fields = {
 class SampleFile:
     """The samples of a file, read when they are asked for: memory holds the positions of the lines.
 
-    * `n_tokens` is the length of the text that the samples point into
+    * `corpus` is what the samples point into
 
     Raises `MissingArtifact`, `StaleArtifact` or `DamagedFile`.
     """
 
-    def __init__(self, path: Path, n_tokens: int) -> None:
-        self.path, self.n_tokens = path, n_tokens
+    def __init__(self, path: Path, corpus: Any) -> None:
+        self.path, self.n_tokens = path, (n_tokens := len(corpus.tokens))
         self.header = read_header(path)
+        require_match(path, self.header, {"corpus_sha256": corpus.sha256})
         self.lines = _line_starts(path)
         if (found := len(self.lines) - 2) != self.header["n_samples"]:
             raise DamagedFile(path, f"has {found} samples, but its header says {self.header['n_samples']}")
@@ -98,6 +107,20 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
+def dataset_cache_key(database: Mapping[str, Any], config: DatasetConfig, exclude: str) -> dict[str, Any]:
+    """The part of a header that tells whether the samples have to be made again; `database` is a manifest."""
+    return {
+        "chunk_len": database["chunk_len"],
+        "chunks_per_sample": config.chunks_per_sample,
+        "skip_range": config.skip_range,
+        "n_neighbors": config.n_neighbors,
+        "exclude": exclude,
+        "seed": config.seed,
+        "corpus_sha256": database["corpus_sha256"],
+        "index_sha256": database["index_sha256"],
+    }
+
+
 def write_samples(
     path: Path,
     header: dict[str, Any],
@@ -110,6 +133,7 @@ def write_samples(
 
     An interrupted call continues after the last shard.
     """
+    header = {**header, "versions": package_versions()}
     if not parallel.broadcast_from_rank_zero(partial(is_whole, path, header)):
         per_shard = max(1, TOKENS_PER_SHARD // (header["chunk_len"] * header["chunks_per_sample"]))
         groups = [offsets[i : i + per_shard] for i in range(0, len(offsets), per_shard)]

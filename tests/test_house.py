@@ -1,0 +1,67 @@
+"""The house: the tutorial's five modules in front, plain; data flow one way."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# What the tutorial's page defines first (nn.labml.ai/transformers/retro); its Sampler has a module of its own here.
+FIRST = {
+    "bert_embeddings": "BERTChunkEmbeddings",
+    "database": "build_database",
+    "model": "RotaryPositionalEmbeddings",
+    "dataset": "build_dataset",
+    "train": "Trainer",
+}
+
+
+@pytest.mark.parametrize("room", FIRST)
+def test_a_room_is_short_and_begins_as_the_tutorials_page_does(room):
+    source = (ROOT / "retro" / f"{room}.py").read_text()
+    tree = ast.parse(source)
+    assert len(source.splitlines()) <= (450 if room == "model" else 250)
+    imports = [
+        n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom) and getattr(n, "module", "") != "__future__"
+    ]
+    assert sum((n.end_lineno or 0) - n.lineno + 1 for n in imports) <= 12
+    definitions = [n.name for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef)]
+    assert definitions[0] == FIRST[room]
+    code = source.replace(ast.get_docstring(tree, clean=False), "")
+    for word in ("sha256", "hashlib", "lock", "Fields", "process_group", "torch.distributed", "repair", "python -m"):
+        assert not re.search(rf"(?<![a-z]){re.escape(word)}", code), f"{room} has {word}"
+
+
+def test_only_guards_of_scripts_know_the_command_line():
+    for path in (ROOT / "retro").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        below = [n for top in tree.body for n in ast.walk(top)]
+        known = [n for n in below if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("retro.cli")]
+        if known and path.parent.name != "cli" and path.name != "__main__.py":
+            guard = tree.body[-1]
+            assert isinstance(guard, ast.If) and ast.unparse(guard.test) == "__name__ == '__main__'", path
+            assert known == [n for n in ast.walk(guard) if isinstance(n, ast.ImportFrom)], path
+
+
+@pytest.mark.skipif(
+    shutil.which("lint-imports", path=str(Path(sys.executable).parent)) is None, reason="needs the extra dev"
+)
+def test_imports_point_down_and_a_step_up_is_noticed(tmp_path):
+    command = [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    for name in ("retro", "pyproject.toml"):
+        (shutil.copytree if name == "retro" else shutil.copy)(ROOT / name, tmp_path / name)
+    with open(tmp_path / "retro" / "storage" / "files.py", "a") as file:
+        file.write("\n\ndef f():\n    from retro.text.corpus import Corpus\n\n    return Corpus\n")
+    result = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"},
+    )
+    assert result.returncode == 1 and "retro.storage is not allowed to import retro.text" in result.stdout
