@@ -18,7 +18,8 @@ import torch
 from labml import lab
 from transformers import BertModel, BertTokenizer  # before the stand-in for torchvision, for which it looks
 
-from retro.bert_embeddings import PACKAGED, find_embedder
+from retro.config import PACKAGED
+from retro.text.pretrained import find_embedder
 
 
 def stand_in(*names: str) -> None:
