@@ -91,7 +91,7 @@ class NameTaken(RetroError, ValueError):
 
 
 class UntrustedPath(ArtifactError, ValueError):
-    """A file names a folder that is not below the current one; whoever trusts it has to name it."""
+    """A file names a folder that is not below the current one; who trusts it has to name it."""
 
 
 class SeenText(RetroError, ValueError):

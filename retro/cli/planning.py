@@ -43,4 +43,4 @@ def plan_command(argv: Sequence[str]) -> None:
     rates = measure(
         texts, corpus.tokenizer, database.chunk_len, database.embedder, device, database.factory, corpus.valid_fraction
     )
-    note(describe(plan(options.n_tokens, rates, database.factory, options.n_processes)))
+    note(describe(plan(options.n_tokens, rates, database.factory, options.n_processes, database.n_train)))

@@ -6,7 +6,7 @@ a model never reads a dataset that was cut into chunks of another length. A mani
 speaks of, and names their hashes.
 
 What is read may come from anywhere, so it is checked before it is used: the checksum tells a torn or altered file
-(not a forged one: whoever forges computes it anew), and the fields have to be there and of their kinds.
+(not a forged one: a forger computes it anew), and the fields have to be there and of their kinds.
 """
 
 from __future__ import annotations

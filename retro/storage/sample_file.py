@@ -20,7 +20,7 @@ import numpy as np
 from retro import parallel
 from retro.config import DatasetConfig
 from retro.errors import ArtifactError, DamagedFile, MissingArtifact, differences, require_match
-from retro.storage.files import BLOCK, atomic_write, sha256_of_file
+from retro.storage.files import BLOCK, atomic_write, exclusive_lock, remove_unfinished, sha256_of_file
 from retro.storage.manifests import (
     FORMAT_VERSION,
     Fields,
@@ -134,18 +134,21 @@ def write_samples(
     An interrupted call continues after the last shard.
     """
     header = {**header, "versions": package_versions()}
-    if not parallel.broadcast_from_rank_zero(partial(is_whole, path, header)):
-        per_shard = max(1, TOKENS_PER_SHARD // (header["chunk_len"] * header["chunks_per_sample"]))
-        groups = [offsets[i : i + per_shard] for i in range(0, len(offsets), per_shard)]
-        shards = Shards(shards_folder(path), header, [""] * len(groups), ".jsonl")
+    if parallel.broadcast_from_rank_zero(partial(is_whole, path, header)):
+        parallel.on_rank_zero(partial(remove_unfinished, path.parent, shards_folder(path)))
+        return read_header(path)
+    per_shard = max(1, TOKENS_PER_SHARD // (header["chunk_len"] * header["chunks_per_sample"]))
+    groups = [offsets[i : i + per_shard] for i in range(0, len(offsets), per_shard)]
+    shards = Shards(shards_folder(path), header, [""] * len(groups), ".jsonl")
 
-        def make(number: int, temporary: Path, done: Callable[[int], Any]) -> None:
-            lines = [json.dumps(sample) for sample in retrieve(groups[number])]
-            temporary.write_bytes(("\n".join(lines) + "\n").encode())
-            done(len(lines))
+    def make(number: int, temporary: Path, done: Callable[[int], Any]) -> None:
+        lines = [json.dumps(sample) for sample in retrieve(groups[number])]
+        temporary.write_bytes(("\n".join(lines) + "\n").encode())
+        done(len(lines))
 
+    with exclusive_lock(path.parent):
         shards.make_missing(f"Neighbors ({header['split']})", "sample", [len(group) for group in groups], make)
-        parallel.on_rank_zero(lambda: _join(path, header, shards))
+        parallel.on_rank_zero(partial(_join, path, header, shards))
     return read_header(path)
 
 
