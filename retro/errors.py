@@ -53,10 +53,13 @@ class StaleArtifact(ArtifactError, ValueError):
     """An artifact that is whole, but was made otherwise than is wanted.
 
     * `differences` has, for each field that differs, what was found and what is wanted
+    * `wanted` has all fields that were compared
     """
 
-    def __init__(self, path: Path, differences: Mapping[str, tuple[Any, Any]]) -> None:
-        self.differences = dict(differences)
+    def __init__(
+        self, path: Path, differences: Mapping[str, tuple[Any, Any]], wanted: Mapping[str, Any] | None = None
+    ) -> None:
+        self.differences, self.wanted = dict(differences), dict(wanted or {})
         super().__init__(path, f"{path} was made with {phrase(self.differences)}")
 
 
@@ -90,6 +93,10 @@ class NameTaken(RetroError, ValueError):
         )
 
 
+class MissingDataOfRun(MissingArtifact):
+    """The data that a run was made with are not where they were."""
+
+
 class UntrustedPath(ArtifactError, ValueError):
     """A file names a folder that is not below the current one; who trusts it has to name it."""
 
@@ -113,4 +120,4 @@ def differences(manifest: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[
 def require_match(path: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise `StaleArtifact` naming both values of each field in which a manifest differs from what is wanted."""
     if different := differences(manifest, wanted):
-        raise StaleArtifact(path, different)
+        raise StaleArtifact(path, different, wanted)

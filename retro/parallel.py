@@ -66,11 +66,11 @@ def on_rank_zero(work: Callable[[], T]) -> T | None:
 
 def broadcast_from_rank_zero(look: Callable[[], int]) -> int:
     """The number that `look` returns on rank 0, on all of them: they go the same way."""
-    seen = look() if rank() == 0 else 0
+    seen = int(look()) if rank() == 0 else 0
     if n_processes() > 1:
         import torch
 
-        told = torch.tensor([seen], device=join_group().device)
+        told = torch.tensor([seen], dtype=torch.int64, device=join_group().device)
         torch.distributed.broadcast(told, src=0)
         seen = int(told.item())
     return seen

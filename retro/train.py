@@ -28,7 +28,7 @@ from retro.device import pick_device
 from retro.model import RetroModel
 from retro.runs import data, loop, tracking
 from retro.runs.engine import Engine, new_engine, start_engine
-from retro.runs.run import find_run, write_run
+from retro.runs.run import find_run, saved_prompt, write_run
 from retro.sample import Sampler
 
 
@@ -61,6 +61,8 @@ class Trainer:
         self.optimizer = optimizer
         self.config = config or TrainConfig()
         self.schedules = config is not None
+        if self.config.schedule == "cosine" and n_steps < 1:
+            raise ValueError(f"n_steps={n_steps}, but the cosine schedule needs to know how many steps there will be")
         self.n_steps = n_steps
         engine = engine or new_engine(self.device, model, optimizer)
         self.progress, self.accelerator = engine.progress, engine.accelerator
@@ -173,7 +175,7 @@ def train(
     run = find_run(found, name, config, model_shape or {}, Path(resume) if resume else None)
     if (finished := run.summary()) is not None:
         return run.folder, finished
-    beginning = found.beginning_of_held_out() if prompt is None else prompt
+    beginning = found.beginning_of_held_out() if (prompt := prompt or saved_prompt(run)) is None else prompt
     with tracking.tracked(run, found.path):
         write_run(run, found, beginning)
         engine = start_engine(run, device, fsdp)

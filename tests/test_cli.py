@@ -15,7 +15,8 @@ from conftest import CHUNK_LEN
 import retro
 from retro import config as configs
 from retro.cli import COMMANDS, main
-from retro.cli.options import add_config, comments_of, config_from, new_parser, parse_with_preset
+from retro.cli.building import database_config
+from retro.cli.options import add_config, comments_of, config_from, new_parser, parse_with_preset, the_other_of
 from retro.cli.repair import explain
 from retro.cli.training import _parser
 from retro.config import CorpusConfig, DatabaseConfig, DatasetConfig, EvaluateConfig, RetroConfig, SampleConfig
@@ -75,14 +76,36 @@ def test_every_field_of_a_config_is_an_option_with_its_comment_and_its_default(c
 def test_the_command_line_goes_before_a_file_and_a_file_before_a_preset(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({"preset": "tutorial", "lr": 0.5, "d_model": 64, "ca_layers": [0, 2]}))
-    options, given = parse_with_preset(_parser, ["--config", str(file), "--d-model", "32", "text.txt"])
+    options, given, named = parse_with_preset(_parser, ["--d-model", "32", "--config", str(file), "text.txt"])
     assert (options.d_model, options.lr, options.ca_layers) == (32, 0.5, (0, 2))
     tutorial = configs.PRESETS["tutorial"]
     assert options.tokenizer == "char" and options.embedder == tutorial.database.embedder
     assert config_from(TrainConfig, options) == dataclasses.replace(tutorial.train, lr=0.5)
-    assert given == {"config", "preset", "lr", "d_model", "ca_layers", "texts"} and options.texts == ["text.txt"]
-    demo, _ = parse_with_preset(_parser, [])
+    assert (
+        given == {"config", "preset", "lr", "d_model", "ca_layers", "texts"}
+        and named == {"config", "d_model"}
+        and options.texts == ["text.txt"]
+    )
+    demo, _, _ = parse_with_preset(_parser, [])
     assert config_from(TrainConfig, demo) == configs.PRESETS["demo"].train and demo.d_model == 128
+
+
+def test_options_that_exclude_each_other_are_refused_and_the_command_line_decides(tmp_path, capsys):
+    assert main(["train", "--epochs", "3", "--steps", "9"]) == 1
+    assert "--steps and --epochs exclude each other" in capsys.readouterr().err
+    assert main(["database", "x", "--recall", "0.9", "--n-probe", "4"]) == 1
+    assert "--n-probe and --recall exclude each other" in capsys.readouterr().err
+    both, given, named = ("steps", "epochs"), {"steps", "epochs"}, {"epochs"}
+    assert the_other_of(both, given, named) == "steps", "a file has both, the command line says epochs"
+    assert the_other_of(both, given, set()) == "epochs" and the_other_of(both, set(), set()) is None
+    options, given, named = parse_with_preset(_parser, ["--n-centeroids", "32", "--recall", "0.8"])
+    assert database_config(options, given, named).factory == "IVF32,PQ64"
+    assert database_config(options, given, named).search == 0.8
+    with pytest.raises(SystemExit):
+        main(["add"])
+    assert "TEXT" in capsys.readouterr().err
+    options, _, _ = parse_with_preset(_parser, ["--prompt", "# Title", "--name", "007"])
+    assert (options.prompt, options.name) == ("# Title", "007")
 
 
 def test_a_file_with_an_option_that_does_not_exist_is_refused(tmp_path, capsys):
@@ -184,13 +207,21 @@ def test_epochs_go_before_a_presets_steps_and_recall_before_its_n_probe(workplac
             "is torn. Rebuild it: retro database TEXT ... --data-path d",
         ),
         (
-            StaleArtifact(Path("d/retro.index.json"), {"chunk_len": (16, 32), "index_wanted": ("Flat", "auto")}),
-            "Rebuild it: retro database TEXT ... --chunk-len 32 --index auto --data-path d, or keep it",
+            StaleArtifact(
+                Path("my data/retro.index.json"),
+                {"chunk_len": (16, 32)},
+                {"chunk_len": 32, "index_wanted": "auto", "search": 0.9, "corpus_sha256": "a"},
+            ),
+            "Rebuild it: retro database TEXT ... --chunk-len 32 --index auto --recall 0.9 --data-path 'my data', or",
         ),
         (
-            StaleArtifact(Path("d/retro_train_dataset.jsonl"), {"n_neighbors": (2, 4), "index_sha256": ("a", "b")}),
+            StaleArtifact(
+                Path("d/retro_train_dataset.jsonl"),
+                {"n_neighbors": (2, 4), "index_sha256": ("a", "b")},
+                {"n_neighbors": 4, "exclude": "sample", "index_sha256": "b"},
+            ),
             "n_neighbors=2, but n_neighbors=4 is wanted; index_sha256='a', but index_sha256='b' is wanted. "
-            "Rebuild it: retro dataset --data-path d --n-neighbors 4",
+            "Rebuild it: retro dataset --n-neighbors 4 --exclude sample --data-path d",
         ),
         (
             DamagedFile(Path("logs/n/r/checkpoints/00000004/model.safetensors"), "is torn"),

@@ -18,12 +18,12 @@ from retro.cli.repair import explain
 from retro.config import DatabaseConfig
 from retro.database import RetroIndex, build_database
 from retro.dataset import DATASET_FILE, build_dataset
-from retro.errors import MissingArtifact
+from retro.errors import CannotWrite, MissingArtifact
 from retro.search import filling, index_file
 from retro.search import keys as keys_module
 from retro.search.keys import Keys
 from retro.storage import sample_file
-from retro.storage.files import exclusive_lock
+from retro.storage.files import atomic_write, exclusive_lock
 from retro.storage.manifests import write_manifest
 from retro.storage.shards import Shards
 from retro.text.build import build_corpus
@@ -284,6 +284,17 @@ def test_a_run_goes_back_to_the_checkpoint_before_a_damaged_one(copy, monkeypatc
     assert newest_whole_checkpoint(run).name == "00000004" and state.exists()
     shutil.rmtree(run / "checkpoints")
     assert newest_whole_checkpoint(run) is None
+
+
+def test_what_cannot_be_read_while_something_is_written_is_what_is_named(copy, tmp_path):
+    with pytest.raises(MissingArtifact, match="no shard 3"), atomic_write(tmp_path / "x"):
+        raise MissingArtifact(copy / "keys" / "51f9a2c7", "no shard 3")
+    with (
+        pytest.raises(CannotWrite, match=f"cannot write {tmp_path / 'x'}: No space left"),
+        atomic_write(tmp_path / "x"),
+    ):
+        raise OSError(28, "No space left")
+    assert not list(tmp_path.glob("*x*"))
 
 
 def test_an_older_corpus_stays_whole_when_a_new_one_fails(plays, tmp_path):

@@ -102,6 +102,48 @@ def test_ctrl_c_ends_training_after_a_step_with_a_checkpoint(workplace, monkeypa
     assert kept[0] == kept[1] == ["00000008", "00000012"]
 
 
+@pytest.mark.parametrize("stopped_at", [4, 12])
+def test_a_run_that_is_stopped_at_the_last_step_of_an_interval_closes_it(workplace, monkeypatch, capsys, stopped_at):
+    from retro.train import Trainer
+
+    shape = SHAPE | {"d_ff": 56}
+    _, summary = train(config=CONFIG, model_shape=shape, device="cpu", name="whole")
+    train_step = Trainer.train_step
+
+    def pressed(self, *batch):
+        loss = train_step(self, *batch)
+        if self.progress.step == stopped_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+    monkeypatch.setattr(Trainer, "train_step", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config=CONFIG, model_shape=shape, device="cpu", name="cut")
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    capsys.readouterr()
+    (run,) = (workplace / "logs" / "cut").iterdir()
+    resumed = train(resume=run, device="cpu")[1]
+    assert f"step {stopped_at} of 12: train " in capsys.readouterr().out
+    different = {k for k in summary if summary[k] != resumed[k]}
+    assert different <= {"tokens_per_second"} and resumed["tokens_per_second"] > 0
+
+
+def test_ctrl_c_twice_saves_nothing_half_done(workplace, monkeypatch):
+    from retro.runs.tracking import InterruptedInStep
+    from retro.train import Trainer
+
+    def pressed(self, *_):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the step went on")
+
+    monkeypatch.setattr(Trainer, "train_step", pressed)
+    with pytest.raises(InterruptedInStep):
+        train(config=CONFIG, model_shape=SHAPE | {"d_ff": 40}, device="cpu", name="twice")
+    assert not list(workplace.glob("logs/twice/*/checkpoints/*"))
+
+
 def test_a_run_is_continued_without_its_summary_but_not_on_another_dataset(workplace, index):
     run, summary = train(config=CONFIG, model_shape=SHAPE, device="cpu", name="moved")
     (run / "summary.json").write_text("{")

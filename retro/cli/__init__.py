@@ -1,6 +1,6 @@
 """The command lines: `retro COMMAND`, and `python -m retro.STAGE`, which is the same.
 
-Everything heavy is imported after the options are read, so that `--help` answers at once.
+Everything heavy is imported after the options are read, so that `retro COMMAND --help` answers at once.
 """
 
 from __future__ import annotations

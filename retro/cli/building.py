@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
-from retro.cli.options import add_config, config_from, data_path_of, new_parser, parse_with_preset
+from retro.cli.options import add_config, config_from, data_path_of, new_parser, parse_with_preset, the_other_of
 from retro.config import CorpusConfig, DatabaseConfig, DatasetConfig, Preset
 from retro.progress import note
 
 TEXTS = "text files, .jsonl files, or folders of them"
+
+
+def database_config(options: Namespace, given: set[str], named: set[str]) -> DatabaseConfig:
+    """The database's config, in which what was given goes before what a preset has in its place."""
+    changed: dict[str, Any] = {}
+    if the_other_of(("n_probe", "recall"), given, named) == "n_probe":
+        changed["n_probe"] = None
+    if given & {"n_centeroids", "code_size"} and "index" not in given:
+        changed["index"] = None
+    return config_from(DatabaseConfig, options, changed)
 
 
 def database_command(argv: Sequence[str]) -> None:
@@ -24,9 +35,8 @@ def database_command(argv: Sequence[str]) -> None:
         add_config(parser, DatabaseConfig, preset.database, skip=("seed",))
         return parser
 
-    options, given = parse_with_preset(build, argv)
-    changed = {"n_probe": None} if "recall" in given and "n_probe" not in given else {}
-    config, corpus_config = config_from(DatabaseConfig, options, changed), config_from(CorpusConfig, options)
+    options, given, named = parse_with_preset(build, argv)
+    config, corpus_config = database_config(options, given, named), config_from(CorpusConfig, options)
     from retro.cli.stages import prepare_corpus, prepare_database
     from retro.device import pick_device
     from retro.text.corpus import CORPUS_FOLDER, MANIFEST_FILE, Corpus
@@ -51,7 +61,7 @@ def dataset_command(argv: Sequence[str]) -> None:
         add_config(parser, DatasetConfig, preset.dataset)
         return parser
 
-    options, _ = parse_with_preset(build, argv)
+    options, _, _ = parse_with_preset(build, argv)
     config, data_path = config_from(DatasetConfig, options), data_path_of(options)
     from retro.cli.stages import prepare_dataset
     from retro.device import pick_device

@@ -11,7 +11,8 @@ from retro.progress import note
 
 def add_command(argv: Sequence[str]) -> None:
     """Add documents to a database."""
-    parser = new_parser("add", "Add documents to a database, embedding only them.", texts="texts to add")
+    parser = new_parser("add", "Add documents to a database, embedding only them.")
+    parser.add_argument("texts", metavar="TEXT", nargs="+", type=str, help="files to add, or folders of them")
     options = parser.parse_args(list(argv))
     from retro.device import pick_device
     from retro.search.updates import add_documents

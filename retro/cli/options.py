@@ -1,7 +1,7 @@
 """Options from the config dataclasses: every field is one, its default is shown, its comment is the help.
 
 They come from the command line, from a file (`--config FILE.yaml`, with the same names), or from a preset; the first of
-these that has one decides.
+these that has a value decides.
 """
 
 from __future__ import annotations
@@ -23,21 +23,15 @@ Config = TypeVar("Config")
 def new_parser(command: str, description: str, *, texts: str = "", of_a_run: bool = False) -> ArgumentParser:
     """A parser with the options that commands share.
 
-    * `texts` is the help of the texts that are named, if any are
+    * `texts` is the help of the texts that can be named, if any can
     * `of_a_run`: the data are the run's unless they are named
     """
     parser = ArgumentParser(prog=f"retro {command}", description=description)
     if texts:
         parser.add_argument("texts", metavar="TEXT", nargs="*", type=str, default=[], help=texts)
     parser.add_argument("--config", action=ActionConfigFile, metavar="FILE.yaml", help="a file with options")
-    data = "data" if not of_a_run else None
-    parser.add_argument(
-        "--data-path",
-        metavar="DIR",
-        type=str | None,
-        default=data,
-        help="artifacts" + " (the run's, if null)" * of_a_run,
-    )
+    default, what = (None, "folder of the data; null for the run's") if of_a_run else ("data", "folder of the data")
+    parser.add_argument("--data-path", metavar="DIR", type=str, default=default, help=what)
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return parser
 
@@ -78,11 +72,15 @@ def config_from(of: Callable[..., Config], options: Namespace, changed: Mapping[
     return of(**values | dict(changed or {}))
 
 
-def parse_with_preset(build: Callable[[Preset], ArgumentParser], argv: Sequence[str]) -> tuple[Namespace, set[str]]:
-    """All options, and the names of those that were given; the preset, itself an option, has the defaults.
+def parse_with_preset(
+    build: Callable[[Preset], ArgumentParser], argv: Sequence[str]
+) -> tuple[Namespace, set[str], set[str]]:
+    """All options, the names of those that were given, and of those that stand on the command line.
 
-    * `build` makes the parser for a preset
+    * `build` makes the parser for a preset, which has the defaults and is an option itself
     """
+    argv = config_first(argv)
+    on_command_line = {arg.partition("=")[0].removeprefix("--").replace("-", "_") for arg in argv if arg[:2] == "--"}
     named = list(argv[argv.index("--preset") + 1 :][:1]) if "--preset" in argv else []
     name = named[0] if named and named[0] in PRESETS else None
     while True:
@@ -93,10 +91,37 @@ def parse_with_preset(build: Callable[[Preset], ArgumentParser], argv: Sequence[
             default=None,
             help=f"a complete set-up, with text of its own; the defaults shown here are those of {name or 'demo'}",
         )
-        options = parser.parse_args(list(argv))
+        options = parser.parse_args(argv)
         if options.preset == name:
-            return options, set(parser.parse_args(list(argv), defaults=False).keys())
+            return options, set(parser.parse_args(argv, defaults=False).keys()), on_command_line
         name = options.preset
+
+
+def config_first(argv: Sequence[str]) -> list[str]:
+    """The arguments with `--config FILE` before the others, which then go before what the file says."""
+    files: list[str] = []
+    rest: list[str] = []
+    following = False
+    for arg in argv:
+        is_config = arg == "--config" or arg.startswith("--config=")
+        (files if is_config or following else rest).append(arg)
+        following = arg == "--config"
+    return [*files, *rest]
+
+
+def the_other_of(pair: tuple[str, str], given: Collection[str], on_command_line: Collection[str]) -> str | None:
+    """Of two options that exclude each other, the one to leave out, because the other was given; None for neither.
+
+    Raises `ValueError` if both stand on the command line. If a file has both, it means the first.
+    """
+    if set(pair) <= set(on_command_line):
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in pair)
+        raise ValueError(f"{flags} exclude each other; leave one of them out")
+    for names in (on_command_line, given):
+        for name, other in (pair, pair[::-1]):
+            if name in names:
+                return other
+    return None
 
 
 def data_path_of(options: Namespace) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from retro.cli.building import TEXTS
+from retro.cli.building import TEXTS, database_config
 from retro.cli.options import add_config, config_from, data_path_of, new_parser, parse_with_preset
 from retro.cli.presets import texts_of
 from retro.config import CorpusConfig, DatabaseConfig, Preset
@@ -22,16 +22,16 @@ def plan_command(argv: Sequence[str]) -> None:
         parser = new_parser(
             "plan", "Say what a database of N tokens of such text would take; build nothing.", texts=TEXTS
         )
-        parser.add_argument("--n-tokens", type=float | None, default=None, metavar="N", help="size to plan for, as 1e9")
+        parser.add_argument("--n-tokens", type=float, default=None, metavar="N", help="size to plan for, as 1e9")
         parser.add_argument("--n-processes", type=int, default=1, metavar="N", help="processes to plan for")
         add_config(parser, CorpusConfig, preset.corpus)
         add_config(parser, DatabaseConfig, preset.database, skip=("seed",))
         return parser
 
-    options, _ = parse_with_preset(build, argv)
+    options, given, named = parse_with_preset(build, argv)
     if options.n_tokens is None:
         raise InvalidOption("n_tokens", None, "is no size; name one: retro plan --n-tokens 1e9 [TEXT ...]")
-    corpus, database = config_from(CorpusConfig, options), config_from(DatabaseConfig, options)
+    corpus, database = config_from(CorpusConfig, options), database_config(options, given, named)
     from retro.device import pick_device
     from retro.planning.plan import check_size, describe, plan
     from retro.planning.rates import measure

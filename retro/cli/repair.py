@@ -1,8 +1,10 @@
-"""From an error to a message with the command that repairs it."""
+"""From an error to a message with the command that repairs it, to be pasted as it stands."""
 
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from retro.errors import (
     FolderInUse,
     InvalidOption,
     MissingArtifact,
+    MissingDataOfRun,
     NameTaken,
     SeenText,
     StaleArtifact,
@@ -23,11 +26,12 @@ from retro.errors import (
     UntrustedPath,
 )
 
-# Fields of manifests that options of another name set.
-OPTIONS = {"index_wanted": "index", "tokenizer_name": "tokenizer"}
+# Fields of manifests that options of another name set, and the options that a command may need.
+OPTIONS = {"index_wanted": "index", "tokenizer_name": "tokenizer", "n_train_wanted": "n_train"}
 SETTABLE = {
     *CorpusConfig.__dataclass_fields__, *DatabaseConfig.__dataclass_fields__, *DatasetConfig.__dataclass_fields__
 }  # fmt: skip
+OF_DATABASE = ("chunk_len", "index_wanted", "embedder", "seed", "search", "n_train_wanted")
 
 
 def explain(error: Exception) -> str:
@@ -43,9 +47,11 @@ def explain(error: Exception) -> str:
             data = error.path.parent
             return f"{error}. Give the same command again: retro add TEXT ... (or remove NAME ...) --data-path {data}"
         case UntrustedPath():
-            return f"{error}. If you trust it, name it yourself: --data-path {error.path}"
+            return f"{error}. If you trust it, name it yourself: --data-path {_quoted(error.path)}"
+        case MissingDataOfRun():
+            return f"{error}: --data-path DIR"
         case NameTaken():
-            return f"{error}: retro remove {error.name}"
+            return f"{error}: retro remove {_quoted(error.name)} --data-path DIR"
         case EmptyDatabase():
             return f"{error}: retro add TEXT"
         case TextTooShort():
@@ -59,60 +65,83 @@ def explain(error: Exception) -> str:
 
 def flag(name: str, value: Any) -> str:
     """An option as it is written on the command line."""
-    return f"--{name.replace('_', '-')} {value}"
+    return f"--{name.replace('_', '-')} {_quoted(value)}"
+
+
+def _quoted(value: Any) -> str:
+    return shlex.quote(str(value))
 
 
 def repair_of(error: ArtifactError) -> str:
     """The command that makes an artifact anew, as a sentence."""
     path, verb = error.path, "Make it" if isinstance(error, MissingArtifact) else "Rebuild it"
-    if "checkpoints" in path.parts and path.name != "checkpoints":
-        folder = Path(*path.parts[: path.parts.index("checkpoints") + 2])
-        return f"Delete {folder} to fall back to an older checkpoint"
+    wanted = getattr(error, "wanted", {})
+    checkpoint = path if path.name.isdigit() else path.parent
+    if checkpoint.name.isdigit() and checkpoint.parent.name == "checkpoints":
+        return f"Delete {checkpoint} to fall back to an older checkpoint"
+    if path.suffix == ".safetensors" or path.name == "config.json":
+        return "Save the model again"
     if path.name == "summary.json":
-        return f"{verb}: rm {path}; retro train --resume {path.parent}"
+        return f"{verb}: rm {_quoted(path)}; retro train --resume {_quoted(path.parent)}"
+    if path.name == "run.json" and isinstance(error, StaleArtifact) and "format_version" not in error.differences:
+        return f"Name the folder of the data that it was made with, --data-path DIR, or train anew:{_train(path)}"
     if path.name in ("run.json", "checkpoints", "logs"):
-        return f"{verb}: retro train"
-    wanted = {name: pair[1] for name, pair in getattr(error, "differences", {}).items()}
+        return f"{verb}:{_train(path)}"
     command = _command_for(path, wanted)
     if isinstance(error, StaleArtifact):
         command += ", or keep it and use another --data-path"
     return f"{verb}: {command}"
 
 
-def _command_for(path: Path, wanted: dict[str, Any]) -> str:
+def _train(path: Path) -> str:
+    """The command that trains a run like the one that a file belongs to."""
+    return " retro train" + " --no-retrieval" * path.parent.parent.name.endswith("_no_retrieval")
+
+
+def _command_for(path: Path, wanted: Mapping[str, Any]) -> str:
     """The command that makes a file of a data folder."""
-    if "keys" in path.parts:  # the index stays as it is, if the options are its own
-        data = Path(*path.parts[: path.parts.index("keys")])
-        return f"retro database --data-path {data}{_options(_of_manifest(data))}"
-    if path.suffix == ".jsonl" or path.name.endswith(".jsonl"):
-        return f"retro dataset --data-path {path.parent}{_options(wanted)}"
+    if path.suffix == ".npy" or path.parent.name == "keys":  # a shard of keys, or their folder
+        return _same_database(path.parents[2] if path.suffix == ".npy" else path.parents[1])
+    if path.name in ("retro.index", "retro.ivfdata", "index.shards"):
+        return _same_database(path.parent)
+    if path.suffix in (".jsonl", ".shards"):
+        return f"retro dataset{_options(wanted)}{_data(path.parent)}"
     if path.parent.name == "corpus" or path.name == "corpus":
-        data = path if path.name != "corpus" and path.parent.name != "corpus" else path.parent
-        data = data.parent if data.name == "corpus" else data
-        return f"retro database TEXT ...{_options(wanted)} --data-path {data}"
-    if path.name.startswith("retro."):
-        return f"retro database TEXT ...{_options(wanted)} --data-path {path.parent}"
-    return f"retro database TEXT ...{_options(wanted)} --data-path {path}"
+        data = path.parent if path.name == "corpus" else path.parents[1]
+        return f"retro database TEXT ...{_options(wanted)}{_data(data)}"
+    if path.name == "retro.index.json":
+        return f"retro database TEXT ...{_options(wanted or _of_manifest(path.parent))}{_data(path.parent)}"
+    return f"retro database TEXT ...{_options(wanted)}{_data(path)}"
 
 
-def _options(values: dict[str, Any]) -> str:
+def _same_database(data: Path) -> str:
+    """The command that makes what is damaged of a database, of the text that is there, and leaves the rest."""
+    return f"retro database{_options(_of_manifest(data))}{_data(data)}"
+
+
+def _data(path: Path) -> str:
+    return f" --data-path {_quoted(path)}"
+
+
+def _options(values: Mapping[str, Any]) -> str:
     named = {OPTIONS.get(name, name): value for name, value in values.items()}
     if (search := named.pop("search", None)) is not None:
         named |= {"n_probe": search} if search >= 1 else {"recall": search}
-    return "".join(f" {flag(name, value)}" for name, value in named.items() if name in SETTABLE)
+    if ":" in (tokenizer := str(named.get("tokenizer", ""))) and not tokenizer.startswith("bpe:"):
+        named["tokenizer"] = "FOLDER"  # of which a manifest has only name and hash
+    return "".join(f" {flag(name, value)}" for name, value in named.items() if name in SETTABLE and value is not None)
 
 
 def _of_manifest(data: Path) -> dict[str, Any]:
     """What the database in a folder was made with, as far as its manifest can be read."""
-    names = ("chunk_len", "index_wanted", "embedder", "seed", "search")
     try:
         manifest = json.loads((data / "retro.index.json").read_text(encoding="utf-8"))
-        return {name: manifest[name] for name in names}
+        return {name: manifest[name] for name in OF_DATABASE}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
 def _after_a_full_disk(path: Path) -> str:
     if path.parent.name == "checkpoints":
-        return f"free some space, then continue: retro train --resume {path.parent.parent}"
+        return f"free some space, then continue: retro train --resume {_quoted(path.parent.parent)}"
     return "free some space or choose another --data-path, then run the same command again"

@@ -10,8 +10,8 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from retro import parallel
-from retro.cli.building import TEXTS
-from retro.cli.options import add_config, config_from, data_path_of, new_parser, parse_with_preset
+from retro.cli.building import TEXTS, database_config
+from retro.cli.options import add_config, config_from, data_path_of, new_parser, parse_with_preset, the_other_of
 from retro.config import (
     PRESETS,
     CorpusConfig,
@@ -30,13 +30,12 @@ FROM_DATA = ("n_vocab", "chunk_len")  # of the model's shape
 
 def train_command(argv: Sequence[str]) -> None:
     """Train a model, on data that are there or on texts."""
-    options, given = parse_with_preset(_parser, argv)
-    changed: dict[str, Any] = {"steps": None} if "epochs" in given and "steps" not in given else {}
+    options, given, named = parse_with_preset(_parser, argv)
+    changed = {"steps": None} if the_other_of(("steps", "epochs"), given, named) == "steps" else {}
     config = config_from(TrainConfig, options, changed)
-    changed = {"n_probe": None} if "recall" in given and "n_probe" not in given else {}
     configs = (
         config_from(CorpusConfig, options),
-        config_from(DatabaseConfig, options, changed),
+        database_config(options, given, named),
         config_from(DatasetConfig, options),
     )
     shape = {name: getattr(options, name) for name in RetroConfig.__dataclass_fields__ if name not in FROM_DATA}
@@ -47,7 +46,8 @@ def train_command(argv: Sequence[str]) -> None:
     if options.resume is not None:
         if options.no_retrieval:
             raise ValueError("--no-retrieval shapes a new run; --resume continues one as it is. Leave one of them out")
-        _resume(options, config if given & {"steps", "epochs"} else None, device)
+        data_path = Path(options.data_path) if "data_path" in given else None
+        _resume(options, config if given & {"steps", "epochs"} else None, data_path, device)
         return
     if configs[0].valid_fraction == 0:
         raise InvalidOption("valid_fraction", 0, "leaves nothing to validate on; training needs a share above 0")
@@ -83,12 +83,10 @@ def _parser(preset: Preset) -> ArgumentParser:
         "Train a RETRO model; with --preset or TEXT, build corpus, database and dataset first where they are missing.",
         texts=TEXTS,
     )
-    parser.add_argument(
-        "--name", type=str | None, default=None, help="the run's folder below logs/; null for the text's name"
-    )
+    parser.add_argument("--name", type=str, default=None, help="the run's folder below logs/; null for the text's name")
     parser.add_argument(
         "--prompt",
-        type=str | None,
+        type=str,
         default=None,
         help="text to continue; null for the beginning of a held-out document",
     )
@@ -98,9 +96,7 @@ def _parser(preset: Preset) -> ArgumentParser:
     parser.add_argument(
         "--fsdp", action="store_true", help="under torchrun: shard the weights over the processes, for large models"
     )
-    parser.add_argument(
-        "--resume", metavar="RUN", type=str | None, default=None, help="continue the run in this folder"
-    )
+    parser.add_argument("--resume", metavar="RUN", type=str, default=None, help="continue the run in this folder")
     add_config(parser, CorpusConfig, preset.corpus)
     add_config(parser, DatabaseConfig, preset.database, skip=("seed",))
     add_config(parser, DatasetConfig, preset.dataset, skip=("seed",))
@@ -122,15 +118,14 @@ def _prepare(
     return prepare_dataset(dataset_config, corpus, manifest, data_path, device, rebuild=False)
 
 
-def _resume(options: Namespace, config: TrainConfig | None, device: Any) -> None:
-    """Continue a run with its own configs, with the length of `config` if it is given."""
+def _resume(options: Namespace, config: TrainConfig | None, named: Path | None, device: Any) -> None:
+    """Continue a run with its own configs, with the length of `config` and the data folder if they are given."""
     from retro.runs.run import data_path_of as data_of_run
     from retro.runs.run import read_run
     from retro.train import train
 
     folder = Path(options.resume)
     manifest = read_run(folder)
-    named = None if options.data_path == "data" else Path(options.data_path)
     data_path = data_of_run(folder, manifest, named)
     run, summary = train(
         data_path=data_path, config=config, device=device, resume=folder, prompt=options.prompt, fsdp=options.fsdp

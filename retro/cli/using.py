@@ -39,7 +39,7 @@ def sample_command(argv: Sequence[str]) -> None:
     """Text from a trained model."""
     parser = new_parser("sample", "Write text with a trained model that retrieves as it writes.", of_a_run=True)
     parser.add_argument("prompt", type=str, help="text to continue")
-    parser.add_argument("--run", type=str | None, default=None, help="folder of a run; null for the latest of the data")
+    parser.add_argument("--run", type=str, default=None, help="folder of a run; null for the latest of the data")
     parser.add_argument("--length", type=int, default=256, help="tokens to write")
     parser.add_argument("--show-neighbors", action="store_true", help="print what each chunk retrieved")
     add_config(parser, SampleConfig, SampleConfig())
@@ -87,16 +87,16 @@ def evaluate_command(argv: Sequence[str]) -> None:
         of_a_run=True,
     )
     run_help, baseline_help = "folder of a run; null for the latest of the data", "a run of retro train --no-retrieval"
-    parser.add_argument("--run", type=str | None, default=None, help=run_help)
-    parser.add_argument("--baseline", metavar="RUN", type=str | None, default=None, help=baseline_help)
+    parser.add_argument("--run", type=str, default=None, help=run_help)
+    parser.add_argument("--baseline", metavar="RUN", type=str, default=None, help=baseline_help)
     parser.add_argument(
-        "--database", metavar="DIR", type=str | None, default=None, help="data to retrieve from; null for the run's"
+        "--database", metavar="DIR", type=str, default=None, help="data to retrieve from; null for the run's"
     )
     parser.add_argument(
-        "--out", metavar="DIR", type=str | None, default=None, help="folder of the figures; null for RUN/evaluation"
+        "--out", metavar="DIR", type=str, default=None, help="folder of the figures; null for RUN/evaluation"
     )
     parser.add_argument(
-        "--report", metavar="FILE.html", type=str | None, default=None, help="write a page: what each token gained"
+        "--report", metavar="FILE.html", type=str, default=None, help="write a page: what each token gained"
     )
     add_config(parser, EvaluateConfig, EvaluateConfig())
     options = parser.parse_args(list(argv))
@@ -139,7 +139,9 @@ def _evaluate(
     )
     held_out = held_out_texts(options.texts, trained_on.tokenizer) if options.texts else trained_on
     database = Path(options.database or data_path)
-    in_database = _open_database(database, trained_on, dataset["chunk_len"], f"{data_path}/corpus")
+    in_database = trained_on
+    if database.resolve() != data_path.resolve():
+        in_database = _open_database(database, trained_on, dataset["chunk_len"], f"{data_path}/corpus")
     require_held_out(held_out, trained_on, in_database)
     baseline, differing = None, dict[str, tuple[Any, Any]]()
     if options.baseline is not None:

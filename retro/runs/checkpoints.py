@@ -17,7 +17,7 @@ import torch
 
 from retro import parallel
 from retro.config import RetroConfig
-from retro.errors import CannotWrite, DamagedFile, MissingArtifact
+from retro.errors import ArtifactError, CannotWrite, DamagedFile, MissingArtifact
 from retro.model import RetroModel
 from retro.progress import note
 from retro.storage.files import TEMPORARY, sha256_of_file
@@ -105,13 +105,16 @@ def save_checkpoint(
                 os.fsync(written.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
-    except Exception as error:  # safetensors raises its own kind for a full disk
+    except BaseException as error:  # safetensors raises its own kind for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, Exception):
+            raise
         raise CannotWrite(folder, f"cannot write {folder}: {error}. Earlier checkpoints are intact") from error
-    earlier = [p for p in sorted((run / "checkpoints").glob("[0-9]*")) if p != folder]
-    at_interval = [p for p in earlier if int(p.name) % interval == 0]
-    for old in set(earlier) - set(at_interval[-1:]):
-        shutil.rmtree(old)
+    others = [p for p in sorted((run / "checkpoints").glob("[0-9]*")) if p != folder]
+    # Those of later steps are damaged, or training would have gone on from them.
+    at_interval = [p for p in others if int(p.name) < progress.step and int(p.name) % interval == 0]
+    for other in set(others) - set(at_interval[-1:]):
+        shutil.rmtree(other)
 
 
 def checkpoints_of(run: Path) -> list[Path]:
@@ -139,7 +142,7 @@ def newest_whole_checkpoint(run: Path) -> Path | None:
             try:
                 verify_checkpoint(folder)
                 return int(folder.name)
-            except (DamagedFile, MissingArtifact) as error:
+            except ArtifactError as error:
                 note(f"{error}. It is passed over.")
         return -1
 

@@ -1,4 +1,4 @@
-"""The loop of a run: intervals of training, each ended by a validation, a sample and a checkpoint."""
+"""The loop of a run: intervals of training, each ended by a checkpoint, a validation and a sample."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from retro.progress import note
 from retro.runs.checkpoints import save_checkpoint
 from retro.runs.data import TrainingData
 from retro.runs.run import Run
-from retro.runs.tracking import report_progress
+from retro.runs.tracking import InterruptedInStep, report_progress
 
 
 def fit(trainer: Any, run: Run, data: TrainingData, sample: Callable[[], str] | None) -> dict[str, Any]:
@@ -38,26 +38,30 @@ def fit(trainer: Any, run: Run, data: TrainingData, sample: Callable[[], str] | 
         save_checkpoint(run.folder, trainer.model, run.shape, trainer.optimizer, done, run.interval)
 
     tracker.set_global_step(done.step * config.batch_size)
-    while done.step < run.n_steps:
-        stop = min(run.n_steps, (done.step // run.interval + 1) * run.interval)
+    while done.step < run.n_steps or done.loss_steps:
+        # An interval that was stopped at its very last step has no step left, and is closed.
+        last = done.step - bool(done.loss_steps)
+        stop = min(run.n_steps, (last // run.interval + 1) * run.interval)
         trainer.dataloader = data.batches("train", config, done.step, stop, pin_memory)
         started = time.perf_counter()
         try:
             done.train_bpb = trainer() * data.bits_per_nat("train")
+        except InterruptedInStep:
+            raise
         except KeyboardInterrupt:
             if parallel.n_processes() == 1:  # of several, the others may be at another step
+                done.seconds += time.perf_counter() - started
                 save()
                 note(f"step {done.step:,} of {run.n_steps:,}: stopped, with a checkpoint")
             raise
-        finally:
-            done.seconds += time.perf_counter() - started
+        done.seconds += time.perf_counter() - started
+        save()
         on, off = validate(min(n_valid, config.n_valid_batches))
         losses = {"train": done.train_bpb, "valid": on, "valid without neighbors": off}
         speed = done.step * step_tokens / done.seconds
         report_progress(done.step, run.n_steps, losses, speed, (run.n_steps - done.step) * step_tokens / speed)
         if sample is not None and parallel.rank() == 0:
             note(_one_line(sample))
-        save()
     on, off = validate(n_valid)
     summary = {
         "steps": done.step,
@@ -73,8 +77,8 @@ def fit(trainer: Any, run: Run, data: TrainingData, sample: Callable[[], str] | 
 
 
 def _one_line(sample: Callable[[], str]) -> str:
-    """A sample on one line; a prompt that the vocabulary cannot write is no reason to stop."""
+    """A sample on one line; what keeps it from being written is no reason to stop."""
     try:
         return f"sample: {' '.join(sample().split())}"
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return f"no sample: {error}"

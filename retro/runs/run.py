@@ -16,10 +16,11 @@ import yaml
 
 from retro import parallel
 from retro.config import RetroConfig, TrainConfig
-from retro.errors import ArtifactError, DamagedFile, MissingArtifact, UntrustedPath, require_match
+from retro.errors import ArtifactError, DamagedFile, MissingArtifact, MissingDataOfRun, UntrustedPath, require_match
 from retro.runs.data import TrainingData
 from retro.storage.files import atomic_write
 from retro.storage.manifests import (
+    FORMAT_VERSION,
     Fields,
     package_versions,
     read_manifest,
@@ -82,7 +83,7 @@ def find_run(
         data.require_current()
         config = config or TrainConfig()
         shape = RetroConfig(**{"n_vocab": data.corpus.n_tokens, "chunk_len": data.chunk_len, **model_shape})
-        shaped_by = {"train": asdict(config), "model": asdict(shape), "dataset": dataset}
+        shaped_by = {"train": asdict(config), "model": asdict(shape), "dataset": dataset, "format": FORMAT_VERSION}
         folder = LOGS / (name or data.corpus.name) / sha256_of_json(shaped_by)[:16]
     else:
         folder, manifest = resume, read_run(resume)
@@ -91,6 +92,14 @@ def find_run(
         config = replace(saved, steps=config.steps, epochs=config.epochs) if config else saved
     per_epoch = data.n_batches("train", config.batch_size)
     return Run(folder, config, shape, config.steps or config.epochs * per_epoch, config.interval or per_epoch)
+
+
+def saved_prompt(run: Run) -> str | None:
+    """The prompt that a run was made with, if it was begun before."""
+    try:
+        return str(yaml.safe_load((run.folder / YAML_FILE).read_text(encoding="utf-8"))["prompt"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
 
 
 def write_run(run: Run, data: TrainingData, prompt: str) -> None:
@@ -156,5 +165,5 @@ def data_path_of(run: Path, manifest: Mapping[str, Any], named: Path | None) -> 
         )
     if not path.exists():
         where = "" if named else f", where {run} was made,"
-        raise MissingArtifact(path, f"{path}{where} does not exist; name the folder of the run's data")
+        raise MissingDataOfRun(path, f"{path}{where} does not exist; name the folder of the run's data")
     return path

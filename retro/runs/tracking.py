@@ -38,7 +38,9 @@ def tracked(run: Run, data_path: Path) -> Iterator[None]:
             experiment.create(name=name, uuid=folder.name, comment=name, writers={"file"})
         experiment.configs(asdict(run.config))
         try:
-            with experiment.start():
+            with contextlib.ExitStack() as stack:
+                with contextlib.redirect_stdout(io.StringIO()):  # a banner
+                    stack.enter_context(experiment.start())
                 yield
         finally:
             pid_file.unlink(missing_ok=True)
@@ -57,9 +59,16 @@ def record(loss: torch.Tensor, n_samples: int, step: int) -> None:
         tracker.save()
 
 
+class InterruptedInStep(KeyboardInterrupt):
+    """Ctrl-C, pressed twice: what the step has changed is neither old nor new."""
+
+
 @contextlib.contextmanager
 def interrupted_afterwards() -> Iterator[None]:
-    """Inside, Ctrl-C waits for the end, so that a step is made whole or not at all; pressed twice, it does not."""
+    """Inside, Ctrl-C waits for the end, so that a step is made whole.
+
+    Pressed twice, it does not, and raises `InterruptedInStep`.
+    """
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield  # Ctrl-C is someone else's
@@ -68,7 +77,7 @@ def interrupted_afterwards() -> Iterator[None]:
 
     def press(number: int, frame: Any) -> None:
         if pressed:
-            raise KeyboardInterrupt
+            raise InterruptedInStep
         pressed.append(number)
 
     before = signal.signal(signal.SIGINT, press)

@@ -71,6 +71,7 @@ def database_cache_key(corpus: Corpus, config: DatabaseConfig) -> dict[str, Any]
         "chunk_len": config.chunk_len,
         "index_wanted": config.factory,
         "search": config.search,
+        "n_train_wanted": config.n_train,
         "embedder": config.embedder,
         "seed": config.seed,
         "corpus_sha256": corpus.sha256,
@@ -96,6 +97,7 @@ def config_of_database(manifest: dict[str, Any]) -> DatabaseConfig:
         index=manifest["index_wanted"],
         n_probe=int(search) if search >= 1 else None,
         recall=search if search < 1 else DatabaseConfig.recall,
+        n_train=manifest["n_train_wanted"],
         seed=manifest["seed"],
     )
 

@@ -46,6 +46,7 @@ MANIFEST_FIELDS: Fields = {
     "recall": dict,
     "seed": int,
     "search": float,
+    "n_train_wanted": int,
     "additions": list,
     "removed": dict,
 }

@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from retro import parallel
-from retro.errors import CannotWrite, FolderInUse
+from retro.errors import ArtifactError, CannotWrite, FolderInUse
 
 LOCK_FILE = ".lock"
 TEMPORARY = ".tmp"  # how the names of unfinished files end
@@ -40,8 +40,8 @@ def naming_what_cannot_be_written(path: Path) -> Iterator[None]:
     """Inside, an `OSError` becomes a `CannotWrite` that names `path`."""
     try:
         yield
-    except (CannotWrite, FolderInUse):
-        raise  # a file within has said it already
+    except ArtifactError:
+        raise  # about another file, which it names
     except OSError as error:
         raise CannotWrite(
             path, f"cannot write {path}: {error.strerror or error}. Nothing written earlier was changed"

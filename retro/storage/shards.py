@@ -25,7 +25,7 @@ from retro import parallel
 from retro.errors import ArtifactError, MissingArtifact, differences
 from retro.progress import bar, note
 from retro.storage.files import BLOCK, atomic_write
-from retro.storage.manifests import read_manifest, sha256_of_json, write_manifest
+from retro.storage.manifests import FORMAT_VERSION, read_manifest, sha256_of_json, write_manifest
 
 TOKENS_PER_SHARD = 1 << 19  # of text: the work that an interruption can lose, and that shares its duplicates
 HASH_LENGTH = 16  # hexadecimal digits of it in a name: enough to tell damage
@@ -133,7 +133,9 @@ class Shards:
         shutil.rmtree(self.folder)
 
     def _name(self, number: int, file: Path) -> str:
-        digest = hashlib.sha256(f"{sha256_of_json(self.manifest)} {number} {self.inputs[number]} ".encode())
+        digest = hashlib.sha256(
+            f"{sha256_of_json([FORMAT_VERSION, self.manifest])} {number} {self.inputs[number]} ".encode()
+        )
         with open(file, "rb") as content:
             while block := content.read(BLOCK):
                 digest.update(block)
