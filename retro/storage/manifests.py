@@ -92,7 +92,10 @@ def parse_manifest(path: Path, text: str | bytes, fields: Fields) -> dict[str, A
 
 
 def require_fields(path: Path, value: Mapping[str, Any], fields: Fields) -> None:
-    """Raise `DamagedFile` naming the first of the `fields` that `value` lacks, or that is of another kind."""
+    """Raise `DamagedFile` naming the first of the `fields` that `value` lacks, or that is of another kind.
+
+    (A library of schemas would want a class for each manifest, which is more to read than this function.)
+    """
     for name, kind in fields.items():
         found = value.get(name)
         if isinstance(kind, tuple):
