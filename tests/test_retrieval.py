@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import faiss
 import numpy as np
@@ -152,6 +153,25 @@ def test_recall_is_the_share_of_true_neighbors_among_as_many_that_come_back(data
     assert 0.3 < manifest["recall"]["@10"] < 1
 
 
+@pytest.mark.parametrize("n_keys", [6, 40])
+def test_exact_neighbors_are_those_by_hand_over_small_shards_without_what_was_removed(n_keys):
+    """Shards of 3 keys are fewer than the 11 that are asked for; what a shard lacks is no neighbor."""
+    rows = np.random.default_rng(1).standard_normal((n_keys, 8)).astype(np.float32)
+    kept = np.arange(n_keys) % 5 != 1
+    keys = SimpleNamespace(
+        in_database=kept,
+        rows=lambda numbers: rows[numbers],
+        each_shard=lambda: ((i, rows[i : i + 3]) for i in range(0, n_keys, 3)),
+    )
+    exact = ExactNeighbors.of(keys, seed=3)
+    assert exact.numbers.tolist() == np.flatnonzero(kept).tolist()  # fewer than are drawn: all of them
+    by_hand = ((rows[kept][:, None].astype(np.float64) - rows[kept][None]) ** 2).sum(-1)
+    np.fill_diagonal(by_hand, np.inf)
+    by_hand = np.sort(np.pad(by_hand, ((0, 0), (0, 10)), constant_values=np.inf), axis=1)[:, :10]
+    np.testing.assert_allclose(exact.distances, by_hand, rtol=1e-4)
+    assert np.isfinite(exact.distances).sum(axis=1).tolist() == [min(10, kept.sum() - 1)] * kept.sum()
+
+
 def test_an_offset_where_no_chunk_begins_is_no_neighbor(index):
     keys = index.keys
     assert (keys.numbers_of(keys.offsets[::-1]) == np.arange(len(keys.offsets))[::-1]).all()
@@ -234,6 +254,22 @@ def test_no_neighbor_holds_what_its_sample_has_yet_to_predict_but_with_the_tutor
                 assert len(row) == 2, "two neighbors exist for every chunk"
     assert audit(dataset)["leaking_neighbors"] == leaks
     assert (leaks > 0) == (exclude == "span")
+
+
+def test_unless_told_otherwise_a_neighbor_is_of_another_document_or_where_one_trains_outside_of_the_sample(
+    data, index, tmp_path, bert
+):
+    dataset, corpus = Dataset(data / DATASET_FILE["train"], index.corpus), index.corpus
+    assert dataset.header["exclude"] == "document"
+    for sample in (dataset.line(i) for i in range(len(dataset))):
+        assert all(
+            corpus.document_of(n) != corpus.document_of(sample["offset"]) for r in sample["neighbors"] for n in r
+        )
+    (tmp_path / "one.txt").write_text(corpus.text(0, 3000))
+    one = build_corpus([tmp_path / "one.txt"], tmp_path / "corpus", str(data / "corpus"))
+    build_database(CHUNK_LEN, corpus=one, data_path=tmp_path, bert=bert, config=DatabaseConfig(index="Flat"))
+    headers = build_dataset(None, 2, data_path=tmp_path, index=RetroIndex(data_path=tmp_path, bert=bert))
+    assert headers["train"]["exclude"] == "sample" and one.n_train == 1
 
 
 def test_validation_documents_are_in_no_sample_and_no_neighbor(data):

@@ -68,7 +68,7 @@ class TrainingData:
             torch.full((C, K, 2 * m), NO_TOKEN),
         )
         order = Batches(len(dataset), config.batch_size, config.seed, start, stop)
-        # A DataLoader draws a number when it starts: with a generator of its own, torch's are where the steps leave them.
+        # A DataLoader draws a number when it starts: from a generator of its own, so that torch's is left alone.
         own = torch.Generator().manual_seed(config.seed)
         collating = partial(collate, blank=blank)
         return DataLoader(dataset, batch_sampler=order, pin_memory=pin_memory, collate_fn=collating, generator=own)
