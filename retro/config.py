@@ -38,7 +38,7 @@ class DatabaseConfig:
     chunk_len: int = 16  # tokens of a chunk
     embedder: str = PACKAGED  # BERT: a folder, a hub name, or the packaged one
     embed_batch_size: int = 4096  # the most chunks in one call of BERT
-    index: str | None = None  # FAISS factory string, as Flat or IVF256,PQ64, or auto ; null: made of the next two
+    index: str | None = None  # FAISS factory string, as Flat or IVF256,PQ64, or auto; null makes one of the next two
     n_centeroids: int = 256  # lists of the index IVF{n_centeroids},PQ{code_size}
     code_size: int = 64  # bytes of a key in it
     n_probe: int | None = 8  # lists to search; null for as many as recall needs

@@ -41,11 +41,8 @@ def add_config(parser: ArgumentParser, of: type, values: Any = None, skip: Colle
 
     * `values` has the defaults: an object of the class, or a dict; what it lacks has the class' default
     """
-    group, hints, comments = (
-        parser.add_argument_group((of.__doc__ or "").rstrip(".")),
-        get_type_hints(of),
-        comments_of(of),
-    )
+    group = parser.add_argument_group((of.__doc__ or "").rstrip("."))
+    hints, comments = get_type_hints(of), comments_of(of)
     for field in fields(of):
         default = values.get(field.name, field.default) if isinstance(values, Mapping) else getattr(values, field.name)
         if field.name not in skip and default is not MISSING:
