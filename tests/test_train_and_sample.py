@@ -295,16 +295,17 @@ def test_bad_input_ends_with_a_message_and_a_status(tmp_path, module, arguments,
 
 
 def test_a_killed_training_goes_on_from_its_checkpoint(workplace):
-    command = [sys.executable, "-m", "retro.train", "--steps", "201", "--batch-size", "1", "--device", "cpu"]
+    command = [sys.executable, "-m", "retro.train", "--steps", "81", "--interval", "40", "--batch-size", "1"]
+    command += ["--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoint = "logs/plays*/*/checkpoints/00000100"
+    checkpoint = "logs/plays*/*/checkpoints/00000040"
     deadline = time.time() + 120
     while not list(workplace.glob(checkpoint)) and time.time() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     result = run_module("train", *command[3:], cwd=workplace)
-    assert result.returncode == 0 and "201 steps" in result.stdout, result.stderr
+    assert result.returncode == 0 and "81 steps" in result.stdout, result.stderr
     assert len(list(workplace.glob("logs/*/*"))) == 1
 
 
