@@ -14,6 +14,7 @@ from labml_nn.optimizers.noam import Noam
 from labml_nn.transformers.retro import model as reference
 from safetensors.torch import load_file
 
+from retro.cli import main
 from retro.config import DatasetConfig, SampleConfig
 from retro.dataset import build_dataset
 from retro.errors import DamagedFile, StaleArtifact
@@ -258,7 +259,7 @@ def run_module(module, *arguments, cwd):
     return result
 
 
-def test_the_scripts_one_after_the_other(plays, tmp_path):
+def test_the_scripts_one_after_the_other(plays, tmp_path, monkeypatch, capsys):
     for module, arguments, said in [
         ("database", [plays, "--tokenizer", "bpe:400", "--chunk-len", 16], "recall 100.0% @1"),
         ("dataset", ["--chunks-per-sample", 4], "0 neighbors overlap text still to be predicted"),
@@ -272,8 +273,9 @@ def test_the_scripts_one_after_the_other(plays, tmp_path):
     assert first.stdout.split("--- sample")[1] == second.stdout.split("--- sample")[1]
     assert "distance" in first.stdout and ".md, token" in first.stdout
     # Another chunk_len: training does not replace what is there, the stage itself does.
-    refused = run_module("train", plays, "--tokenizer", "bpe:400", "--chunk-len", 8, cwd=tmp_path)
-    assert refused.returncode == 1 and "chunk_len=16, but chunk_len=8 is wanted. Rebuild it: " in refused.stderr
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(plays), "--tokenizer", "bpe:400", "--chunk-len", "8"]) == 1
+    assert "chunk_len=16, but chunk_len=8 is wanted. Rebuild it: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
