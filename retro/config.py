@@ -80,6 +80,9 @@ class DatasetConfig:
             raise InvalidOption("exclude", self.exclude, "is not one of document, sample, span")
 
 
+FROM_DATA = ("n_vocab", "chunk_len")  # fields of `RetroConfig` that a run takes from its data
+
+
 @dataclass(frozen=True)
 class RetroConfig:
     """Shape of a model."""

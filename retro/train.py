@@ -158,7 +158,8 @@ def train(
 ) -> tuple[Path, dict[str, Any]]:
     """Train a model on the dataset in `data_path`; without arguments, as the tutorial does.
 
-    * `name` is the experiment's; runs lie in `logs/NAME/`; left out, the corpus' name
+    * `name` is the experiment's; runs lie in `logs/NAME/`; left out, the corpus' name, with `_no_retrieval` where
+      the model reads no neighbors
     * `config` says how to train, `model_shape` what: values of `RetroConfig`, whose vocabulary and `chunk_len` are the
       data's
     * `device` is where; left out, the best there is
@@ -175,7 +176,7 @@ def train(
     run = find_run(found, name, config, model_shape or {}, Path(resume) if resume else None)
     if (finished := run.summary()) is not None:
         return run.folder, finished
-    beginning = found.beginning_of_held_out() if (prompt := prompt or saved_prompt(run)) is None else prompt
+    beginning = prompt or saved_prompt(run) or found.corpus.beginning_of_held_out(2 * found.chunk_len)
     with tracking.tracked(run, found.path):
         write_run(run, found, beginning)
         engine = start_engine(run, device, fsdp)

@@ -24,6 +24,14 @@ from retro.dataset import build_dataset
 from retro.text.build import build_corpus
 
 CHUNK_LEN, CHUNKS_PER_SAMPLE = 16, 4
+# What the tutorial's page defines first (nn.labml.ai/transformers/retro); its Sampler has a module of its own here.
+FIRST = {
+    "bert_embeddings": "BERTChunkEmbeddings",
+    "database": "build_database",
+    "model": "RotaryPositionalEmbeddings",
+    "dataset": "build_dataset",
+    "train": "Trainer",
+}
 
 
 def load_script(path: Path) -> ModuleType:

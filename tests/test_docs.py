@@ -12,6 +12,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from conftest import FIRST
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -25,14 +26,6 @@ needs_katex = pytest.mark.skipif(
 )
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
 needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium: apt-get install chromium")
-# The first definition of each of the tutorial's modules; its sampler, which it has in train, is a module here.
-FIRST = {
-    "bert_embeddings": "BERTChunkEmbeddings",
-    "database": "build_database",
-    "model": "RotaryPositionalEmbeddings",
-    "dataset": "build_dataset",
-    "train": "Trainer",
-}
 OWN_TEXT, COMPARE = ROOT / "examples" / "own_text.py", ROOT / "examples" / "compare_with_reference.py"
 
 

@@ -8,16 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import FIRST
 
 ROOT = Path(__file__).parent.parent
-# What the tutorial's page defines first (nn.labml.ai/transformers/retro); its Sampler has a module of its own here.
-FIRST = {
-    "bert_embeddings": "BERTChunkEmbeddings",
-    "database": "build_database",
-    "model": "RotaryPositionalEmbeddings",
-    "dataset": "build_dataset",
-    "train": "Trainer",
-}
 
 
 @pytest.mark.parametrize("room", FIRST)
@@ -34,17 +27,6 @@ def test_a_room_is_short_and_begins_as_the_tutorials_page_does(room):
     code = source.replace(ast.get_docstring(tree, clean=False), "")
     for word in ("sha256", "hashlib", "lock", "Fields", "process_group", "torch.distributed", "repair", "python -m"):
         assert not re.search(rf"(?<![a-z]){re.escape(word)}", code), f"{room} has {word}"
-
-
-def test_only_guards_of_scripts_know_the_command_line():
-    for path in (ROOT / "retro").rglob("*.py"):
-        tree = ast.parse(path.read_text())
-        below = [n for top in tree.body for n in ast.walk(top)]
-        known = [n for n in below if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("retro.cli")]
-        if known and path.parent.name != "cli" and path.name != "__main__.py":
-            guard = tree.body[-1]
-            assert isinstance(guard, ast.If) and ast.unparse(guard.test) == "__name__ == '__main__'", path
-            assert known == [n for n in ast.walk(guard) if isinstance(n, ast.ImportFrom)], path
 
 
 @pytest.mark.skipif(

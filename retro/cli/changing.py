@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from jsonargparse import Namespace
 
 from retro.cli.options import data_path_of, new_parser
 from retro.progress import note
@@ -11,31 +13,34 @@ from retro.progress import note
 
 def add_command(argv: Sequence[str]) -> None:
     """Add documents to a database."""
-    parser = new_parser("add", "Add documents to a database, embedding only them.")
-    parser.add_argument("texts", metavar="TEXT", nargs="+", type=str, help="files to add, or folders of them")
-    options = parser.parse_args(list(argv))
-    from retro.device import pick_device
+    what = ("TEXT", "files to add, or folders of them")
+    options = _options(argv, "add", "Add documents to a database, embedding only them.", *what)
     from retro.search.updates import add_documents
 
-    data_path = data_path_of(options)
-    _report(add_documents(options.texts, data_path, device=pick_device(options.device)), data_path)
+    _change(options, add_documents)
 
 
 def remove_command(argv: Sequence[str]) -> None:
     """Take documents out of a database."""
-    parser = new_parser("remove", "Take documents out of a database.")
-    parser.add_argument("names", metavar="NAME", nargs="+", type=str, help="names of documents")
-    options = parser.parse_args(list(argv))
-    from retro.device import pick_device
+    options = _options(argv, "remove", "Take documents out of a database.", "NAME", "names of documents")
     from retro.search.updates import remove_documents
 
-    data_path = data_path_of(options)
-    _report(remove_documents(options.names, data_path, device=pick_device(options.device)), data_path)
+    _change(options, remove_documents)
 
 
-def _report(manifest: dict[str, Any], data_path: Any) -> None:
+def _options(argv: Sequence[str], command: str, description: str, named: str, what: str) -> Namespace:
+    parser = new_parser(command, description)
+    parser.add_argument("documents", metavar=named, nargs="+", type=str, help=what)
+    return parser.parse_args(list(argv))
+
+
+def _change(options: Namespace, change: Callable[..., dict[str, Any]]) -> None:
+    """Change the database, and say what it is now."""
     from retro.cli.stages import describe
+    from retro.device import pick_device
 
+    data_path = data_path_of(options)
+    manifest = change(options.documents, data_path, device=pick_device(options.device))
     removed = ", ".join(manifest["removed"].values()) or "none"
     note(f"database: {describe(manifest)}; {sum(manifest['additions'])} documents added since, removed: {removed}")
     note(f"next: retro dataset --data-path {data_path}, before another model is trained on it")

@@ -18,6 +18,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from retro.config import PRESETS, Preset
 
 Config = TypeVar("Config")
+DATA = "data"  # where artifacts lie unless another folder is named
 
 
 def new_parser(command: str, description: str, *, texts: str = "", of_a_run: bool = False) -> ArgumentParser:
@@ -30,7 +31,7 @@ def new_parser(command: str, description: str, *, texts: str = "", of_a_run: boo
     if texts:
         parser.add_argument("texts", metavar="TEXT", nargs="*", type=str, default=[], help=texts)
     parser.add_argument("--config", action=ActionConfigFile, metavar="FILE.yaml", help="a file with options")
-    default, what = (None, "folder of the data; null for the run's") if of_a_run else ("data", "folder of the data")
+    default, what = (None, "folder of the data; null for the run's") if of_a_run else (DATA, "folder of the data")
     parser.add_argument("--data-path", metavar="DIR", type=str, default=default, help=what)
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return parser

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from retro import parallel
 from retro.cli.presets import texts_of
@@ -19,6 +19,8 @@ from retro.storage.files import remove_unfinished
 
 if TYPE_CHECKING:
     from retro.text.corpus import Corpus
+
+T = TypeVar("T")
 
 
 def is_current(
@@ -36,14 +38,13 @@ def is_current(
     return True
 
 
-def is_whole(verify: Callable[[], Any]) -> bool:
-    """Whether nothing that `verify` reads is damaged; if it is, that is said, because it is made again."""
+def whole(read: Callable[[], T]) -> T | None:
+    """What `read` gives; None if that is damaged, which is said, because it is made again."""
     try:
-        verify()
+        return read()
     except ArtifactError as error:
         note(f"made again: {error}")
-        return False
-    return True
+        return None
 
 
 def prepare_corpus(config: CorpusConfig, preset: str, texts: Sequence[str], data_path: Path, rebuild: bool) -> Corpus:
@@ -54,13 +55,14 @@ def prepare_corpus(config: CorpusConfig, preset: str, texts: Sequence[str], data
     from retro.text.documents import find_texts
     from retro.text.split import split_texts
 
-    folder = data_path / CORPUS_FOLDER
+    folder, corpus = data_path / CORPUS_FOLDER, None
 
     def paths() -> list[Path]:
         """The texts, downloaded if they have to be; for rank 0 to ask."""
         return [Path(text) for text in texts] or texts_of(preset, data_path)
 
     def found() -> bool:
+        nonlocal corpus
         split = split_texts(find_texts(paths()), config.valid_fraction, config.seed)
         cache_key = corpus_cache_key(split, config.tokenizer, config.valid_fraction, config.seed)
         if not is_current(folder / MANIFEST_FILE, read_manifest, cache_key, rebuild):
@@ -68,14 +70,15 @@ def prepare_corpus(config: CorpusConfig, preset: str, texts: Sequence[str], data
         manifest = read_manifest(folder / MANIFEST_FILE)
         if manifest.get("additions") or manifest.get("removed"):  # which building it again would lose
             try:
-                Corpus.load(folder)
+                corpus = Corpus.load(folder)
             except DamagedFile as error:
                 raise ValueError(
                     f"{error}. But documents were added and removed since it was built: to build it of these texts "
                     f"alone, delete {folder}; then repeat retro add and retro remove"
                 ) from None
-            return True
-        return is_whole(lambda: Corpus.load(folder))
+        else:
+            corpus = whole(lambda: Corpus.load(folder))
+        return corpus is not None
 
     if not parallel.broadcast_from_rank_zero(found):
         c, name = config, None if texts else f"retro_{preset}"
@@ -86,8 +89,7 @@ def prepare_corpus(config: CorpusConfig, preset: str, texts: Sequence[str], data
             f"corpus: {len(corpus.documents):,} documents, {len(corpus.tokens):,} tokens of {corpus.n_tokens:,} kinds; "
             f"held out: {valid or 'nothing'}{' ...' if len(corpus.split('valid')) > 4 else ''}"
         )
-        return corpus
-    return Corpus.load(folder)
+    return corpus or Corpus.load(folder)
 
 
 def prepare_database(
@@ -107,17 +109,15 @@ def prepare_database(
         nonlocal needs_keys
         if not is_current(path, lambda _: read_database_manifest(data_path), cache_key, rebuild):
             return False
-        manifest, opened = read_database_manifest(data_path), []
-        if not is_whole(lambda: opened.append(read_index(data_path, manifest))):
+        manifest = read_database_manifest(data_path)
+        if (index := whole(lambda: read_index(data_path, manifest))) is None:
             return False
-        needs_keys = not holds_keys(opened[0]) and not is_whole(
-            Keys(data_path, corpus, manifest["chunk_len"], manifest).verify
-        )
+        keys = Keys(data_path, corpus, manifest["chunk_len"], manifest)
+        needs_keys = not holds_keys(index) and not whole(keys.is_whole)
         return True
 
     if not parallel.broadcast_from_rank_zero(found):
-        build_database(config=config, corpus=corpus, data_path=data_path, device=device)
-        manifest = read_database_manifest(data_path)
+        manifest = build_database(config=config, corpus=corpus, data_path=data_path, device=device)
     else:
         manifest = read_database_manifest(data_path)
         keys = Keys(data_path, corpus, manifest["chunk_len"], manifest)
@@ -148,7 +148,7 @@ def prepare_dataset(
 
     def found() -> bool:
         current = [is_current(path, read_header, cache_key, rebuild) for path in paths]
-        return all(current) and is_whole(lambda: [Dataset(path, corpus) for path in paths])
+        return all(current) and whole(lambda: [Dataset(path, corpus) for path in paths]) is not None
 
     if not parallel.broadcast_from_rank_zero(found):
         build_dataset(config=config, corpus=corpus, data_path=data_path, device=device)

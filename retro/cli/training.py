@@ -13,6 +13,7 @@ from retro import parallel
 from retro.cli.building import TEXTS, database_config
 from retro.cli.options import add_config, config_from, data_path_of, new_parser, parse_with_preset, the_other_of
 from retro.config import (
+    FROM_DATA,
     PRESETS,
     CorpusConfig,
     DatabaseConfig,
@@ -24,8 +25,6 @@ from retro.config import (
 )
 from retro.errors import InvalidOption
 from retro.progress import note
-
-FROM_DATA = ("n_vocab", "chunk_len")  # of the model's shape
 
 
 def train_command(argv: Sequence[str]) -> None:
@@ -54,7 +53,6 @@ def train_command(argv: Sequence[str]) -> None:
     counts = None
     if options.preset or options.texts:
         counts = _prepare(options, configs, device)
-    from retro.text.corpus import open_corpus
     from retro.train import train
 
     data_path, prompt = data_path_of(options), options.prompt
@@ -62,7 +60,7 @@ def train_command(argv: Sequence[str]) -> None:
         prompt = PRESETS[options.preset].prompt
     run, summary = train(
         data_path=data_path,
-        name=options.name or open_corpus(data_path).name + "_no_retrieval" * options.no_retrieval,
+        name=options.name,
         config=config,
         model_shape=shape | ({"ca_layers": ()} if options.no_retrieval else {}),
         device=device,
@@ -143,18 +141,18 @@ def _report_run(
     """
     from retro.cli.stages import describe
     from retro.cli.using import write_sample
-    from retro.dataset import audit
-    from retro.runs.data import TrainingData
+    from retro.dataset import DATASET_FILE, Dataset, audit
     from retro.runs.run import read_run
     from retro.search.index_file import read_database_manifest
+    from retro.text.corpus import open_corpus
 
-    data = TrainingData(data_path)
-    counts = counts or audit(data.datasets["train"])
+    corpus, manifest = open_corpus(data_path), read_database_manifest(data_path)
+    counts = counts or audit(Dataset(data_path / DATASET_FILE["train"], corpus))
     reads = bool(read_run(run)["model"]["ca_layers"])
     off = f"({summary['valid_bpb_without_retrieval']:.3f} with retrieval switched off)" if reads else "(no retrieval)"
     rows = {
         "model": f"{summary['n_parameters']:,} parameters, {summary['steps']:,} steps on {summary['device']}",
-        "database": describe(read_database_manifest(data_path)),
+        "database": describe(manifest),
         "neighbors": f"{counts['neighbors']:,} for {counts['chunks']:,} chunks of {counts['samples']:,} samples; "
         f"{counts['leaking_neighbors']:,} overlap text still to be predicted",
         "training": f"{summary['train_bpb']:.3f} bits per byte",
@@ -164,8 +162,8 @@ def _report_run(
     }
     note("\n" + "\n".join(f"{name:<12}{text}" for name, text in rows.items()))
     try:
-        data.corpus.tokenizer.encode(prompt or "")
+        corpus.tokenizer.encode(prompt or "")
     except ValueError:  # it cannot be written in this text's characters
         prompt = None
-    prompt = data.beginning_of_held_out() if prompt is None else prompt
+    prompt = prompt or corpus.beginning_of_held_out(2 * manifest["chunk_len"])
     write_sample(run, data_path, device, prompt, 128, reads, SampleConfig(temperature=0.8, top_k=40))

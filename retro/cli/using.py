@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 
 from retro.cli.building import TEXTS
-from retro.cli.options import add_config, config_from, new_parser
+from retro.cli.options import DATA, add_config, config_from, new_parser
 from retro.config import EvaluateConfig, SampleConfig
 from retro.errors import phrase
 from retro.progress import note
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from retro.model import RetroModel
     from retro.text.corpus import Corpus
 
-DATA = Path("data")
-
 
 def find_run(options: Namespace) -> tuple[Path, dict[str, Any], Path]:
     """The run that is named, or the latest of the data; its manifest, and the folder of its data."""
@@ -27,7 +25,7 @@ def find_run(options: Namespace) -> tuple[Path, dict[str, Any], Path]:
 
     named = None if options.data_path is None else Path(options.data_path)
     if options.run is None:
-        run = latest_run(named or DATA)
+        run = latest_run(named or Path(DATA))
         note(f"run: {run}")
     else:
         run = Path(options.run)

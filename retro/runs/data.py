@@ -32,6 +32,7 @@ class TrainingData:
         self.corpus = open_corpus(path)
         self.datasets = {split: Dataset(path / file, self.corpus) for split, file in DATASET_FILE.items()}
         self.header: dict[str, Any] = self.datasets["train"].header
+        self.manifest = {name: value for name, value in self.header.items() if name != "versions"}
         self.chunk_len: int = self.header["chunk_len"]
         self.tokens_per_sample: int = self.chunk_len * self.header["chunks_per_sample"]
 
@@ -47,12 +48,6 @@ class TrainingData:
     def bits_per_nat(self, split: str) -> float:
         """Bits per byte of a mean loss of one nat per token."""
         return 1 / (math.log(2) * self.corpus.bytes_per_token(split))
-
-    def beginning_of_held_out(self) -> str:
-        """Two chunks of text that nobody trains on, to be continued."""
-        first = self.corpus.split("valid")[0]
-        start, end = self.corpus.starts[first : first + 2].tolist()
-        return self.corpus.text(start, min(2 * self.chunk_len, end - start))
 
     def batches(self, split: str, config: TrainConfig, start: int, stop: int, pin_memory: bool) -> DataLoader[Any]:
         """Batches `(src, tgt, neighbors)` of the steps from `start` to `stop`."""

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from retro import parallel
-from retro.config import RetroConfig, TrainConfig
+from retro.config import FROM_DATA, RetroConfig, TrainConfig
 from retro.errors import ArtifactError, DamagedFile, MissingArtifact, MissingDataOfRun, UntrustedPath, require_match
 from retro.runs.data import TrainingData
 from retro.storage.files import atomic_write
@@ -32,7 +32,6 @@ from retro.storage.sample_file import HEADER_FIELDS
 
 LOGS = Path("logs")
 RUN_FILE, YAML_FILE, SUMMARY_FILE = "run.json", "run.yaml", "summary.json"
-FROM_DATA = ("n_vocab", "chunk_len")  # of a model's shape
 RUN_FIELDS: Fields = {"train": dict, "model": dict, "dataset": dict, "data_path": str}
 SUMMARY_FIELDS: Fields = {
     "steps": int,
@@ -78,16 +77,21 @@ def find_run(
 
     Raises `StaleArtifact` if the data have changed: the neighbors since, or all of it since a run was made.
     """
-    dataset = {name: value for name, value in data.header.items() if name != "versions"}
     if resume is None:
         data.require_current()
         config = config or TrainConfig()
         shape = RetroConfig(**{"n_vocab": data.corpus.n_tokens, "chunk_len": data.chunk_len, **model_shape})
-        shaped_by = {"train": asdict(config), "model": asdict(shape), "dataset": dataset, "format": FORMAT_VERSION}
-        folder = LOGS / (name or data.corpus.name) / sha256_of_json(shaped_by)[:16]
+        shaped_by = {
+            "train": asdict(config),
+            "model": asdict(shape),
+            "dataset": data.manifest,
+            "format": FORMAT_VERSION,
+        }
+        name = name or data.corpus.name + "_no_retrieval" * (not shape.ca_layers)
+        folder = LOGS / name / sha256_of_json(shaped_by)[:16]
     else:
         folder, manifest = resume, read_run(resume)
-        require_match(resume / RUN_FILE, manifest["dataset"], dataset)
+        require_match(resume / RUN_FILE, manifest["dataset"], data.manifest)
         saved, shape = TrainConfig(**manifest["train"]), RetroConfig.from_json(manifest["model"])
         config = replace(saved, steps=config.steps, epochs=config.epochs) if config else saved
     per_epoch = data.n_batches("train", config.batch_size)
@@ -112,7 +116,7 @@ def write_run(run: Run, data: TrainingData, prompt: str) -> None:
         {
             "train": train,
             "model": model,
-            "dataset": {name: value for name, value in data.header.items() if name != "versions"},
+            "dataset": data.manifest,
             "data_path": str(data.path),
             "versions": package_versions(),
         },

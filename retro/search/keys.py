@@ -107,10 +107,11 @@ class Keys:
         folder = self.shards.folder.parent
         return [p for p in folder.iterdir() if p.is_dir() and p != self.shards.folder] if folder.exists() else []
 
-    def verify(self) -> None:
-        """Raise `MissingArtifact` if a shard is missing, or has not the bytes that its name speaks of."""
+    def is_whole(self) -> bool:
+        """True. Raises `MissingArtifact` if a shard is missing, or has not the bytes that its name speaks of."""
         for number in range(len(self.chunks_of_shard)):
             self._shard(number)
+        return True
 
     def _shard(self, number: int) -> np.ndarray:
         """A shard, mapped from its file; the first time it is read whole, to see that it is what its name says."""

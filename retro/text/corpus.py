@@ -253,6 +253,11 @@ class Corpus:
         """Decoded text of `length` tokens from `offset`."""
         return self.tokenizer.decode(self.tokens[offset : offset + length].tolist())
 
+    def beginning_of_held_out(self, length: int) -> str:
+        """At most `length` tokens of a document that nobody trains on, as text to be continued."""
+        first = self.split("valid")[0]
+        return self.texts(self.starts[first : first + 1], length)[0]
+
     def texts(self, offsets: np.ndarray, length: int) -> list[str]:
         """Decoded text from each offset on, of `length` tokens or up to the end of its document."""
         ends = np.minimum(offsets + length, self.ends_of(offsets))
