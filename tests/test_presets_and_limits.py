@@ -96,3 +96,11 @@ def test_nothing_is_unpickled(data, bert, tmp_path, monkeypatch):
     assert load_model(tmp_path).emb.weight.equal(model.emb.weight)
     written = {file.suffix for file in data.rglob("*") if file.is_file()}
     assert written == {".bin", ".json", ".jsonl", ".npy", ".index", ""}  # the last is .lock
+
+
+def test_a_call_of_the_trainer_gives_the_mean_loss_of_its_own_steps(index, monkeypatch):
+    model = RetroModel.from_config(RetroConfig(index.corpus.n_tokens, 16, 2, (1,), CHUNK_LEN, 2, 8, 16, 1, (0,)))
+    losses = iter([1.0, 2.0, 6.0, 4.0, 4.0, 5.5])
+    monkeypatch.setattr(Trainer, "train_step", lambda self, *_: torch.tensor(next(losses)))
+    trainer = Trainer("cpu", model, [torch.zeros(1, 1, 1)] * 3, None)
+    assert (trainer(), trainer()) == (3.0, 4.5)

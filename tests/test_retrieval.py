@@ -14,6 +14,7 @@ from retro.config import DatabaseConfig, DatasetConfig
 from retro.database import RetroIndex, build_database, chunk_offsets
 from retro.dataset import DATASET_FILE, Dataset, audit, build_dataset
 from retro.errors import DamagedFile, InvalidOption, MissingArtifact, StaleArtifact, TextTooShort
+from retro.search.building import config_of_database
 from retro.search.factory import KMEANS_ITERATIONS, ivf_of, prepare_training, set_n_probe
 from retro.search.querying import MANY_QUERIES_PER_LIST, search_many
 from retro.search.recall import ExactNeighbors
@@ -353,3 +354,11 @@ def test_a_truncated_dataset_is_refused(data, tmp_path):
     path.write_bytes(b"garbage\n")
     with pytest.raises(DamagedFile, match=r"d\.jsonl is not the JSON that retro writes"):
         Dataset(path, Corpus.load(data / "corpus"))
+
+
+@pytest.mark.parametrize("search", [{"n_probe": 3}, {"n_probe": None, "recall": 0.8}])
+def test_a_database_remembers_the_config_that_builds_it_again(data, bert, tmp_path, search):
+    shutil.copytree(data / "keys", tmp_path / "keys")
+    config = DatabaseConfig(chunk_len=CHUNK_LEN, index="IVF8,PQ16", n_train=300, seed=2, **search)
+    manifest = build_database(config=config, corpus=Corpus.load(data / "corpus"), data_path=tmp_path, bert=bert)
+    assert config_of_database(manifest) == config and manifest["n_train"] == 300
