@@ -24,6 +24,7 @@ class CorpusConfig:
 
     tokenizer: str = "char"  # char, bpe:SIZE, or a Hugging Face name or folder
     valid_fraction: float = 0.1  # share of the text to hold out, in whole documents
+    keep_near_held_out: bool = False  # train on near-duplicates of held-out documents too, which are left out otherwise
     seed: int = 0  # start of everything random
 
     def __post_init__(self) -> None:

@@ -153,15 +153,15 @@ class RetroIndex:
     def search(
         self, queries: np.ndarray, n_neighbors: int, exclude: np.ndarray | tuple[int, int] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Nearest chunks of each query, outside a range of offsets.
+        """Nearest chunks of each query, outside of ranges of offsets.
 
         * `queries` are embeddings of shape `[n, d_emb]`
-        * `exclude` are ranges `(first, end)` of offsets whose chunks must not be found, of shape `[n, 2]`;
-          or one range for all queries
+        * `exclude` are ranges `(first, end)` of offsets whose chunks must not be found, of shape `[n, r, 2]` or
+          `[n, 2]`; or one range for all queries
 
         Returns squared L2 distances and offsets, both of shape `[n, n_neighbors]`, nearest first; -1 is
         the offset where there are fewer. All `n_neighbors` come back whenever the searched lists hold
-        that many outside the range.
+        that many outside of the ranges.
         """
         distances, found = search_outside(self.index, self.keys, queries, n_neighbors, exclude)
         return distances, self.keys.checked(found)

@@ -11,7 +11,7 @@ loss says nothing about unseen text. Let $m = 16$, and let chunk $u$ of a sample
 keeps any neighbor that starts after $1000 + 16 + 8 = 1024$; one at 1025 holds the text from 1025 to 1056, but the
 sample goes on to predict the text from 1016 on. Here the search leaves out, for each query,
 
-* `exclude='document'`: everything from the document of the query (the paper's rule), or
+* `exclude='document'`: everything from the document of the query (the paper's rule) and its near-duplicates, or
 * `exclude='sample'`: every chunk whose value overlaps the sample's span (for a single document), or
 * `exclude='span'`: what the tutorial's filter leaves out. It leaks, and exists to reproduce that.
 
@@ -123,8 +123,7 @@ def retrieve_samples(offsets: np.ndarray, header: dict[str, Any], index: RetroIn
     samples = np.repeat(offsets, n_chunks)  # start of the sample of each chunk
     ends = np.cumsum(n_chunks)
     chunks = samples + m * (np.arange(len(samples)) - np.repeat(ends - n_chunks, n_chunks))  # start of each chunk
-    # Validation documents are not in the database.
-    excluded = excluded_ranges(chunks, samples, header, index) if header["split"] == "train" else None
+    excluded = excluded_ranges(chunks, samples, header, index)
     distances, found = index.search(index.embed(corpus.texts(chunks, m)), header["n_neighbors"], excluded)
     for offset, rows in zip(offsets.tolist(), np.split(np.arange(len(chunks)), ends[:-1]), strict=True):
         yield {
@@ -135,18 +134,17 @@ def retrieve_samples(offsets: np.ndarray, header: dict[str, Any], index: RetroIn
 
 
 def excluded_ranges(chunks: np.ndarray, samples: np.ndarray, header: dict[str, Any], index: RetroIndex) -> np.ndarray:
-    """What may not be retrieved for each chunk: offsets `(first, end)` of chunks, of shape `[n, 2]`.
+    """What may not be retrieved for each chunk: offsets `(first, end)` of chunks, of shape `[n, r, 2]`.
 
     * `chunks`, `samples` (n) are where the chunks, and the samples that they are in, start
     """
-    m, C, starts = header["chunk_len"], header["chunks_per_sample"], index.corpus.starts
-    if header["exclude"] == "document":
-        documents = index.corpus.document_of(samples)
-        return np.stack([starts[documents], starts[documents + 1]], axis=1)
+    m, C = header["chunk_len"], header["chunks_per_sample"]
+    if header["split"] == "valid" or header["exclude"] == "document":
+        return index.corpus.barred_ranges(samples)
     if header["exclude"] == "sample":  # a value of 2m tokens that starts here or later reaches into the sample
-        return np.stack([samples - 2 * m + 1, samples + C * m + 1], axis=1)
+        return np.stack([samples - 2 * m + 1, samples + C * m + 1], axis=1)[:, None]
     span = m + index.exclude_neighbor_span
-    return np.stack([chunks - span, chunks + span + 1], axis=1)
+    return np.stack([chunks - span, chunks + span + 1], axis=1)[:, None]
 
 
 class Dataset(PyTorchDataset):

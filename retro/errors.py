@@ -84,13 +84,11 @@ class EmptyDatabase(RetroError, ValueError):
 
 
 class NameTaken(RetroError, ValueError):
-    """Another text of the database has the `name` of one that is to be added."""
+    """The database has another version of a document `name` that is to be added."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        super().__init__(
-            f"the database has another text by the name of {name}; take that out first, or rename the file"
-        )
+        super().__init__(f"the database has another version of {name}; take that out first, or rename the file")
 
 
 class MissingDataOfRun(MissingArtifact):
@@ -102,7 +100,7 @@ class UntrustedPath(ArtifactError, ValueError):
 
 
 class SeenText(RetroError, ValueError):
-    """Text to be evaluated was trained on, or can be retrieved."""
+    """Text to be evaluated was trained on, or can be retrieved; or text to be added is held out."""
 
 
 def phrase(differences: Mapping[str, tuple[Any, Any]]) -> str:

@@ -57,7 +57,7 @@ def explain(error: Exception) -> str:
         case TextTooShort():
             return f"{error}: --chunks-per-sample, --chunk-len"
         case SeenText():
-            return f"{error}: --database DIR"
+            return str(error)
         case MissingArtifact() | StaleArtifact() | DamagedFile():
             return f"{error}. {repair_of(error)}"
     return str(error)

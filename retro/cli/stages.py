@@ -7,6 +7,7 @@ leaves it alone if it is what the options ask for. Without `rebuild`, what was m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -53,7 +54,7 @@ def prepare_corpus(config: CorpusConfig, preset: str, texts: Sequence[str], data
     from retro.text.build import build_corpus, corpus_cache_key
     from retro.text.corpus import CORPUS_FOLDER, MANIFEST_FILE, Corpus
     from retro.text.documents import find_texts
-    from retro.text.split import split_texts
+    from retro.text.split import list_documents, texts_sha256
 
     folder, corpus = data_path / CORPUS_FOLDER, None
 
@@ -63,8 +64,7 @@ def prepare_corpus(config: CorpusConfig, preset: str, texts: Sequence[str], data
 
     def found() -> bool:
         nonlocal corpus
-        split = split_texts(find_texts(paths()), config.valid_fraction, config.seed)
-        cache_key = corpus_cache_key(split, config.tokenizer, config.valid_fraction, config.seed)
+        cache_key = corpus_cache_key(texts_sha256(list_documents(find_texts(paths()))), config)
         if not is_current(folder / MANIFEST_FILE, read_manifest, cache_key, rebuild):
             return False
         manifest = read_manifest(folder / MANIFEST_FILE)
@@ -81,15 +81,32 @@ def prepare_corpus(config: CorpusConfig, preset: str, texts: Sequence[str], data
         return corpus is not None
 
     if not parallel.broadcast_from_rank_zero(found):
-        c, name = config, None if texts else f"retro_{preset}"
-        parallel.on_rank_zero(lambda: build_corpus(paths(), folder, c.tokenizer, c.valid_fraction, c.seed, name))
+        name = None if texts else f"retro_{preset}"
+        parallel.on_rank_zero(lambda: build_corpus(paths(), folder, name=name, **asdict(config)))
         corpus = Corpus.load(folder)
-        valid = ", ".join(corpus.documents[i].name for i in list(corpus.split("valid"))[:4])
-        note(
-            f"corpus: {len(corpus.documents):,} documents, {len(corpus.tokens):,} tokens of {corpus.n_tokens:,} kinds; "
-            f"held out: {valid or 'nothing'}{' ...' if len(corpus.split('valid')) > 4 else ''}"
-        )
+        describe_corpus(corpus)
     return corpus or Corpus.load(folder)
+
+
+def describe_corpus(corpus: Corpus) -> None:
+    """Say how large a corpus is, what is held out, and what is left out because it is near to that."""
+    held_out, left_out = corpus.split("valid"), corpus.manifest["left_out"]
+    valid = ", ".join(corpus.documents[i].name for i in list(held_out)[:4])
+    note(
+        f"corpus: {len(corpus.documents):,} documents, {len(corpus.tokens):,} tokens of {corpus.n_tokens:,} kinds; "
+        f"held out: {valid or 'nothing'}{' ...' if len(held_out) > 4 else ''}"
+    )
+    if left_out:
+        named = ", ".join(f"{name} (near {near})" for name, near in left_out[:4])
+        note(
+            f"left out: {len(left_out):,} near-duplicates of held-out documents: {named}"
+            f"{' ...' if len(left_out) > 4 else ''}; --keep-near-held-out trains on them all the same"
+        )
+    if corpus.is_one_text:
+        note(
+            "note: there is one text, and its end is held out. What is held out retrieves from its own beginning, "
+            "which no text of another author would have; more documents make it a fair test"
+        )
 
 
 def prepare_database(

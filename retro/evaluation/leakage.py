@@ -16,12 +16,16 @@ CHUNKS_AT_ONCE = 4096  # embedded, searched and compared together: what bounds m
 
 
 def retrieve(corpus: Corpus, index: RetroIndex, offsets: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Neighbors and distances (c, k) of the chunks at `offsets` (c), nearest first."""
-    found = []
+    """Neighbors and distances (c, k) of the chunks at `offsets` (c), nearest first.
+
+    If the text is the database's own, nothing comes back from near-duplicates of a chunk's document.
+    """
+    found, is_own = [], corpus.sha256 == index.corpus.sha256
     with bar("Retrieve", "chunk", len(offsets)) as progress:
         for start in range(0, len(offsets), CHUNKS_AT_ONCE):
             part = offsets[start : start + CHUNKS_AT_ONCE]
-            found.append(index.search(index.embed(corpus.texts(part, index.chunk_len)), k))
+            barred = index.corpus.barred_ranges(part) if is_own else None
+            found.append(index.search(index.embed(corpus.texts(part, index.chunk_len)), k, barred))
             progress.update(len(part))
     return np.concatenate([neighbors for _, neighbors in found]), np.concatenate([distances for distances, _ in found])
 

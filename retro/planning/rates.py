@@ -32,7 +32,7 @@ from retro.storage.shards import TOKENS_PER_SHARD, Shards
 from retro.text.build import build_corpus
 from retro.text.corpus import MANIFEST_FILE, Corpus
 from retro.text.documents import find_texts, read_documents
-from retro.text.split import split_texts
+from retro.text.split import list_documents
 
 T = TypeVar("T")
 SAMPLE_CHARS = 4_000_000  # of text that is read
@@ -85,7 +85,7 @@ def measure(
         sample = _write_sample(texts, folder / "texts")
 
         def make_corpus() -> Corpus:  # as the command does it: look, build, load
-            split_texts(find_texts([sample]), valid_fraction)
+            list_documents(find_texts([sample]))
             build_corpus([sample], folder / "corpus", tokenizer, valid_fraction)
             return Corpus.load(folder / "corpus")
 

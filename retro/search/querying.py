@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
+from functools import reduce
 
 import faiss
 import numpy as np
@@ -27,10 +28,10 @@ N_SPARE = 8  # neighbors fetched beyond those wanted, in case some are excluded
 def search_outside(
     index: faiss.Index, keys: Keys, queries: np.ndarray, k: int, excluded: np.ndarray | Sequence[int] | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` nearest chunks of each query that begin outside of a range of offsets, for `RetroIndex.search`.
+    """The `k` nearest chunks of each query that begin outside of ranges of offsets, for `RetroIndex.search`.
 
     * `queries` are of shape `[q, d_emb]`
-    * `excluded` are ranges `(first, end)` of shape `[q, 2]`, or one for all queries, or None
+    * `excluded` are ranges `(first, end)` of shape `[q, r, 2]` or `[q, 2]`, or one for all queries, or None
     """
     first, row_of = _distinct(queries)
     if excluded is None:
@@ -38,16 +39,20 @@ def search_outside(
         return distances[row_of], found[row_of]
     # In one go for all ranges, a few neighbors more than wanted, without those in the range.
     distances, found = (x[row_of] for x in search_and_rerank(index, keys, queries[first], k + N_SPARE))
-    ranges = np.broadcast_to(np.asarray(excluded), (len(queries), 2))
-    barred = (found < 0) | ((found >= ranges[:, :1]) & (found < ranges[:, 1:]))
+    ranges = np.asarray(excluded)
+    ranges = ranges if ranges.ndim == 3 else np.broadcast_to(ranges, (len(queries), 2))[:, None]  # (q, r, 2)
+    barred = found < 0
+    for first_offset, end in np.moveaxis(ranges, 0, -1)[..., None]:  # of each of the r ranges, (q, 1)
+        barred |= (found >= first_offset) & (found < end)
     order = np.argsort(barred, axis=1, kind="stable")[:, :k]
     missing = np.take_along_axis(barred, order, axis=1)
     # Where too many were in the range, but there are more: the search itself passes over it.
     again = np.flatnonzero(missing.any(axis=1) & (found[:, -1] >= 0))
     distances = np.where(missing, np.finfo(np.float32).max, np.take_along_axis(distances, order, axis=1))
     found = np.where(missing, -1, np.take_along_axis(found, order, axis=1))
-    for span in np.unique(ranges[again], axis=0):
-        rows = again[(ranges[again] == span).all(axis=1)]
+    spans, span_of = np.unique(ranges[again], axis=0, return_inverse=True)
+    for number, span in enumerate(spans):
+        rows = again[span_of.ravel() == number]
         distances[rows], found[rows] = _search_with_selector(index, keys, queries[rows], k, span)
     return distances, found
 
@@ -66,10 +71,11 @@ def _distinct(rows: np.ndarray) -> tuple[list[int], list[int]]:
 
 
 def _search_with_selector(
-    index: faiss.Index, keys: Keys, queries: np.ndarray, k: int, span: Sequence[int]
+    index: faiss.Index, keys: Keys, queries: np.ndarray, k: int, span: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `search_outside`, one range for all; slower for each query than a search without."""
-    selector = faiss.IDSelectorNot(faiss.IDSelectorRange(int(span[0]), int(span[1])))
+    """As `search_outside`, the same ranges `span` (r, 2) for all; slower for each query than a search without."""
+    barred = [faiss.IDSelectorRange(first, end) for first, end in span.tolist()]
+    selector = faiss.IDSelectorNot(reduce(faiss.IDSelectorOr, barred))
     inner = inside_of(index)
     if (ivf := ivf_of(index)) is not None:
         parameters = faiss.SearchParametersIVF(sel=selector, nprobe=ivf.nprobe)

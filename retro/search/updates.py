@@ -15,10 +15,12 @@ from __future__ import annotations
 import difflib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import faiss
 import numpy as np
@@ -26,7 +28,7 @@ import torch
 
 from retro import parallel
 from retro.bert_embeddings import BERTChunkEmbeddings
-from retro.errors import EmptyDatabase, NameTaken, require_match
+from retro.errors import EmptyDatabase, NameTaken, SeenText, require_match
 from retro.search.building import (
     SHARDS_FOLDER,
     build_from_keys,
@@ -52,7 +54,8 @@ from retro.storage.files import atomic_write, exclusive_lock, sha256_of_file
 from retro.storage.manifests import read_manifest, sha256_of_json, write_manifest
 from retro.text import corpus as corpus_files
 from retro.text.build import write_documents
-from retro.text.corpus import CORPUS_FOLDER, TOKENS_FILE, Corpus
+from retro.text.copies import groups_of, near, signatures_of
+from retro.text.corpus import CORPUS_FOLDER, SIGNATURES_FILE, TOKENS_FILE, Corpus
 from retro.text.documents import Document, find_texts, read_documents, sha256_of_text
 
 MEASURE_UP_TO = 4_000_000  # keys; above, recall stays as it was measured when the index was built
@@ -67,8 +70,8 @@ def add_documents(
 ) -> dict[str, Any]:
     """Add texts to the database in `data_path`; returns its manifest.
 
-    What is in it already is passed over, what was removed comes back. Raises `ValueError` for text that is
-    held out, that the tokenizer cannot write, or that has the name of another document.
+    What is in it already is passed over, what was removed comes back. Raises `SeenText` for text near to what is held
+    out, `NameTaken` for another version of a document that is there, `ValueError` for what the tokenizer cannot write.
     """
     data_path = Path(data_path)
     with _one_process(data_path):
@@ -123,26 +126,39 @@ def _one_process(data_path: Path) -> Iterator[None]:
 
 
 def split_new_and_restored(corpus: Corpus, documents: list[Document]) -> tuple[list[Document], list[int]]:
-    """The documents that are new, and the numbers of those that were removed and come back."""
-    held_out = {corpus.documents[i].sha256: corpus.documents[i].name for i in corpus.split("valid")}
+    """The documents that are new, and the numbers of those that were removed and come back.
+
+    A new one with the name of another that is in the database is named `NAME (2)`, and so on, unless it is a version of
+    that one. Raises `SeenText` for a document near to one that is held out, `NameTaken` for another version of one.
+    """
     known = {corpus.documents[i].sha256: i for part in corpus.parts for i in part}
-    names = {corpus.documents[i].name for i in corpus.in_database}
+    names = {corpus.documents[i].name: i for i in corpus.in_database}
     new: dict[str, Document] = {}
     restored = []
-    for document in documents:
+    alike = near(signatures_of(d.text for d in documents), corpus.signatures)
+    for document, copies in zip(documents, alike, strict=True):
         sha256 = sha256_of_text(document.text)
-        if sha256 in held_out:
-            raise ValueError(f"{document.name} has the text of {held_out[sha256]}, which is held out; leave it out")
+        if held_out := [i for i in copies if i in corpus.split("valid")]:
+            held_out_name = corpus.documents[held_out[0]].name
+            raise SeenText(f"{document.name} is {held_out_name}, or nearly, which is held out; leave it out")
         number = known.get(sha256)
         if number is not None and number not in corpus.removed:
             continue
-        if (document.name if number is None else corpus.documents[number].name) in names:
-            raise NameTaken(document.name)
-        if number is None:
-            new[sha256] = document
-        else:
+        if number is not None:
             restored.append(number)
+        elif (other := names.get(document.name)) is None:
+            new[sha256] = document
+            names[document.name] = -1
+        elif other in copies:
+            raise NameTaken(document.name)
+        else:
+            new[sha256] = Document(free := _free_name(document.name, names), document.text)
+            names[free] = -1
     return list(new.values()), restored
+
+
+def _free_name(name: str, names: Container[str]) -> str:
+    return next(free for free in (f"{name} ({n})" for n in count(2)) if free not in names)
 
 
 def _rewrite(folder: Path, corpus: Corpus, new: list[Document], removed: frozenset[int] | set[int]) -> None:
@@ -154,20 +170,32 @@ def _rewrite(folder: Path, corpus: Corpus, new: list[Document], removed: frozens
             path, {"sha256": sha256_of_json(read_manifest(path))}, {"sha256": sha256_of_json(corpus.manifest)}
         )
         if new:
-            with atomic_write(folder / TOKENS_FILE) as temporary:
-                shutil.copyfile(folder / TOKENS_FILE, temporary)
-                with open(temporary, "r+b") as file:
-                    file.truncate(corpus.tokens.nbytes)  # behind them may lie what another addition left
-                    found = {"sha256": sha256_of_file(temporary)}
-                    require_match(folder / TOKENS_FILE, found, {"sha256": manifest["tokens.bin_sha256"]})
-                    file.seek(0, os.SEEK_END)
-                    entries = write_documents(file, new, corpus.tokenizer, corpus.tokens.dtype)
-                manifest |= {
-                    "tokens.bin_sha256": sha256_of_file(temporary),
-                    "additions": [*corpus.additions, *([len(entries)] if entries else [])],
-                    "documents": manifest["documents"] + [[e.name, e.sha256, e.n_bytes, e.n_tokens] for e in entries],
-                }
+            tokens_file, signatures_file = folder / TOKENS_FILE, folder / SIGNATURES_FILE
+            with atomic_write(tokens_file) as tokens, atomic_write(signatures_file) as signatures:
+                with _copy_to_append(tokens_file, tokens, corpus.tokens.nbytes, manifest) as file:
+                    written = write_documents(file, enumerate(new), corpus.tokenizer, corpus.tokens.dtype)
+                signs = signatures_of(new[number].text for number, _ in written)
+                with _copy_to_append(signatures_file, signatures, corpus.signatures.nbytes, manifest) as file:
+                    signs.tofile(file)
+            manifest |= {
+                f"{TOKENS_FILE}_sha256": sha256_of_file(tokens_file),
+                f"{SIGNATURES_FILE}_sha256": sha256_of_file(signatures_file),
+                "additions": [*corpus.additions, *([len(written)] if written else [])],
+                "documents": manifest["documents"] + [list(astuple(entry)) for _, entry in written],
+                "groups": groups_of(np.concatenate([corpus.signatures, signs]), manifest["groups"]).tolist(),
+            }
         write_manifest(path, manifest)
+
+
+@contextmanager
+def _copy_to_append(file: Path, copy: Path, n_bytes: int, manifest: dict[str, Any]) -> Iterator[BinaryIO]:
+    """A copy of the first `n_bytes` of a corpus' file, open to append; behind them may lie what a killed call left."""
+    shutil.copyfile(file, copy)
+    with open(copy, "r+b") as opened:
+        opened.truncate(n_bytes)
+        require_match(file, {"sha256": sha256_of_file(copy)}, {"sha256": manifest[f"{file.name}_sha256"]})
+        opened.seek(0, os.SEEK_END)
+        yield opened
 
 
 def update_index(

@@ -21,7 +21,7 @@ from typing import Any
 from retro.errors import DamagedFile, MissingArtifact, StaleArtifact
 from retro.storage.files import atomic_write
 
-FORMAT_VERSION = 5  # raised when the meaning of a written file changes
+FORMAT_VERSION = 6  # raised when the meaning of a written file changes
 MAX_NUMBER = 1 << 53  # what JSON's numbers hold exactly
 CHECKSUM = "checksum"  # the field that holds a hash of the others
 

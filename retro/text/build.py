@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from retro.config import CorpusConfig
-from retro.storage.files import atomic_write, exclusive_lock, sha256_of_file
+from retro.storage.files import TEMPORARY, atomic_write, exclusive_lock, sha256_of_file
 from retro.storage.manifests import package_versions, write_manifest
-from retro.text.corpus import MANIFEST_FILE, TOKENIZER_FILE, TOKENS_FILE, Corpus, DocumentEntry
+from retro.text.copies import first_of_equals
+from retro.text.corpus import MANIFEST_FILE, SIGNATURES_FILE, TOKENIZER_FILE, TOKENS_FILE, Corpus, DocumentEntry
 from retro.text.documents import Document, find_texts, read_documents, sha256_of_text
-from retro.text.split import Split, split_single, split_texts
+from retro.text.split import split_single, split_texts
 from retro.text.tokenizer import Tokenizer, train_tokenizer
 
 
@@ -26,8 +27,9 @@ def build_corpus(
     valid_fraction: float = CorpusConfig.valid_fraction,
     seed: int = CorpusConfig.seed,
     name: str | None = None,
+    keep_near_held_out: bool = CorpusConfig.keep_near_held_out,
 ) -> Corpus:
-    """Read texts into a corpus folder: `tokens.bin`, `tokenizer.json`, `manifest.json`.
+    """Read texts into a corpus folder: `tokens.bin`, `tokenizer.json`, `signatures.bin`, `manifest.json`.
 
     * `paths` are text files and folders of them
     * `tokenizer` is `char`, `bpe:SIZE` (trained here, on the training documents), or the name or folder of any
@@ -35,44 +37,53 @@ def build_corpus(
     * `valid_fraction` is the least share of the bytes to hold out, in whole documents; the last part of the text when
       there is only one document, as in the tutorial; 0 holds nothing out
     * `name` is what runs on this text are called; left out, the name of the file, or of the folder of all of them
+    * `keep_near_held_out` trains on documents that are near-duplicates of held-out ones; they are left out otherwise
 
     The texts are read once for each pass and one document at a time. Raises `ValueError` for text that cannot be used
     and leaves an existing corpus as it was.
     """
-    folder = Path(folder)
+    folder, config = Path(folder), CorpusConfig(tokenizer, valid_fraction, keep_near_held_out, seed)
     texts = find_texts(paths)
-    split = split_texts(texts, valid_fraction, seed)
-    valid = set(split.valid)
+    split = split_texts(texts, valid_fraction, seed, keep_near_held_out)
 
-    def documents(side: str) -> Iterator[Document]:
-        for document in split_single(read_documents(texts), split.single, valid_fraction):
-            if (sha256_of_text(document.text) in valid) == (side == "valid"):
-                yield document
+    def documents(side: str) -> Iterator[tuple[int, Document]]:
+        found = split_single(read_documents(texts), split.single, valid_fraction)
+        for number, (document, its_side, sha256) in enumerate(zip(found, split.sides, split.texts, strict=True)):
+            if sha256_of_text(document.text) != sha256:
+                raise ValueError(f"{document.name} changed while it was read; give the same command again")
+            if its_side == side:
+                yield number, document
 
     # As in the tutorial, every character of either part is in the vocabulary. A subword
     # vocabulary is learnt from the training documents alone.
-    train_texts = (d.text for d in documents("train"))
-    all_texts = (d.text for side in ("train", "valid") for d in documents(side))
+    train_texts = (d.text for _, d in documents("train"))
+    all_texts = (d.text for side in ("train", "valid") for _, d in documents(side))
     encoder = train_tokenizer(tokenizer, all_texts if tokenizer == "char" else train_texts)
 
     dtype = np.dtype("uint16" if encoder.n_tokens <= 1 << 16 else "uint32")
-    entries: list[DocumentEntry] = []
+    written: list[tuple[int, DocumentEntry]] = []
     n_train = 0
-    # The manifest, which knows the hashes of the other two files, comes after them.
+    # The manifest, which knows the hashes of the other files, comes after them.
     with exclusive_lock(folder):
-        with atomic_write(folder / TOKENS_FILE) as temporary, atomic_write(folder / TOKENIZER_FILE) as mapping:
-            with open(temporary, "wb") as file:
+        with (
+            atomic_write(folder / TOKENS_FILE) as tokens,
+            atomic_write(folder / TOKENIZER_FILE) as mapping,
+            atomic_write(folder / SIGNATURES_FILE) as signatures,
+        ):
+            with open(tokens, "wb") as file:
                 for side in ("train", "valid"):
-                    entries += write_documents(file, documents(side), encoder, dtype)
-                    n_train = n_train or len(entries)
+                    written += write_documents(file, documents(side), encoder, dtype)
+                    n_train = n_train or len(written)
                     if not n_train:
                         raise ValueError(f"no text to train on has a token of the tokenizer {tokenizer}")
+            written = _with_groups_together(tokens, written, n_train, split.groups, dtype)
+            numbers = [number for number, _ in written]
+            split.signatures[numbers].tofile(signatures)
             encoder.save(mapping)
-            hashes = {f"{file.name}_sha256": sha256_of_file(path) for file, path in (
-                (folder / TOKENS_FILE, temporary), (folder / TOKENIZER_FILE, mapping)
-            )}  # fmt: skip
+            files = {TOKENS_FILE: tokens, TOKENIZER_FILE: mapping, SIGNATURES_FILE: signatures}
+            hashes = {f"{name}_sha256": sha256_of_file(path) for name, path in files.items()}
         manifest = {
-            **corpus_cache_key(split, tokenizer, valid_fraction, seed),
+            **corpus_cache_key(split.sha256, config),
             "name": name or name_of(paths),
             "tokenizer": encoder.kind,
             "dtype": str(dtype),
@@ -81,10 +92,31 @@ def build_corpus(
             "removed": [],
             **hashes,
             "versions": package_versions(),
-            "documents": [list(astuple(entry)) for entry in entries],
+            "documents": [list(astuple(entry)) for _, entry in written],
+            "groups": first_of_equals(split.groups[numbers]).tolist(),
+            "left_out": [list(pair) for pair in split.left_out],
         }
         write_manifest(folder / MANIFEST_FILE, manifest)
     return Corpus.load(folder)
+
+
+def _with_groups_together(
+    tokens: Path, written: list[tuple[int, DocumentEntry]], n_train: int, groups: np.ndarray, dtype: np.dtype
+) -> list[tuple[int, DocumentEntry]]:
+    """The training documents in the order in which near-duplicates follow each other, in the file of tokens too.
+
+    What a query may not retrieve is then one range of offsets.
+    """
+    first = first_of_equals(groups[[number for number, _ in written[:n_train]]])
+    order = [*np.argsort(first, kind="stable").tolist(), *range(n_train, len(written))]
+    if order != sorted(order):
+        starts = np.cumsum([0] + [entry.n_tokens for _, entry in written])
+        as_read, ordered = np.memmap(tokens, dtype, mode="r"), tokens.with_name(f"{tokens.name}{TEMPORARY}")
+        with open(ordered, "wb") as file:
+            for place in order:
+                as_read[starts[place] : starts[place + 1]].tofile(file)
+        os.replace(ordered, tokens)
+    return [written[place] for place in order]
 
 
 def name_of(paths: Sequence[str | Path]) -> str:
@@ -95,29 +127,24 @@ def name_of(paths: Sequence[str | Path]) -> str:
 
 
 def write_documents(
-    file: BinaryIO, documents: Iterable[Document], encoder: Tokenizer, dtype: np.dtype
-) -> list[DocumentEntry]:
-    """Append the tokens of documents to a file; returns their entries. What has no token is no document."""
+    file: BinaryIO, documents: Iterable[tuple[int, Document]], encoder: Tokenizer, dtype: np.dtype
+) -> list[tuple[int, DocumentEntry]]:
+    """Append the tokens of numbered documents to a file; returns their entries. What has no token is no document."""
     entries = []
-    for document in documents:
+    for number, document in documents:
         ids = np.asarray(encoder.encode(document.text), dtype=dtype)
         if not len(ids):
             continue  # of characters that the tokenizer drops
         file.write(ids.tobytes())
-        entries.append(
-            DocumentEntry(document.name, sha256_of_text(document.text), len(document.text.encode()), len(ids))
-        )
+        sha256, n_bytes = sha256_of_text(document.text), len(document.text.encode())
+        entries.append((number, DocumentEntry(document.name, sha256, n_bytes, len(ids))))
     return entries
 
 
-def corpus_cache_key(split: Split, tokenizer: str, valid_fraction: float, seed: int) -> dict[str, Any]:
+def corpus_cache_key(texts_sha256: str, config: CorpusConfig) -> dict[str, Any]:
     """The part of a corpus' manifest that tells whether it has to be built again."""
-    name = tokenizer
-    if (file := Path(tokenizer) / TOKENIZER_FILE).is_file():
-        name = f"{Path(tokenizer).name}:{sha256_of_file(file)[:12]}"
-    return {
-        "texts_sha256": split.sha256,
-        "tokenizer_name": name,
-        "valid_fraction": valid_fraction,
-        "seed": seed,
-    }
+    name = config.tokenizer
+    if (file := Path(name) / TOKENIZER_FILE).is_file():
+        name = f"{Path(name).name}:{sha256_of_file(file)[:12]}"
+    others = {key: value for key, value in asdict(config).items() if key != "tokenizer"}
+    return {"texts_sha256": texts_sha256, "tokenizer_name": name, **others}

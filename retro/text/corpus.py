@@ -30,6 +30,7 @@ import numpy as np
 from retro.errors import DamagedFile, MissingArtifact
 from retro.storage.files import sha256_of_file
 from retro.storage.manifests import MAX_NUMBER, Fields, read_manifest, sha256_of_json
+from retro.text.copies import N_ORDERS, signatures_of
 from retro.text.documents import sha256_of_text
 from retro.text.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 NO_TOKEN = -1  # stands where a value or a neighbor has no token
 CORPUS_FOLDER = "corpus"  # in a data folder
 TOKENS_FILE, TOKENIZER_FILE, MANIFEST_FILE = "tokens.bin", "tokenizer.json", "manifest.json"
+SIGNATURES_FILE = "signatures.bin"
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,11 @@ MANIFEST_FIELDS: Fields = {
     "documents": list,
     "additions": list,
     "removed": list,
+    "groups": list,
+    "left_out": list,
     "tokens.bin_sha256": str,
     "tokenizer.json_sha256": str,
+    "signatures.bin_sha256": str,
 }
 
 
@@ -79,6 +84,9 @@ def _documents_of(path: Path, manifest: dict[str, Any]) -> list[DocumentEntry]:
         )
     if not all(type(number) is int and 0 <= number < n for number in manifest["removed"]):
         raise DamagedFile(path, f"has {n} documents, but removed={manifest['removed']!r:.80}")
+    groups = manifest["groups"]
+    if len(groups) != n or not all(type(g) is int and 0 <= g <= i and groups[g] == g for i, g in enumerate(groups)):
+        raise DamagedFile(path, f"has {n} documents, but groups={groups!r:.80}")
     return [DocumentEntry(*entry) for entry in manifest["documents"]]
 
 
@@ -98,6 +106,10 @@ class Corpus:
     * `manifest` is the manifest
     * `additions` are the numbers of documents that were added to the database, at one time each; they lie last
     * `removed` are the documents that are no longer in the database
+    * `groups` are the groups of near-duplicates: for each document the number of the first in its group; left out,
+      each document is alone
+    * `signatures`, uint32 of shape `[documents, 128]`, tell near-duplicates (`retro.text.copies`); left out, they are
+      computed when they are asked for
     """
 
     def __init__(
@@ -109,6 +121,8 @@ class Corpus:
         manifest: dict[str, Any] | None = None,
         additions: Sequence[int] = (),
         removed: Iterable[int] = (),
+        groups: Sequence[int] | None = None,
+        signatures: np.ndarray | None = None,
     ) -> None:
         self.tokens = tokens
         self.documents = documents
@@ -118,6 +132,17 @@ class Corpus:
         self.manifest = manifest or {}
         self.additions = tuple(additions)
         self.removed = frozenset(removed)
+        self.groups = np.arange(len(documents)) if groups is None else np.array(groups)
+        self._signatures = signatures
+
+    @cached_property
+    def signatures(self) -> np.ndarray:
+        """What near-duplicates are told by: uint32, of shape `[documents, 128]`."""
+        if self._signatures is not None:
+            return self._signatures
+        return signatures_of(
+            self.text(start, d.n_tokens) for start, d in zip(self.starts.tolist(), self.documents, strict=False)
+        )
 
     @cached_property
     def sha256(self) -> str:
@@ -140,10 +165,11 @@ class Corpus:
         manifest = read_manifest(folder / MANIFEST_FILE, MANIFEST_FIELDS)
         documents = _documents_of(folder / MANIFEST_FILE, manifest)
         n_tokens = sum(document.n_tokens for document in documents)
-        # Both are read whole before anything is made of them. Behind the tokens may lie those of an addition that
-        # was killed before it wrote the manifest.
+        # All are read whole before anything is made of them. Behind tokens and signatures may lie those of an addition
+        # that was killed before it wrote the manifest.
         n_bytes = n_tokens * np.dtype(manifest["dtype"]).itemsize
-        for name, length in ((TOKENS_FILE, n_bytes), (TOKENIZER_FILE, None)):
+        n_signed = len(documents) * 4 * N_ORDERS
+        for name, length in ((TOKENS_FILE, n_bytes), (TOKENIZER_FILE, None), (SIGNATURES_FILE, n_signed)):
             found = sha256_of_file(folder / name, length) if (folder / name).exists() else "no file"
             if found != (expected := manifest[f"{name}_sha256"]):
                 raise DamagedFile(folder / name, f"has sha256 {found}, but its manifest says {expected}")
@@ -155,6 +181,8 @@ class Corpus:
             manifest,
             manifest["additions"],
             manifest["removed"],
+            manifest["groups"],
+            np.fromfile(folder / SIGNATURES_FILE, np.uint32, len(documents) * N_ORDERS).reshape(-1, N_ORDERS),
         )
         if len(corpus.tokens) != n_tokens:
             raise DamagedFile(
@@ -229,6 +257,11 @@ class Corpus:
         return {"train": range(self.n_train), "valid": range(self.n_train, end)}[name]
 
     @property
+    def is_one_text(self) -> bool:
+        """Whether there is one text, whose last part is held out: it retrieves from its own beginning."""
+        return self.n_train == 1 and self.documents[0].name.endswith(" [train]")
+
+    @property
     def name(self) -> str:
         """What runs on this text are called."""
         return str(self.manifest.get("name", "text"))
@@ -270,6 +303,25 @@ class Corpus:
     def ends_of(self, offsets: np.ndarray | int) -> np.ndarray:
         """End of the document that each offset lies in."""
         return self.starts[self.document_of(offsets) + 1]
+
+    def barred_ranges(self, offsets: np.ndarray) -> np.ndarray:
+        """What queries at `offsets` (n) may not find: ranges `(first, end)` of offsets, of shape `[n, r, 2]`.
+
+        They hold the document of the query and all its near-duplicates; `(0, 0)` is no range.
+        """
+        return self._ranges_of_groups[self.groups[self.document_of(offsets)]]
+
+    @cached_property
+    def _ranges_of_groups(self) -> np.ndarray:
+        """The ranges of each group, under the number of its first document, of shape `[documents, r, 2]`."""
+        order = np.argsort(self.groups, kind="stable")
+        groups, follows = self.groups[order], np.diff(order, prepend=-2) == 1
+        first = np.flatnonzero(~follows | (np.diff(groups, prepend=-1) != 0))  # of documents that follow each other
+        last = np.append(first[1:], len(order)) - 1
+        nth = np.arange(len(first)) - np.searchsorted(groups[first], groups[first])
+        ranges = np.zeros((len(order), int(nth.max()) + 1, 2), dtype=np.int64)
+        ranges[groups[first], nth] = np.stack([self.starts[order[first]], self.starts[order[last] + 1]], axis=1)
+        return ranges
 
     def values(self, offsets: np.ndarray, length: int) -> np.ndarray:
         """Tokens from each offset on, up to the end of its document.

@@ -1,4 +1,4 @@
-"""Which documents are held out: whole ones, drawn by a seeded hash of their text."""
+"""Which documents are held out: whole ones, drawn by a seeded hash of their text, and no copy of one trains."""
 
 from __future__ import annotations
 
@@ -9,42 +9,99 @@ from pathlib import Path
 import numpy as np
 
 from retro.storage.manifests import sha256_of_json
+from retro.text.copies import groups_of, signature
 from retro.text.documents import Document, read_documents, sha256_of_text
+
+Found = list[tuple[str, str, int]]  # name, sha256 and bytes of the text of each document, in the order of reading
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which documents there are, and which are held out."""
+    """Which documents there are, and what becomes of each; all in the order of reading."""
 
     sha256: str  # names all texts, in their order
-    valid: tuple[str, ...]  # hashes of the texts that are held out, as drawn
+    texts: tuple[str, ...]  # hash of the text of each document
+    sides: tuple[str, ...]  # of each: `train`, `valid`, or `` if it is left out
+    signatures: np.ndarray  # (n, 128), by which near-duplicates are told
+    groups: np.ndarray  # (n) of near-duplicates: each document's is the number of the first in it
+    left_out: tuple[tuple[str, str], ...]  # names of those left out, each with the held-out one that it is near to
     single: bool  # there is one text, and its last part is held out
 
 
-def split_texts(texts: list[tuple[str, Path]], valid_fraction: float = 0.1, seed: int = 0) -> Split:
-    """Draw the held-out documents, in one pass over the texts.
+def list_documents(texts: list[tuple[str, Path]]) -> Found:
+    """What documents there are, in one pass over the texts. Raises `ValueError` if there are none."""
+    return _found(texts, ((d, sha256_of_text(d.text)) for d in read_documents(texts)))
 
-    They are drawn by a seeded hash of their text, so the split does not depend on the order of the files, and two
-    copies of one text always fall on the same side.
-    """
-    found = [(d.name, sha256_of_text(d.text), len(d.text.encode())) for d in read_documents(texts)]
+
+def texts_sha256(found: Found) -> str:
+    """Names all texts, in their order."""
+    return sha256_of_json(found)
+
+
+def _found(texts: list[tuple[str, Path]], documents: Iterable[tuple[Document, str]]) -> Found:
+    found = [(d.name, sha256, len(d.text.encode())) for d, sha256 in documents]
     if not found:
         raise ValueError(
             f"no text in {', '.join(str(path) for _, path in texts) or 'what was named'}: all of it is empty"
         )
-    sha256, single = sha256_of_json(found), valid_fraction > 0 and len({sha for _, sha, _ in found}) == 1
-    if valid_fraction == 0:
-        return Split(sha256, (), single)
-    if single:
-        parts = split_single(read_documents(texts), True, valid_fraction)
-        return Split(sha256, tuple(sha256_of_text(d.text) for d in parts if d.name.endswith("[valid]")), single)
-    size: dict[str, int] = {}
-    for _, sha, n_bytes in found:
-        size[sha] = size.get(sha, 0) + n_bytes
-    drawn = sorted(size, key=lambda sha: sha256_of_text(f"{seed}:{sha}"))
-    held_out = np.cumsum([size[sha] for sha in drawn])
+    return found
+
+
+def split_texts(
+    texts: list[tuple[str, Path]], valid_fraction: float = 0.1, seed: int = 0, keep_near_held_out: bool = False
+) -> Split:
+    """Draw the held-out documents, in one pass over the texts.
+
+    They are drawn by a seeded hash of their text, so the split does not depend on the order of the files. Of a group
+    of near-duplicates one text is drawn for all: it is held out, and the others are left out, so that nobody trains on
+    them or retrieves them.
+
+    * `keep_near_held_out` leaves them in the training text all the same
+    """
+    signatures: dict[str, np.ndarray] = {}
+
+    def signed() -> Iterator[tuple[Document, str]]:
+        for document in read_documents(texts):
+            sha256 = sha256_of_text(document.text)
+            if sha256 not in signatures:
+                signatures[sha256] = signature(document.text)
+            yield document, sha256
+
+    found = _found(texts, signed())
+    signs = np.array([signatures[sha256] for _, sha256, _ in found])
+    groups, n = groups_of(signs), len(found)
+    if valid_fraction > 0 and not groups.any():
+        return _split_of_one(texts, found, valid_fraction)
+    sides = np.full(n, "train", dtype="<U5")
+    if valid_fraction > 0:
+        valid = _drawn(found, groups, valid_fraction, seed)
+        if not keep_near_held_out:
+            sides[np.isin(groups, valid)] = ""
+        sides[valid] = "valid"
+    held_out = {int(groups[i]): found[i][0] for i in np.flatnonzero(sides == "valid")}
+    left_out = tuple((found[i][0], held_out[int(groups[i])]) for i in np.flatnonzero(sides == ""))
+    texts_of = tuple(sha256 for _, sha256, _ in found)
+    return Split(texts_sha256(found), texts_of, tuple(sides.tolist()), signs, groups, left_out, False)
+
+
+def _drawn(found: Found, groups: np.ndarray, valid_fraction: float, seed: int) -> np.ndarray:
+    """Numbers of the documents to hold out: the first one of each group that is drawn."""
+    by_group: dict[int, str] = {}  # the least hash of a text in it, which no order of the files changes
+    for group, (_, sha256, _) in zip(groups.tolist(), found, strict=True):
+        by_group[group] = min(sha256, by_group.get(group, sha256))
+    drawn = sorted(by_group, key=lambda group: sha256_of_text(f"{seed}:{by_group[group]}"))
+    held_out = np.cumsum([found[first][2] for first in drawn])
     n_valid = 1 + int(np.searchsorted(held_out, valid_fraction * held_out[-1]))
-    return Split(sha256, tuple(drawn[: min(n_valid, len(size) - 1)]), single)
+    return np.array(drawn[: min(n_valid, len(drawn) - 1)])
+
+
+def _split_of_one(texts: list[tuple[str, Path]], found: Found, valid_fraction: float) -> Split:
+    """The split of one text: the first of the documents is cut in two, the others are copies of it."""
+    parts = list(split_single(read_documents(texts), True, valid_fraction))
+    left_out = tuple((name, found[0][0]) for name, _, _ in found[1:])
+    shas = tuple(sha256_of_text(part.text) for part in parts)
+    signs = np.array([signature(part.text) for part in parts])
+    return Split(texts_sha256(found), shas, ("train", "valid"), signs, np.arange(2), left_out, True)
 
 
 def split_single(documents: Iterable[Document], single: bool, valid_fraction: float) -> Iterator[Document]:

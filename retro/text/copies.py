@@ -1,0 +1,102 @@
+r"""Near-duplicates: which documents are copies of each other, or nearly.
+
+Two documents are near if the sets of their 13-grams $A$, $B$ have a Jaccard similarity of at least 0.8 (section 2.1 of
+arXiv:2112.04426):
+
+$$J(A, B) = \frac{\lvert A \cap B \rvert}{\lvert A \cup B \rvert} \ge 0.8$$
+
+A gram is 13 words in a row, in lower case, whatever stands between them; a document of fewer words is one gram. $J$ is
+estimated by MinHash: for each of 128 random orders of all grams a document keeps the number of its first one, and two
+documents agree in a share of about $J$ of these (give or take 0.035). The 128 numbers are its *signature*. Documents
+that agree in all 6 numbers of any of 20 bands are compared (at $J = 0.8$ that is 99.8% of the pairs), so the work grows
+with the number of documents, not of pairs (but for thousands of versions of one text). Documents that are near, and
+those near to these, are a *group*.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from datasketch import MinHash, MinHashLSH
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+NEAR = 0.8  # Jaccard similarity from which on two documents are near
+GRAM = 13  # words
+N_ORDERS = 128  # numbers of a signature
+BANDS = (20, 6)  # bands, numbers of each
+SCHEME = "affine32"  # of datasketch's orders: what signatures on disk are made with
+GRAMS_AT_ONCE = 1 << 14  # what bounds memory
+# Cut at 8 letters, so that scripts without blanks have words too.
+WORD = re.compile(r"\w{1,8}")
+_ORDERS = MinHash(N_ORDERS, scheme=SCHEME).permutations
+
+
+def signature(text: str) -> np.ndarray:
+    """The signature of a text: uint32, of shape `[128]`."""
+    minhash = MinHash(N_ORDERS, hashfunc=int, permutations=_ORDERS, scheme=SCHEME)
+    grams = grams_of(text)
+    for start in range(0, len(grams), GRAMS_AT_ONCE):
+        minhash.update_batch(grams[start : start + GRAMS_AT_ONCE])
+    return minhash.hashvalues.astype(np.uint32)
+
+
+def grams_of(text: str) -> np.ndarray:
+    """Hashes of the different grams of a text: of 32 bits, ascending."""
+    words = WORD.findall(text.lower()) or [text.strip()]
+    hash_of = {word: zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in set(words)}
+    hashes = np.array([hash_of[word] for word in words], dtype=np.uint64)
+    n = max(1, len(words) - GRAM + 1)
+    grams = np.zeros(n, dtype=np.uint64)
+    for k in range(min(GRAM, len(words))):  # a polynomial of the words' hashes, modulo 2**64
+        grams = grams * np.uint64(0x9E3779B97F4A7C15) + hashes[k : k + n]
+    return np.unique(grams >> np.uint64(32))
+
+
+def signatures_of(texts: Iterable[str]) -> np.ndarray:
+    """The signatures of texts, of shape `[n, 128]`."""
+    return np.array([signature(text) for text in texts], dtype=np.uint32).reshape(-1, N_ORDERS)
+
+
+def near(signatures: np.ndarray, known: np.ndarray) -> list[list[int]]:
+    """For each of some documents, the numbers of the `known` ones near to it, ascending; of equal ones the first.
+
+    * `signatures`, `known` are of shape `[n, 128]`
+    """
+    lsh = MinHashLSH(NEAR, N_ORDERS, params=BANDS)
+    for number in np.unique(known, axis=0, return_index=True)[1].tolist():
+        lsh.insert(number, _minhash(known[number]))
+    alike = (sorted(lsh.query(_minhash(row))) for row in signatures)
+    return [
+        [number for number in numbers if (known[number] == row).mean() >= NEAR]
+        for row, numbers in zip(signatures, alike, strict=True)
+    ]
+
+
+def groups_of(signatures: np.ndarray, groups: Sequence[int] = ()) -> np.ndarray:
+    """The group of each document, as the number of the first document in it, of shape `[n]`.
+
+    * `groups` are those of the first documents, if they are known; one that comes later can make one group of two
+    """
+    n = len(signatures)
+    _, first, number_of = np.unique(signatures, axis=0, return_index=True, return_inverse=True)
+    new = np.sort(first[first >= len(groups)])
+    pairs = [*enumerate(groups), *enumerate(first[number_of].tolist())]  # of the group, of the same signature
+    for number, others in zip(new.tolist(), near(signatures[new], signatures), strict=True):
+        pairs += [(number, other) for other in others]
+    rows, columns = np.array(pairs).T
+    graph = coo_array((np.ones(len(pairs)), (rows, columns)), shape=(n, n))
+    return first_of_equals(connected_components(graph, directed=False)[1])
+
+
+def first_of_equals(groups: Sequence[int] | np.ndarray) -> np.ndarray:
+    """For each group, where the same one comes first, of shape `[n]`."""
+    _, first, number_of = np.unique(groups, return_index=True, return_inverse=True)
+    return first[number_of]
+
+
+def _minhash(row: np.ndarray) -> MinHash:
+    return MinHash(N_ORDERS, hashvalues=row, permutations=_ORDERS, scheme=SCHEME)
