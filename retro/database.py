@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from retro.bert_embeddings import BERTChunkEmbeddings
-from retro.config import DatabaseConfig, with_given
+from retro.config import NEIGHBOR_SPAN, DatabaseConfig, with_given
 from retro.search.building import build_from_keys, embedder_of, open_database
 from retro.search.factory import set_n_probe
 from retro.search.keys import Keys, chunk_offsets
@@ -107,7 +107,7 @@ class RetroIndex:
         n_probe: int | None = None,
         n_neighbors: int = 2,
         n_extra: int = 2,
-        exclude_neighbor_span: int = 8,
+        exclude_neighbor_span: int = NEIGHBOR_SPAN,
         *,
         data_path: str | Path = "data",
         corpus: Any = None,

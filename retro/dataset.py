@@ -1,10 +1,12 @@
 r"""Training samples with their neighbors, retrieved once, before training.
 
-A sample is `chunks_per_sample` chunks of consecutive text from one document, and for each chunk $C_u$ its nearest
-neighbors $\text{RET}(C_u)$. Since BERT is frozen they never change, so they are computed once and kept as offsets, a
-line of JSON for each sample::
+A sample is `chunks_per_sample` chunks of text, and for each chunk $C_u$ its nearest neighbors $\text{RET}(C_u)$. Since
+BERT is frozen they never change, so they are computed once and kept as offsets, a line of JSON for each sample::
 
-    {"offset": 1041, "neighbors": [[88112, 4032], ...], "distances": [[3.1, 3.4], ...]}
+    {"offsets": [1041], "neighbors": [[88112, 4032], ...], "distances": [[3.1, 3.4], ...]}
+
+Most samples are one *stretch* of consecutive text. Shorter ones, ends of documents and whole short documents, share a
+sample: each begins with a chunk of its own, reads no token and no neighbor of the others, and ends before a -1.
 
 **No neighbor may hold text that its sample has yet to predict.** Otherwise the model learns to copy the answer, and its
 loss says nothing about unseen text. Let $m = 16$, and let chunk $u$ of a sample start at offset 1000. The tutorial
@@ -15,12 +17,13 @@ sample goes on to predict the text from 1016 on. Here the search leaves out, for
 * `exclude='sample'`: every chunk whose value overlaps the sample's span (for a single document), or
 * `exclude='span'`: what the tutorial's filter leaves out. It leaks, and exists to reproduce that.
 
-`audit` checks the written file by plain arithmetic on offsets.
+`retro.evaluation.audit` checks the written file: by plain arithmetic on offsets, and by what neighbors hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from retro.storage.sample_file import SampleFile, dataset_cache_key, is_tutorial
 from retro.text.corpus import NO_TOKEN, Corpus, open_corpus
 
 DATASET_FILE = {"train": "retro_train_dataset.jsonl", "valid": "retro_valid_dataset.jsonl"}
+Offsets = Sequence[Sequence[int]]  # of each sample, where its stretches start
 IGNORED_TARGET = -100  # what torch's cross entropy passes over by default
 
 
@@ -59,9 +63,9 @@ def build_dataset(
     * `corpus` is a `Corpus` or a labml `TextDataset`; left out, the one in `data_path`
     * `index` retrieves; left out, the database in `data_path`, its BERT on `device`
 
-    Writes a file for the training and one for the validation documents into `data_path` and returns their headers.
-    The last sample of a document may be shorter. Raises `TextTooShort` when there is not enough for a sample,
-    `InvalidOption` when no chunk can have a neighbor.
+    Writes a file for the training and one for the validation documents into `data_path` and returns their headers, in
+    which `n_targets` is the number of tokens that are predicted. Raises `TextTooShort` when there is not enough for a
+    sample, `InvalidOption` when no chunk can have a neighbor.
     """
     config = with_given(config or DatasetConfig(), {"chunks_per_sample": chunks_per_sample, "skip_range": skip_range})
     corpus = open_corpus(data_path) if corpus is None else Corpus.of(corpus)
@@ -71,10 +75,12 @@ def build_dataset(
     headers = {}
     for split, name in DATASET_FILE.items():
         offsets = sample_offsets(corpus, split, index.chunk_len, config)
-        header = {"split": split, "n_samples": len(offsets)}
+        lengths = stretch_lengths(corpus, np.concatenate(offsets), index.chunk_len * config.chunks_per_sample)
+        header = {"split": split, "n_samples": len(offsets), "n_targets": int(lengths.sum())}
         header |= dataset_cache_key(index.manifest, config, what_to_exclude(corpus, config))
+        header |= {"n_probe": index.n_probe, "exclude_neighbor_span": index.exclude_neighbor_span}  # perhaps others
 
-        def retrieve(some: np.ndarray, header: dict[str, Any] = header) -> Iterator[dict[str, Any]]:
+        def retrieve(some: Offsets, header: dict[str, Any] = header) -> Iterator[dict[str, Any]]:
             return retrieve_samples(some, header, index)
 
         headers[split] = write_samples(Path(data_path) / name, header, offsets, retrieve)
@@ -88,61 +94,74 @@ def what_to_exclude(corpus: Corpus, config: DatasetConfig) -> str:
     return config.exclude or ("document" if corpus.n_train > 1 else "sample")
 
 
-def sample_offsets(corpus: Corpus, split: str, chunk_len: int, config: DatasetConfig) -> np.ndarray:
-    """Where the samples of a split start: one after the other through each document, with random skips.
+def sample_offsets(corpus: Corpus, split: str, chunk_len: int, config: DatasetConfig) -> Offsets:
+    """Where the stretches of each sample of a split start: one after the other through each document.
 
-    The last sample of a document holds what is left, if that is a chunk and a token to predict.
+    Before each, some tokens are skipped at random, unless too few would be left for a chunk and a token to predict.
+    Stretches that are shorter than a sample are put together in the order in which they come.
     """
     rng = np.random.default_rng([config.seed, split == "valid"])
-    length, offsets = config.chunks_per_sample * chunk_len, []
+    m, C, samples, shared, used = chunk_len, config.chunks_per_sample, list[list[int]](), list[int](), 0
     for number in corpus.split(split):
         i, end = int(corpus.starts[number]), int(corpus.starts[number + 1])
-        while (i := i + int(rng.integers(config.skip_range))) + chunk_len < end:
-            offsets.append(i)
-            i += length
+        while i + 1 < end:
+            skipped = int(rng.integers(config.skip_range))
+            i += skipped if i + skipped + m < end else 0
+            n = min(C * m, end - 1 - i)
+            if n == C * m:
+                samples.append([i])
+            else:
+                if used + math.ceil(n / m) > C:
+                    samples.append(shared)
+                    shared, used = [], 0
+                shared.append(i)
+                used += n // m + 1  # at least one place between two stretches
+            i += C * m
+    samples += [shared] if shared else []
     documents = corpus.split(split)
-    n_tokens = int(corpus.starts[documents.stop] - corpus.starts[documents.start])
-    needed = length + 1 if split == "train" else chunk_len + 1
-    if not offsets or n_tokens < needed:
+    n_tokens, needed = int(np.diff(corpus.starts)[documents].sum()), C * m + 1 if split == "train" else 2
+    if not samples or n_tokens < needed:
         raise TextTooShort(
             f"the {split} text has {n_tokens} tokens in {len(documents)} documents, but a sample needs {needed} "
-            f"({config.chunks_per_sample} chunks of {chunk_len}). Use more text, or fewer or shorter chunks"
+            f"({C} chunks of {m}). Use more text, or fewer or shorter chunks"
         )
-    return np.array(offsets)
+    return samples
 
 
-def n_tokens_of_samples(corpus: Corpus, offsets: Any, chunk_len: int, chunks_per_sample: int) -> np.ndarray:
-    """Input tokens of the samples at `offsets`: whole chunks, or up to the last but one of its document."""
-    return np.minimum(chunks_per_sample * chunk_len, corpus.ends_of(offsets) - 1 - offsets)
+def stretch_lengths(corpus: Corpus, offsets: Any, most: int) -> np.ndarray:
+    """Input tokens of the stretches at `offsets`: `most`, or up to the last but one of the document."""
+    return np.minimum(most, corpus.ends_of(offsets) - 1 - offsets)
 
 
-def retrieve_samples(offsets: np.ndarray, header: dict[str, Any], index: RetroIndex) -> Iterator[dict[str, Any]]:
+def retrieve_samples(offsets: Offsets, header: dict[str, Any], index: RetroIndex) -> Iterator[dict[str, Any]]:
     """The samples at `offsets`, with neighbors and distances of each whole chunk; all are retrieved at once."""
     corpus, m, C = index.corpus, header["chunk_len"], header["chunks_per_sample"]
-    n_chunks = n_tokens_of_samples(corpus, offsets, m, C) // m
-    samples = np.repeat(offsets, n_chunks)  # start of the sample of each chunk
+    starts = np.concatenate(offsets)
+    n_chunks = stretch_lengths(corpus, starts, C * m) // m
+    stretches = np.repeat(starts, n_chunks)  # start of the stretch of each chunk
     ends = np.cumsum(n_chunks)
-    chunks = samples + m * (np.arange(len(samples)) - np.repeat(ends - n_chunks, n_chunks))  # start of each chunk
-    excluded = excluded_ranges(chunks, samples, header, index)
+    chunks = stretches + m * (np.arange(len(stretches)) - np.repeat(ends - n_chunks, n_chunks))  # start of each chunk
+    excluded = excluded_ranges(chunks, stretches, header, index)
     distances, found = index.search(index.embed(corpus.texts(chunks, m)), header["n_neighbors"], excluded)
-    for offset, rows in zip(offsets.tolist(), np.split(np.arange(len(chunks)), ends[:-1]), strict=True):
+    last = ends[np.cumsum([len(sample) for sample in offsets]) - 1]  # behind the chunks of each sample
+    for sample, rows in zip(offsets, np.split(np.arange(len(chunks)), last[:-1]), strict=True):
         yield {
-            "offset": offset,
+            "offsets": sample,
             "neighbors": [found[row][found[row] >= 0].tolist() for row in rows],
             "distances": [[round(d, 4) for d in distances[row][found[row] >= 0].tolist()] for row in rows],
         }
 
 
-def excluded_ranges(chunks: np.ndarray, samples: np.ndarray, header: dict[str, Any], index: RetroIndex) -> np.ndarray:
+def excluded_ranges(chunks: np.ndarray, stretches: np.ndarray, header: dict[str, Any], index: RetroIndex) -> np.ndarray:
     """What may not be retrieved for each chunk: offsets `(first, end)` of chunks, of shape `[n, r, 2]`.
 
-    * `chunks`, `samples` (n) are where the chunks, and the samples that they are in, start
+    * `chunks`, `stretches` (n) are where the chunks, and the stretches that they are in, start
     """
     m, C = header["chunk_len"], header["chunks_per_sample"]
     if header["split"] == "valid" or header["exclude"] == "document":
-        return index.corpus.barred_ranges(samples)
-    if header["exclude"] == "sample":  # a value of 2m tokens that starts here or later reaches into the sample
-        return np.stack([samples - 2 * m + 1, samples + C * m + 1], axis=1)[:, None]
+        return index.corpus.barred_ranges(stretches)
+    if header["exclude"] == "sample":  # a value of 2m tokens that starts here or later reaches into it
+        return np.stack([stretches - 2 * m + 1, stretches + C * m + 1], axis=1)[:, None]
     span = m + index.exclude_neighbor_span
     return np.stack([chunks - span, chunks + span + 1], axis=1)[:, None]
 
@@ -154,8 +173,8 @@ class Dataset(PyTorchDataset):
     * `tds` is the corpus, or a labml `TextDataset`, that its text comes from
 
     An item is `(src, tgt, neighbors)`: tokens of shape `[chunks * chunk_len]`, the tokens after them, and neighbors of
-    shape `[chunks, neighbors, 2 * chunk_len]`, all int64. Where a sample is shorter, `src` is filled up with 0 and
-    `tgt` with -100, which cross entropy ignores; where a neighbor or a token of it is missing, there is -1.
+    shape `[chunks, neighbors, 2 * chunk_len]`, all int64. In `src` -1 stands between two stretches, and 0 after the
+    last; `tgt` has -100 there, which cross entropy ignores; where a neighbor or a token of it is missing, there is -1.
     """
 
     def __init__(self, file_path: str | Path, tds: Any) -> None:
@@ -181,15 +200,27 @@ class Dataset(PyTorchDataset):
         if self.texts is not None:
             return self.texts[idx]
         sample, m, C = self.samples[idx], self.header["chunk_len"], self.header["chunks_per_sample"]
-        offset = sample["offset"]
-        n = int(n_tokens_of_samples(self.corpus, offset, m, C))
-        tokens = torch.from_numpy(self.corpus.tokens[offset : offset + n + 1].astype(np.int64))
         src, tgt = torch.zeros(C * m, dtype=torch.long), torch.full((C * m,), IGNORED_TARGET)
-        src[:n], tgt[:n] = tokens[:-1], tokens[1:]
-        offsets = np.full((C, self.header["n_neighbors"]), -1)
-        for u, row in enumerate(sample["neighbors"]):
-            offsets[u, : len(row)] = row
-        return src, tgt, torch.from_numpy(self.corpus.values(offsets, 2 * m))
+        neighbors, rows = np.full((C, self.header["n_neighbors"]), -1), iter(sample["neighbors"])
+        start = end = 0  # of a stretch in the sample
+        for offset in sample["offsets"]:
+            src[end:start] = NO_TOKEN
+            n = int(stretch_lengths(self.corpus, offset, C * m))
+            end, tokens = start + n, torch.from_numpy(self.corpus.tokens[offset : offset + n + 1].astype(np.int64))
+            src[start:end], tgt[start:end] = tokens[:-1], tokens[1:]
+            for u, row in zip(range(start // m, end // m), rows, strict=False):
+                neighbors[u, : len(row)] = row
+            start = (end // m + 1) * m
+        return src, tgt, torch.from_numpy(self.corpus.values(neighbors, 2 * m))
+
+
+def split_stretches(src: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Tokens `src` (B, T) in which -1 stands between two stretches -> tokens, and the number of each one's stretch.
+
+    The latter is None where no sample has more than one, as most have.
+    """
+    absent = src < 0
+    return (src.clamp(min=0), absent.cumsum(dim=1)) if absent.any() else (src, None)
 
 
 def _tensors(
@@ -203,31 +234,6 @@ def _tensors(
         for k, value in enumerate(row):
             padded[u, k, : len(value)] = value
     return tds.text_to_i(src), tds.text_to_i(tgt), padded
-
-
-def audit(dataset: Dataset) -> dict[str, int]:
-    """Count the neighbors that overlap text which their sample has yet to predict.
-
-    The neighbors of chunk `u` are first read by its last token, to predict the token after it; so a value may not
-    overlap the sample's tokens from the end of chunk `u` on. The count uses only offsets, not the search that found
-    them.
-    """
-    corpus, m, C = dataset.corpus, dataset.header["chunk_len"], dataset.header["chunks_per_sample"]
-    counts = {"samples": len(dataset), "leaking_samples": 0, "chunks": 0, "neighbors": 0, "leaking_neighbors": 0}
-    for idx in range(len(dataset)):
-        sample = dataset.line(idx)
-        offset, rows = sample["offset"], sample["neighbors"]
-        starts = np.array([n for row in rows for n in row], dtype=np.int64)
-        ends = np.minimum(starts + 2 * m, corpus.ends_of(starts))
-        chunk = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-        unpredicted = offset + (chunk + 1) * m
-        end = offset + int(n_tokens_of_samples(corpus, offset, m, C)) + 1
-        leaking = (starts < end) & (ends > unpredicted)
-        counts["chunks"] += len(rows)
-        counts["neighbors"] += len(starts)
-        counts["leaking_neighbors"] += int(leaking.sum())
-        counts["leaking_samples"] += bool(leaking.any())
-    return counts
 
 
 if __name__ == "__main__":

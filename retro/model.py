@@ -136,7 +136,7 @@ def written_out_attention(
     """What `scaled_dot_product_attention` computes, as batched products.
 
     * `queries` (N, H, L, d_k), `keys` and `values` (N, H, S, d_k)
-    * `attn_mask` (N, 1, 1, S) is true where a key may be read; or
+    * `attn_mask` (N, 1, 1, S) or (N, 1, L, S) is true where a key may be read; or
     * `is_causal`: row i reads keys 0..i (L = S); computed in blocks of rows, without most of what is barred
 
     Returns (N, H, L, d_k).
@@ -173,7 +173,8 @@ class SelfAttention(Attention):
     def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
         """`h` (N, T, D) reads itself -> (N, T, D), residual included.
 
-        * `mask` (N, 1, 1, T), if given, is true where there is a token to read
+        * `mask` (N, 1, 1, T) or (N, 1, T, T), if given, is true where there is a token to read; it is then all that
+          bars a position
         """
         n = self.n_heads * self.d_k
         qk, values = F.linear(self.norm(h), *self.projection()).split([2 * n, n], dim=-1)
@@ -182,7 +183,7 @@ class SelfAttention(Attention):
         rotated = self.rotary_pe.rotate(self.split_heads(qk), rotations)
         queries, keys = rotated.chunk(2, dim=2)  # (N, T, H, d_k) each
         keys, values = keys.transpose(1, 2), self.split_heads(values).transpose(1, 2)  # (N, H, T, d_k)
-        return h + self.attend(queries, keys, values, mask, self.is_causal)
+        return h + self.attend(queries, keys, values, mask, self.is_causal and mask is None)
 
     def projection(self) -> tuple[Tensor, Tensor]:
         """Weight (3*H*d_k, D) and bias that give queries and keys, both with features in pairs, and values.
@@ -375,12 +376,14 @@ class RetroModel(nn.Module):
         self.cca = nn.ModuleList([ChunkedCrossAttention(d_model, n_heads, d_k, chunk_len) for _ in self.ca_layers])
         self.norm_e = nn.LayerNorm(d_model)
 
-    def forward(self, x: Tensor, ret: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, ret: Tensor | None = None, stretches: Tensor | None = None) -> Tensor:
         """Logits for the token after each token.
 
         * `x` are tokens, of shape `[batch_size, seq_len]`
         * `ret` are the neighbors of the chunks of `x`, tokens or -1, of shape
           `[batch_size, chunks, neighbors, neighbor_len]`; without it, or with no chunks, nothing is read
+        * `stretches` are numbers of shape `[batch_size, seq_len]`, where several texts share a sequence: a token reads
+          tokens of its own number only
 
         Returns logits of shape `[batch_size, seq_len, n_vocab]`. Raises `ValueError` when there
         are neighbors of a chunk that `x` does not hold whole.
@@ -393,9 +396,10 @@ class RetroModel(nn.Module):
                 f"but the sequence has {x.shape[1]} tokens; drop the neighbors of incomplete chunks"
             )
         present = ret >= 0 if retrieving else None  # type: ignore[operator]
+        mask = None if stretches is None else (stretches[:, None, :, None] == stretches[:, None, None]).tril()
         # Layer p of algorithm 1: ATTN, then CCA if p is in P, then FFW, each with its residual inside.
         for p, (attn, ffw) in enumerate(zip(self.attn, self.ffw, strict=True)):
-            h = attn(h)
+            h = attn(h, mask)
             if retrieving and p in self.ca_layers:
                 if p == self.ca_layers[0]:
                     # Once for all reading layers, with the states that the first of them has.

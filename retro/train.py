@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from retro.config import TrainConfig
+from retro.dataset import split_stretches
 from retro.device import pick_device
 from retro.model import RetroModel
 from retro.runs import data, loop, tracking
@@ -108,11 +109,10 @@ class Trainer:
 
     def loss(self, src: torch.Tensor, tgt: torch.Tensor, neighbors: torch.Tensor | None) -> torch.Tensor:
         """Mean cross entropy of a batch, in nats per token; 0 where there is nothing to predict."""
-        src, tgt = (x.to(self.device, non_blocking=True) for x in (src, tgt))
-        if neighbors is not None:
-            neighbors = neighbors.to(self.device, non_blocking=True)
+        inputs, tgt = [*split_stretches(src), neighbors], tgt.to(self.device, non_blocking=True)
+        tokens, stretches, neighbors = (x if x is None else x.to(self.device, non_blocking=True) for x in inputs)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            logits = self.net(src, neighbors)
+            logits = self.net(tokens, neighbors, stretches)
         total = F.cross_entropy(logits.float().flatten(0, 1), tgt.flatten(), reduction="sum")
         return total / (tgt >= 0).sum().clamp(min=1)
 

@@ -37,18 +37,23 @@ def test_documents_come_back_whole_and_on_one_side_of_the_split(tmp_path, tokeni
         assert corpus.text(start, end - start) == texts[entry.name]
         assert entry.n_bytes == len(texts[entry.name].encode())
         side[entry.name] = i < corpus.n_train
-    assert set(side) == set(texts) and set(side.values()) == {True, False}
-    assert side["copy.txt"] == side["twin.txt"]
+    left_out = dict(corpus.manifest["left_out"])
+    assert set(side) | set(left_out) == set(texts) and set(side.values()) == {True, False}
+    assert side["copy.txt"] == side.get("twin.txt", False) and set(left_out) <= {"twin.txt"}
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.3, 0.7])
 def test_no_more_is_held_out_than_the_share_in_whole_documents(tmp_path, fraction):
     texts = {f"{i}.txt": f"Document {i}" + "." * (i * i % 37) for i in range(200)}
     (tmp_path / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts.values()))
-    sizes = {sha256_of_text(text): len(text) for text in texts.values()}
-    held_out = split_texts(find_texts([tmp_path]), fraction).valid
-    n, wanted = sum(sizes[sha256] for sha256 in held_out), fraction * sum(sizes.values())
-    assert n >= wanted > n - sizes[held_out[-1]]
+    split, sizes = split_texts(find_texts([tmp_path]), fraction), [len(text) for text in texts.values()]
+    held_out = [size for size, side in zip(sizes, split.sides, strict=True) if side == "valid"]
+    assert sum(held_out) >= fraction * sum(sizes) > sum(held_out) - max(sizes)
+    # As they were drawn: by the hash of seed and text.
+    texts_sha256 = [sha256_of_text(text) for text in texts.values()]
+    drawn = sorted(range(200), key=lambda i: sha256_of_text(f"0:{texts_sha256[i]}"))[: len(held_out)]
+    assert {i for i, side in enumerate(split.sides) if side == "valid"} == set(drawn)
+    assert sum(held_out) - sizes[drawn[-1]] < fraction * sum(sizes)
 
 
 def test_values_end_with_their_document(tmp_path):
@@ -65,7 +70,7 @@ def test_values_end_with_their_document(tmp_path):
 def test_the_same_texts_give_the_same_bytes(plays, tmp_path):
     for folder in ("one", "two"):
         build_corpus([plays], tmp_path / folder, "bpe:300", seed=3)
-    for name in ("tokens.bin", "tokenizer.json", "manifest.json"):
+    for name in ("tokens.bin", "tokenizer.json", "signatures.bin", "manifest.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 

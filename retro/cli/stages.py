@@ -157,7 +157,8 @@ def prepare_dataset(
     config: DatasetConfig, corpus: Corpus, database: dict[str, Any], data_path: Path, device: Any, rebuild: bool
 ) -> dict[str, int]:
     """Counts of the training dataset, found or built."""
-    from retro.dataset import DATASET_FILE, Dataset, audit, build_dataset, what_to_exclude
+    from retro.dataset import DATASET_FILE, Dataset, build_dataset, what_to_exclude
+    from retro.evaluation.audit import audit
     from retro.storage.sample_file import dataset_cache_key, read_header, shards_folder
 
     cache_key = dataset_cache_key(database, config, what_to_exclude(corpus, config))
@@ -171,10 +172,20 @@ def prepare_dataset(
         build_dataset(config=config, corpus=corpus, data_path=data_path, device=device)
     else:
         parallel.on_rank_zero(lambda: remove_unfinished(data_path, *map(shards_folder, paths)))
-    counts = audit(Dataset(paths[0], corpus))
+    dataset = Dataset(paths[0], corpus)
+    counts, n_tokens = audit(dataset), corpus.n_train_tokens
     note(
-        f"dataset: {counts['samples']:,} samples, {counts['chunks']:,} chunks with {counts['neighbors']:,} neighbors "
-        f"(exclude={cache_key['exclude']}); {counts['leaking_neighbors']:,} neighbors overlap text still to be "
-        "predicted"
+        f"dataset: {counts['samples']:,} samples predict {dataset.header['n_targets'] / n_tokens:.1%} of {n_tokens:,} "
+        f"tokens; {counts['chunks']:,} chunks with {counts['neighbors']:,} neighbors (exclude={cache_key['exclude']})"
     )
+    note(f"audit: {describe_audit(counts)}")
     return counts
+
+
+def describe_audit(counts: Mapping[str, int]) -> str:
+    """The counts of an audit in a sentence."""
+    return (
+        f"{counts['leaking_neighbors']:,} neighbors overlap text still to be predicted; {counts['copied_from_own']:,} "
+        "chunks find 8 of their next tokens in a row in a neighbor of their own document or a near-duplicate, "
+        f"{counts['copied_from_elsewhere']:,} in one from elsewhere"
+    )

@@ -141,7 +141,8 @@ def _report_run(
     """
     from retro.cli.stages import describe
     from retro.cli.using import write_sample
-    from retro.dataset import DATASET_FILE, Dataset, audit
+    from retro.dataset import DATASET_FILE, Dataset
+    from retro.evaluation.audit import audit
     from retro.runs.run import read_run
     from retro.search.index_file import read_database_manifest
     from retro.text.corpus import open_corpus

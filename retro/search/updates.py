@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -132,7 +132,7 @@ def split_new_and_restored(corpus: Corpus, documents: list[Document]) -> tuple[l
     that one. Raises `SeenText` for a document near to one that is held out, `NameTaken` for another version of one.
     """
     known = {corpus.documents[i].sha256: i for part in corpus.parts for i in part}
-    names = {corpus.documents[i].name: i for i in corpus.in_database}
+    names = {corpus.documents[i].name: i for i in corpus.in_database}  # and -1 for those that come now
     new: dict[str, Document] = {}
     restored = []
     alike = near(signatures_of(d.text for d in documents), corpus.signatures)
@@ -144,21 +144,20 @@ def split_new_and_restored(corpus: Corpus, documents: list[Document]) -> tuple[l
         number = known.get(sha256)
         if number is not None and number not in corpus.removed:
             continue
+        name = document.name if number is None else corpus.documents[number].name
+        if name in names and (number is not None or names[name] in copies):
+            raise NameTaken(name)
         if number is not None:
             restored.append(number)
-        elif (other := names.get(document.name)) is None:
-            new[sha256] = document
-            names[document.name] = -1
-        elif other in copies:
-            raise NameTaken(document.name)
         else:
-            new[sha256] = Document(free := _free_name(document.name, names), document.text)
-            names[free] = -1
+            name = _free_name(name, names)
+            new[sha256] = Document(name, document.text)
+        names[name] = -1
     return list(new.values()), restored
 
 
 def _free_name(name: str, names: Container[str]) -> str:
-    return next(free for free in (f"{name} ({n})" for n in count(2)) if free not in names)
+    return next(free for free in chain([name], (f"{name} ({n})" for n in count(2))) if free not in names)
 
 
 def _rewrite(folder: Path, corpus: Corpus, new: list[Document], removed: frozenset[int] | set[int]) -> None:

@@ -1,7 +1,7 @@
 """The file of samples: JSON Lines with a header line, which holds the hash of what follows.
 
-    {"format_version": 5, "split": "train", "n_samples": 1373, ..., "sha256": "..."}
-    {"offset": 1041, "neighbors": [[88112, 4032], ...], "distances": [[3.1, 3.4], ...]}
+    {"format_version": 6, "split": "train", "n_samples": 1373, ..., "sha256": "..."}
+    {"offsets": [1041], "neighbors": [[88112, 4032], ...], "distances": [[3.1, 3.4], ...]}
 
 While it is made, its finished shards lie beside it.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from retro import parallel
-from retro.config import DatasetConfig
+from retro.config import NEIGHBOR_SPAN, DatasetConfig
 from retro.errors import ArtifactError, DamagedFile, MissingArtifact, differences, require_match
 from retro.storage.files import BLOCK, atomic_write, exclusive_lock, remove_unfinished, sha256_of_file
 from retro.storage.manifests import (
@@ -36,10 +36,13 @@ MAX_SAMPLE = 1 << 30  # tokens of a sample times neighbors of a chunk
 HEADER_FIELDS: Fields = {
     "split": ("train", "valid"),
     "n_samples": int,
+    "n_targets": int,
     "chunk_len": int,
     "chunks_per_sample": int,
     "n_neighbors": int,
     "exclude": ("document", "sample", "span"),
+    "exclude_neighbor_span": int,
+    "n_probe": int,
     "corpus_sha256": str,
     "index_sha256": str,
     "sha256": str,
@@ -55,7 +58,7 @@ class SampleFile:
     """
 
     def __init__(self, path: Path, corpus: Any) -> None:
-        self.path, self.n_tokens = path, (n_tokens := len(corpus.tokens))
+        self.path, self.corpus, self.n_tokens = path, corpus, (n_tokens := len(corpus.tokens))
         self.header = read_header(path)
         require_match(path, self.header, {"corpus_sha256": corpus.sha256})
         self.lines = _line_starts(path)
@@ -81,8 +84,9 @@ class SampleFile:
         text = self.bytes[self.lines[idx + 1] : self.lines[idx + 2]].tobytes()
         try:
             sample = json.loads(text)
-            offset, rows, n = sample["offset"], sample["neighbors"], self.n_tokens
-            fits = type(offset) is int and 0 <= offset < n and len(rows) <= self.header["chunks_per_sample"]
+            offsets, rows, n = sample["offsets"], sample["neighbors"], self.n_tokens
+            fits = type(offsets) is list and all(type(offset) is int and 0 <= offset < n for offset in offsets)
+            fits = fits and self._chunks_of(np.array(offsets)) <= self.header["chunks_per_sample"] >= len(rows)
             for row in rows if fits else ():
                 fits &= type(row) is list and len(row) <= self.header["n_neighbors"]
                 fits &= all(type(start) is int and 0 <= start < n for start in row)
@@ -93,6 +97,15 @@ class SampleFile:
                 self.path, f"has no sample of a corpus of {self.n_tokens} tokens in line {idx + 2}: {text[:80]!r}"
             )
         return sample
+
+    def _chunks_of(self, offsets: np.ndarray) -> int:
+        """Chunks that the stretches at `offsets` take; too many for none."""
+        if not len(offsets):
+            return MAX_SAMPLE
+        m = self.header["chunk_len"]
+        most = m * self.header["chunks_per_sample"]
+        lengths = np.minimum(most, self.corpus.ends_of(offsets) - 1 - offsets)
+        return int((lengths[:-1] // m + 1).sum() - lengths[-1] // -m)
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -115,6 +128,8 @@ def dataset_cache_key(database: Mapping[str, Any], config: DatasetConfig, exclud
         "skip_range": config.skip_range,
         "n_neighbors": config.n_neighbors,
         "exclude": exclude,
+        "exclude_neighbor_span": NEIGHBOR_SPAN,
+        "n_probe": database["n_probe"],
         "seed": config.seed,
         "corpus_sha256": database["corpus_sha256"],
         "index_sha256": database["index_sha256"],
@@ -124,12 +139,13 @@ def dataset_cache_key(database: Mapping[str, Any], config: DatasetConfig, exclud
 def write_samples(
     path: Path,
     header: dict[str, Any],
-    offsets: np.ndarray,
-    retrieve: Callable[[np.ndarray], Iterable[dict[str, Any]]],
+    offsets: Sequence[Sequence[int]],
+    retrieve: Callable[[Sequence[Sequence[int]]], Iterable[dict[str, Any]]],
 ) -> dict[str, Any]:
-    """Write the samples at `offsets`, unless the file is there already; returns the header.
+    """Write the samples, unless the file is there already; returns the header.
 
-    * `retrieve` makes samples of some offsets
+    * `offsets` are where the stretches of each sample start
+    * `retrieve` makes samples of some of these
 
     An interrupted call continues after the last shard.
     """

@@ -30,8 +30,9 @@ N_ORDERS = 128  # numbers of a signature
 BANDS = (20, 6)  # bands, numbers of each
 SCHEME = "affine32"  # of datasketch's orders: what signatures on disk are made with
 GRAMS_AT_ONCE = 1 << 14  # what bounds memory
-# Cut at 8 letters, so that scripts without blanks have words too.
-WORD = re.compile(r"\w{1,8}")
+# Scripts without blanks: Thai and Lao, Burmese, Khmer, Japanese and Chinese. Each letter is taken for a word.
+_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _ORDERS = MinHash(N_ORDERS, scheme=SCHEME).permutations
 
 
@@ -52,7 +53,7 @@ def grams_of(text: str) -> np.ndarray:
     n = max(1, len(words) - GRAM + 1)
     grams = np.zeros(n, dtype=np.uint64)
     for k in range(min(GRAM, len(words))):  # a polynomial of the words' hashes, modulo 2**64
-        grams = grams * np.uint64(0x9E3779B97F4A7C15) + hashes[k : k + n]
+        grams = (grams + hashes[k : k + n]) * np.uint64(0x9E3779B97F4A7C15)
     return np.unique(grams >> np.uint64(32))
 
 
