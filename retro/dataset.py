@@ -220,7 +220,9 @@ def split_stretches(src: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | Non
     The latter is None where no sample has more than one, as most have.
     """
     absent = src < 0
-    return (src.clamp(min=0), absent.cumsum(dim=1)) if absent.any() else (src, None)
+    if not absent.any():
+        return src, None
+    return src.clamp(min=0), 2 * absent.cumsum(dim=1) - absent.long()  # odd where no token is
 
 
 def _tensors(

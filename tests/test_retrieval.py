@@ -12,8 +12,9 @@ from labml_helpers.datasets.text import TextFileDataset
 
 from retro.config import DatabaseConfig, DatasetConfig
 from retro.database import RetroIndex, build_database, chunk_offsets
-from retro.dataset import DATASET_FILE, Dataset, audit, build_dataset
+from retro.dataset import DATASET_FILE, Dataset, build_dataset
 from retro.errors import DamagedFile, InvalidOption, MissingArtifact, StaleArtifact, TextTooShort
+from retro.evaluation.audit import audit
 from retro.search.building import config_of_database
 from retro.search.factory import KMEANS_ITERATIONS, ivf_of, prepare_training, set_n_probe
 from retro.search.querying import MANY_QUERIES_PER_LIST, search_many
@@ -241,16 +242,16 @@ def test_no_neighbor_holds_what_its_sample_has_yet_to_predict_but_with_the_tutor
         sample, (_, targets, values) = dataset.line(idx), dataset[idx]
         n = int((targets >= 0).sum())
         for u, row in enumerate(sample["neighbors"]):
-            future = set(range(sample["offset"] + (u + 1) * CHUNK_LEN, sample["offset"] + n + 1))
+            future = set(range(sample["offsets"][0] + (u + 1) * CHUNK_LEN, sample["offsets"][0] + n + 1))
             for k, start in enumerate(row):
                 value = values[u, k][values[u, k] >= 0].tolist()
                 assert value == corpus.tokens[start : start + len(value)].tolist()
                 leaks += bool(future & set(range(start, start + len(value))))
                 if exclude == "sample":
-                    span = range(sample["offset"], sample["offset"] + CHUNKS_PER_SAMPLE * CHUNK_LEN + 1)
+                    span = range(sample["offsets"][0], sample["offsets"][0] + CHUNKS_PER_SAMPLE * CHUNK_LEN + 1)
                     assert start + len(value) <= span.start or start >= span.stop
                 if exclude == "document":
-                    assert corpus.document_of(start) != corpus.document_of(sample["offset"])
+                    assert corpus.document_of(start) != corpus.document_of(sample["offsets"][0])
             if exclude != "span":
                 assert len(row) == 2, "two neighbors exist for every chunk"
     assert audit(dataset)["leaking_neighbors"] == leaks
@@ -264,7 +265,7 @@ def test_unless_told_otherwise_a_neighbor_is_of_another_document_or_where_one_tr
     assert dataset.header["exclude"] == "document"
     for sample in (dataset.line(i) for i in range(len(dataset))):
         assert all(
-            corpus.document_of(n) != corpus.document_of(sample["offset"]) for r in sample["neighbors"] for n in r
+            corpus.document_of(n) != corpus.document_of(sample["offsets"][0]) for r in sample["neighbors"] for n in r
         )
     (tmp_path / "one.txt").write_text(corpus.text(0, 3000))
     one = build_corpus([tmp_path / "one.txt"], tmp_path / "corpus", str(data / "corpus"))
@@ -279,7 +280,7 @@ def test_validation_documents_are_in_no_sample_and_no_neighbor(data):
         dataset = Dataset(data / name, corpus)
         for idx in range(len(dataset)):
             sample = dataset.line(idx)
-            assert int(corpus.document_of(sample["offset"])) in corpus.split(split)
+            assert int(corpus.document_of(sample["offsets"][0])) in corpus.split(split)
             assert all(n < corpus.n_train_tokens for row in sample["neighbors"] for n in row)
 
 

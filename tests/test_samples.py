@@ -1,0 +1,152 @@
+"""Samples: all of the text is in one, short documents share one, and none of them sees the others."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHUNK_LEN
+
+from retro.config import DatabaseConfig, DatasetConfig, RetroConfig
+from retro.database import RetroIndex, build_database
+from retro.dataset import DATASET_FILE, Dataset, build_dataset, sample_offsets, split_stretches, stretch_lengths
+from retro.model import RetroModel
+from retro.text.build import build_corpus
+from retro.text.corpus import Corpus, DocumentEntry
+from retro.text.tokenizer import CharTokenizer
+from retro.train import Trainer
+
+C, K = 4, 3
+
+
+@pytest.fixture(scope="module")
+def records(bert, plays, tmp_path_factory):
+    """Sixty short documents of 3 to 60 tokens and one long one, with three neighbors a chunk."""
+    path, lines = tmp_path_factory.mktemp("records"), []
+    words = (plays / "hamlet.md").read_text().split()
+    rng = np.random.default_rng(1)
+    for n in [2000, *rng.integers(1, 20, size=60)]:
+        at = int(rng.integers(len(words) - n)) if n < 2000 else 0
+        lines.append(json.dumps({"text": " ".join(words[at : at + n])}))
+    (path / "records.jsonl").write_text("\n".join(lines))
+    corpus = build_corpus([path / "records.jsonl"], path / "corpus", "bpe:300", valid_fraction=0.05)
+    build_database(CHUNK_LEN, corpus=corpus, data_path=path, config=DatabaseConfig(index="Flat"), bert=bert)
+    index = RetroIndex(data_path=path, corpus=corpus, bert=bert)
+    config = DatasetConfig(chunks_per_sample=C, skip_range=1, n_neighbors=K)
+    headers = build_dataset(config=config, corpus=corpus, data_path=path, index=index)
+    return corpus, headers, {split: Dataset(path / name, corpus) for split, name in DATASET_FILE.items()}
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_every_token_but_the_first_of_a_document_is_predicted_once(records, split):
+    corpus, headers, datasets = records
+    predicted = np.zeros(len(corpus.tokens), dtype=int)
+    for idx in range(len(dataset := datasets[split])):
+        for offset in dataset.line(idx)["offsets"]:
+            n = int(stretch_lengths(corpus, offset, C * CHUNK_LEN))
+            predicted[offset + 1 : offset + 1 + n] += 1
+    first, behind = (corpus.starts[n] for n in (corpus.split(split).start, corpus.split(split).stop))
+    wanted = np.zeros_like(predicted)
+    wanted[first:behind] = 1
+    wanted[corpus.starts[:-1]] = 0
+    assert (predicted == wanted).all() and headers[split]["n_targets"] == wanted.sum()
+
+
+def test_what_is_skipped_is_counted_and_a_short_document_loses_nothing():
+    lengths = [1, 2, 9, 16, 17, 18, 40, 500]
+    entries = [DocumentEntry(str(i), str(i), n, n) for i, n in enumerate(lengths)]
+    corpus = Corpus(np.zeros(sum(lengths), dtype=np.int64), entries, len(lengths), CharTokenizer("a"))
+    config = DatasetConfig(chunks_per_sample=C, skip_range=8, seed=2)
+    stretches = np.concatenate(sample_offsets(corpus, "train", 16, config))
+    predicted = {int(d): 0 for d in range(len(lengths))}
+    for start, n in zip(stretches, stretch_lengths(corpus, stretches, C * 16), strict=True):
+        predicted[int(corpus.document_of(start))] += int(n)
+    # Up to 17 tokens there is no chunk and token to predict behind a skip, so none is skipped.
+    assert [predicted[i] for i in range(5)] == [0, 1, 8, 15, 16]
+    for i in (5, 6, 7):
+        assert lengths[i] - 1 - 7 * math.ceil(lengths[i] / 64) <= predicted[i] <= lengths[i] - 1
+    assert predicted[7] < 499
+    other = np.concatenate(sample_offsets(corpus, "train", 16, DatasetConfig(C, 8, seed=3)))
+    assert stretches.tolist() != other.tolist()
+
+
+def test_short_documents_share_samples_and_each_begins_a_chunk_behind_a_missing_token(records):
+    corpus, _, datasets = records
+    dataset = datasets["train"]
+    shared = 0
+    for idx in range(len(dataset)):
+        (src, tgt, neighbors), line = dataset[idx], dataset.line(idx)
+        at, rows = 0, iter(line["neighbors"])
+        for number, offset in enumerate(line["offsets"]):
+            end = int(corpus.ends_of(offset))
+            n = min(C * CHUNK_LEN, end - 1 - offset)
+            assert src[at : at + n].tolist() == corpus.tokens[offset : offset + n].tolist()
+            assert tgt[at : at + n].tolist() == corpus.tokens[offset + 1 : offset + n + 1].tolist()
+            whole = range(at // CHUNK_LEN, (at + n) // CHUNK_LEN)
+            for u in whole:
+                assert neighbors[u].tolist() == corpus.values(np.array(next(rows)), 2 * CHUNK_LEN).tolist()
+            following = at + (n // CHUNK_LEN + 1) * CHUNK_LEN
+            assert (neighbors[whole.stop : following // CHUNK_LEN] == -1).all()
+            assert (tgt[at + n : following] == -100).all()
+            is_last = number == len(line["offsets"]) - 1
+            assert (src[at + n : following] == (0 if is_last else -1)).all() and (is_last or src[at + n] == -1)
+            at = following
+        shared += len(line["offsets"]) > 1
+    assert shared > 5
+    # Of short records, most of a sample is text: unshared, it would be less than half.
+    short = [
+        dataset.line(i)["offsets"] for i in range(len(dataset)) if dataset.line(i)["offsets"][0] >= corpus.starts[1]
+    ]
+    n_short = sum(stretch_lengths(corpus, np.concatenate(short), C * CHUNK_LEN))
+    assert n_short / (len(short) * C * CHUNK_LEN) > 0.6 > 0.5 > n_short / (len(np.concatenate(short)) * C * CHUNK_LEN)
+
+
+def test_a_sample_of_several_texts_gives_each_the_logits_that_it_has_alone(records):
+    corpus, _, datasets = records
+    dataset = datasets["train"]
+    torch.manual_seed(0)
+    shape = {"d_model": 32, "n_layers": 3, "ca_layers": (1, 2), "n_heads": 2, "d_k": 16, "d_ff": 32}
+    config = RetroConfig(corpus.n_tokens, chunk_len=CHUNK_LEN, n_encoder_layers=1, encoder_ca_layers=(0,), **shape)
+    model = RetroModel.from_config(config).eval()
+    idx = max(
+        range(len(dataset)), key=lambda i: len(dataset.line(i)["neighbors"]) * (len(dataset.line(i)["offsets"]) > 1)
+    )
+    src, _, neighbors = dataset[idx]
+    tokens, stretches = split_stretches(src[None])
+    with torch.no_grad():
+        together, at = model(tokens, neighbors[None], stretches)[0], 0
+        mixed = model(tokens, neighbors[None])[0]
+        for number, offset in enumerate(dataset.line(idx)["offsets"]):
+            n = int(stretch_lengths(corpus, offset, C * CHUNK_LEN))
+            whole = slice(at // CHUNK_LEN, (at + n) // CHUNK_LEN)
+            alone = model(src[None, at : at + n], neighbors[None, whole])[0]
+            torch.testing.assert_close(together[at : at + n], alone, rtol=1e-4, atol=1e-5)
+            if number:  # and without the numbers it would read the text before
+                assert (mixed[at : at + n] - alone).abs().max() > 1e-2
+            at += (n // CHUNK_LEN + 1) * CHUNK_LEN
+    assert (neighbors >= 0).any()
+
+
+def test_training_and_validation_read_shared_samples_so(records):
+    """The trainer's loss of a shared sample is the mean over its targets of the losses of its texts alone."""
+    corpus, _, datasets = records
+    dataset = datasets["train"]
+    torch.manual_seed(0)
+    shape = {"d_model": 32, "n_layers": 2, "ca_layers": (1,), "n_heads": 2, "d_k": 16, "d_ff": 32}
+    config = RetroConfig(corpus.n_tokens, chunk_len=CHUNK_LEN, n_encoder_layers=1, encoder_ca_layers=(), **shape)
+    model = RetroModel.from_config(config)
+    trainer = Trainer("cpu", model, None, torch.optim.SGD(model.parameters(), lr=0.1))
+    idx = max(range(len(dataset)), key=lambda i: len(dataset.line(i)["offsets"]))
+    src, tgt, neighbors = dataset[idx]
+    losses, n_targets, at = 0.0, 0, 0
+    for offset in dataset.line(idx)["offsets"]:
+        n = int(stretch_lengths(corpus, offset, C * CHUNK_LEN))
+        whole = slice(at // CHUNK_LEN, (at + n) // CHUNK_LEN)
+        part = slice(at, at + n)
+        losses += n * trainer.loss(src[None, part], tgt[None, part], neighbors[None, whole]).item()
+        n_targets += n
+        at += (n // CHUNK_LEN + 1) * CHUNK_LEN
+    together = trainer.loss(src[None], tgt[None], neighbors[None]).item()
+    assert together == pytest.approx(losses / n_targets, rel=1e-5)
+    assert split_stretches(torch.zeros(2, 5, dtype=torch.long))[1] is None
