@@ -4,13 +4,22 @@ The tutorial's tokens are characters. A model of words reads a hundred times les
 text in the same time, so any subword tokenizer of Hugging Face works as well: one
 trained on the corpus itself (`bpe:SIZE`, byte-level, so every text can be written in
 it), or one that exists.
+
+The text of a slice of tokens is not always what those tokens alone decode to. With
+WordPiece a word continues with `##ing`, and with SentencePiece (Llama, T5) the space
+before a word is left out where the tokens begin. So a slice is decoded after a few of
+the tokens before it (`decode_after`), and slices that follow each other join to the
+text of the whole.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import takewhile
+from os.path import commonprefix
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +28,10 @@ import numpy as np
 from retro.errors import DamagedFile, InvalidOption
 from retro.storage.manifests import read_manifest, sha256_of_json, write_manifest
 
+# Tokens before a slice, without which some tokenizers cannot tell its text: one would do, but up to three at either
+# end may be bytes of a character that is not all there.
+CONTEXT = 8
+
 
 class Tokenizer(Protocol):
     """What the pipeline asks of a tokenizer."""
@@ -26,8 +39,12 @@ class Tokenizer(Protocol):
     kind: str  # "char" or "subword"
 
     @property
+    def context(self) -> int:
+        """Tokens before a slice that its text depends on; 0 if each slice can be decoded alone."""
+
+    @property
     def n_tokens(self) -> int:
-        """Size of the vocabulary."""
+        """Size of the vocabulary: the largest token and 1, whether or not every number below it is a token."""
 
     @property
     def sha256(self) -> str:
@@ -37,7 +54,14 @@ class Tokenizer(Protocol):
         """Tokens of a text."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of tokens."""
+        """Text of tokens that begin a text."""
+
+    def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """Text that the tokens `ids` add to a text whose tokens so far are `before`.
+
+        Of those only the last `context` are read. A character that several byte tokens of a SentencePiece model
+        stand for belongs to where it ends; of byte-level BPE each part of it is decoded as a replacement.
+        """
 
     @property
     def n_bytes(self) -> np.ndarray:
@@ -51,6 +75,7 @@ class CharTokenizer:
     """One token for each character, numbered in the order of `itos`, as in labml's `TextDataset`."""
 
     kind = "char"
+    context = 0
 
     def __init__(self, itos: Sequence[str]) -> None:
         self.itos = list(itos)
@@ -85,6 +110,9 @@ class CharTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.itos[i] for i in ids)
 
+    def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        return self.decode(ids)
+
     @cached_property
     def n_bytes(self) -> np.ndarray:
         return np.array([len(text.encode()) for text in self.itos])
@@ -116,6 +144,39 @@ class SubwordTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        if not self.context:
+            return self.decode(ids)
+        known = [*before[-self.context :]]
+        text, longer = (self.decode(self._whole_characters(tokens)) for tokens in (known, [*known, *ids]))
+        return longer[len(commonprefix([text, longer])) :]
+
+    @cached_property
+    def context(self) -> int:
+        from tokenizers import decoders
+
+        return 0 if isinstance(self.backend.decoder, decoders.ByteLevel) else CONTEXT
+
+    @cached_property
+    def _byte_of(self) -> dict[int, int]:
+        """The value of each token that is a byte, `<0x00>` to `<0xFF>`, if the decoder makes characters of them."""
+        ids = [self.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        if None in ids or self.decode([ids[byte] for byte in "é".encode()]) != "é":
+            return {}
+        return {token: byte for byte, token in enumerate(ids)}
+
+    def _whole_characters(self, ids: list[int]) -> list[int]:
+        """The tokens without bytes at either end whose character is not all there.
+
+        One such byte would spoil all bytes in a row: the decoder gives a replacement for each of them.
+        """
+        is_rest = (0x80 <= self._byte_of.get(token, 0) < 0xC0 for token in ids)  # of a character of several bytes
+        start = sum(takewhile(bool, is_rest))
+        last = [*takewhile(self._byte_of.__contains__, reversed(ids[start:][-3:]))]
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(bytes(self._byte_of[token] for token in reversed(last)))
+        return ids[start : len(ids) - len(decoder.getstate()[0])]
 
     @cached_property
     def n_bytes(self) -> np.ndarray:
