@@ -60,22 +60,23 @@ def text_spans(corpus: Corpus, start: int, end: int) -> list[TextSpan]:
     """Text of the tokens `start:end`, each span the fewest tokens that are whole characters.
 
     A character belongs to where it begins: one that begins before `start` is left out, one that ends after `end` is
-    whole.
+    whole. A token that adds nothing belongs to the one after it, or at the document's end to the one before.
     """
     number = int(corpus.document_of(start))
     first = max(start - MAX_CHARACTER + 1, int(corpus.starts[number]))
-    ids = corpus.tokens[first : min(end + MAX_CHARACTER - 1, int(corpus.starts[number + 1]))].tolist()
-    whole, done, n_done = corpus.tokenizer.decode(ids), "", 0
+    last = min(end + MAX_CHARACTER - 1, int(corpus.starts[number + 1]))
+    whole, n_done, begin = corpus.text(first, last - first), 0, first
     found: list[TextSpan] = []
-    for n in range(1, len(ids) + 1):
-        text = corpus.tokenizer.decode(ids[:n])
-        if not whole.startswith(text):
-            continue  # a broken character is decoded as a replacement, which the whole text does not have there
-        if text != done:
-            found.append(TextSpan(first + n_done, first + n, text[len(done) :]))
-            done, n_done = text, n
-        elif found:  # a token that adds nothing belongs to the one before
-            found[-1], n_done = found[-1]._replace(end=first + n), n
+    for stop in range(first + 1, last + 1):
+        if not (text := corpus.text(begin, stop - begin)):
+            continue
+        if found and corpus.text(found[-1].start, stop - found[-1].start) == found[-1].text:
+            found[-1], begin = found[-1]._replace(end=stop), stop  # the text has a replacement character: a byte of it
+        elif whole.startswith(text, n_done):  # else it is that of a broken character, which is whole there
+            found.append(TextSpan(begin, stop, text))
+            n_done, begin = n_done + len(text), stop
+    if found and begin < end:
+        found[-1] = found[-1]._replace(end=end)
     return [span for span in found if start <= span.start < end]
 
 

@@ -35,13 +35,14 @@ def chunk_offsets(corpus: Corpus, chunk_len: int) -> np.ndarray:
 def predicted_bytes(corpus: Corpus) -> np.ndarray:
     """UTF-8 bytes (n) of each predicted token of the validation documents; 0 for a document's first.
 
-    If a tokenizer does not keep a text exactly, they are scaled to sum to the document's own number of bytes.
+    A token counts what it adds to the text before it. If a tokenizer does not keep a text exactly, they are scaled to
+    sum to the document's own number of bytes.
     """
     base = corpus.n_train_tokens
-    ids = np.asarray(corpus.tokens[base : corpus.end_of_valid], dtype=np.int64)
-    n_bytes = corpus.tokenizer.n_bytes[ids].astype(np.float64)
+    n_bytes = np.zeros(corpus.end_of_valid - base)
     for number, (start, end) in zip(corpus.split("valid"), documents(corpus), strict=True):
         part = n_bytes[start - base : end - base]
+        part[:] = corpus.tokenizer.n_bytes_of(corpus.tokens[start:end])
         if part.sum():
             part *= corpus.documents[number].n_bytes / part.sum()
         part[:1] = 0

@@ -11,13 +11,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from retro.config import CorpusConfig
+from retro.progress import note
 from retro.storage.files import TEMPORARY, atomic_write, exclusive_lock, sha256_of_file
 from retro.storage.manifests import package_versions, write_manifest
 from retro.text.copies import first_of_equals
 from retro.text.corpus import MANIFEST_FILE, SIGNATURES_FILE, TOKENIZER_FILE, TOKENS_FILE, Corpus, DocumentEntry
 from retro.text.documents import Document, find_texts, read_documents, sha256_of_text
 from retro.text.split import split_single, split_texts
-from retro.text.tokenizer import Tokenizer, train_tokenizer
+from retro.text.tokenizer import Tokenizer, lost_text, train_tokenizer
 
 
 def build_corpus(
@@ -129,10 +130,18 @@ def name_of(paths: Sequence[str | Path]) -> str:
 def write_documents(
     file: BinaryIO, documents: Iterable[tuple[int, Document]], encoder: Tokenizer, dtype: np.dtype
 ) -> list[tuple[int, DocumentEntry]]:
-    """Append the tokens of numbered documents to a file; returns their entries. What has no token is no document."""
-    entries = []
+    """Append the tokens of numbered documents to a file; returns their entries. What has no token is no document.
+
+    Tells of the first document that its tokens do not give back.
+    """
+    entries, lost = [], None
     for number, document in documents:
         ids = np.asarray(encoder.encode(document.text), dtype=dtype)
+        if not lost and (lost := lost_text(encoder, document.text, ids)):
+            note(
+                f"The tokenizer does not keep all of the text: in {document.name}, {lost}. Bits per byte of models of "
+                f"this corpus cannot be compared with those of other tokenizers."
+            )
         if not len(ids):
             continue  # of characters that the tokenizer drops
         file.write(ids.tobytes())

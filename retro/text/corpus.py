@@ -225,13 +225,13 @@ class Corpus:
 
     @cached_property
     def itos(self) -> list[str]:
-        """Text of each token."""
-        return [self.tokenizer.decode([i]) for i in range(self.n_tokens)]
+        """Text of each token inside a text; empty for a number of no token."""
+        return [self.tokenizer.decode_after([i], [i]) for i in range(self.n_tokens)]
 
     @cached_property
     def stoi(self) -> dict[str, int]:
         """Token of each text that is one token."""
-        return {text: i for i, text in enumerate(self.itos)}
+        return {text: i for i, text in enumerate(self.itos) if text}
 
     def text_to_i(self, text: str) -> Tensor:
         """Tokens of a text, of shape `[n]`. Raises `ValueError` for a character the vocabulary lacks."""
@@ -283,8 +283,16 @@ class Corpus:
         return sum(d.n_bytes for d in documents) / sum(d.n_tokens for d in documents)
 
     def text(self, offset: int, length: int) -> str:
-        """Decoded text of `length` tokens from `offset`."""
-        return self.tokenizer.decode(self.tokens[offset : offset + length].tolist())
+        """Decoded text of `length` tokens from `offset`, as it stands in its document, or documents."""
+        context, end = self.tokenizer.context, min(offset + length, len(self.tokens))
+        if not context:
+            return self.tokenizer.decode(self.tokens[offset:end].tolist())
+        parts = []
+        for number in range(int(self.document_of(offset)), int(self.document_of(end - 1)) + 1):
+            first, last = max(offset, int(self.starts[number])), min(end, int(self.starts[number + 1]))
+            before = self.tokens[max(first - context, int(self.starts[number])) : first]
+            parts.append(self.tokenizer.decode_after(before.tolist(), self.tokens[first:last].tolist()))
+        return "".join(parts)
 
     def beginning_of_held_out(self, length: int) -> str:
         """At most `length` tokens of a document that nobody trains on, as text to be continued."""

@@ -19,18 +19,25 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import takewhile
-from os.path import commonprefix
+from operator import eq
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from retro.errors import DamagedFile, InvalidOption
+from retro.progress import each
 from retro.storage.manifests import read_manifest, sha256_of_json, write_manifest
 
 # Tokens before a slice, without which some tokenizers cannot tell its text: one would do, but up to three at either
 # end may be bytes of a character that is not all there.
 CONTEXT = 8
+
+N_SHOWN = 12  # characters of a text that a tokenizer loses
+
+# What byte-level BPE cuts no further: letters, digits, other characters or blanks in a row. Learning from one takes
+# time in the square of its length, so that longer ones are cut to this many characters.
+MAX_RUN = 256
 
 
 class Tokenizer(Protocol):
@@ -64,8 +71,15 @@ class Tokenizer(Protocol):
         """
 
     @property
+    def loses_text(self) -> bool:
+        """Whether there may be texts that their tokens do not give back."""
+
+    @property
     def n_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each token stands for, of shape `[n_tokens]`."""
+        """UTF-8 bytes that each token stands for inside a text, of shape `[n_tokens]`; 0 for a number of no token."""
+
+    def n_bytes_of(self, ids: np.ndarray) -> np.ndarray:
+        """UTF-8 bytes `[n]` that each token of a text `[n]` adds to the text of those before it."""
 
     def save(self, path: Path) -> None:
         """Write the file that `load_tokenizer` reads."""
@@ -76,6 +90,7 @@ class CharTokenizer:
 
     kind = "char"
     context = 0
+    loses_text = False
 
     def __init__(self, itos: Sequence[str]) -> None:
         self.itos = list(itos)
@@ -117,6 +132,9 @@ class CharTokenizer:
     def n_bytes(self) -> np.ndarray:
         return np.array([len(text.encode()) for text in self.itos])
 
+    def n_bytes_of(self, ids: np.ndarray) -> np.ndarray:
+        return self.n_bytes[ids]
+
     def save(self, path: Path) -> None:
         write_manifest(path, {"itos": self.itos})
 
@@ -131,9 +149,9 @@ class SubwordTokenizer:
         self.backend.no_padding()
         self.backend.no_truncation()
 
-    @property
+    @cached_property
     def n_tokens(self) -> int:
-        return self.backend.get_vocab_size(with_added_tokens=True)
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @cached_property
     def sha256(self) -> str:
@@ -150,13 +168,22 @@ class SubwordTokenizer:
             return self.decode(ids)
         known = [*before[-self.context :]]
         text, longer = (self.decode(self._whole_characters(tokens)) for tokens in (known, [*known, *ids]))
-        return longer[len(commonprefix([text, longer])) :]
+        return longer[sum(takewhile(bool, map(eq, text, longer))) :]  # from the first letter on that differs
 
     @cached_property
     def context(self) -> int:
         from tokenizers import decoders
 
         return 0 if isinstance(self.backend.decoder, decoders.ByteLevel) else CONTEXT
+
+    @property
+    def loses_text(self) -> bool:
+        """False for byte-level tokenizers that leave the text as it is, as those that are learnt here."""
+        from tokenizers import pre_tokenizers
+
+        split = self.backend.pre_tokenizer
+        is_plain = isinstance(split, pre_tokenizers.ByteLevel) and not split.add_prefix_space
+        return bool(self.context or not is_plain or self.backend.normalizer or self.backend.get_added_tokens_decoder())
 
     @cached_property
     def _byte_of(self) -> dict[int, int]:
@@ -171,6 +198,8 @@ class SubwordTokenizer:
 
         One such byte would spoil all bytes in a row: the decoder gives a replacement for each of them.
         """
+        if not self._byte_of:
+            return ids
         is_rest = (0x80 <= self._byte_of.get(token, 0) < 0xC0 for token in ids)  # of a character of several bytes
         start = sum(takewhile(bool, is_rest))
         last = [*takewhile(self._byte_of.__contains__, reversed(ids[start:][-3:]))]
@@ -180,14 +209,33 @@ class SubwordTokenizer:
 
     @cached_property
     def n_bytes(self) -> np.ndarray:
-        from tokenizers import decoders
+        from tokenizers import pre_tokenizers
 
-        if isinstance(self.backend.decoder, decoders.ByteLevel):  # one letter of its alphabet for each byte
-            return np.array([len(self.backend.id_to_token(i) or "") for i in range(self.n_tokens)])
-        return np.array([len(self.decode([i]).encode()) for i in range(self.n_tokens)])
+        if self.context:
+            texts = (self.decode_after([i], [i]) for i in range(self.n_tokens))
+            return np.array([1 if i in self._byte_of else len(text.encode()) for i, text in enumerate(texts)])
+        # A letter of the byte-level alphabet stands for a byte. A token that was added may have other letters.
+        tokens = [self.backend.id_to_token(i) or "" for i in range(self.n_tokens)]
+        alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+        return np.array([len(token if alphabet.issuperset(token) else token.encode()) for token in tokens])
+
+    def n_bytes_of(self, ids: np.ndarray) -> np.ndarray:
+        if not self.context:
+            return self.n_bytes[ids]
+        known, n = ids.tolist(), self.context
+        texts = (self.decode_after(known[max(0, i - n) : i], known[i : i + 1]) for i in range(len(known)))
+        return np.array([len(text.encode()) for text in texts])
 
     def save(self, path: Path) -> None:
         self.backend.save(str(path))
+
+
+def lost_text(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> str | None:
+    """Where the tokens of a text first give another text back, in a few words; None if they give this one."""
+    if not tokenizer.loses_text or (back := tokenizer.decode(ids.tolist())) == text:
+        return None
+    at = sum(takewhile(bool, map(eq, text, back)))
+    return f"{text[at : at + N_SHOWN]!r} (character {at:,}) comes back as {back[at : at + N_SHOWN]!r}"
 
 
 def train_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
@@ -198,7 +246,7 @@ def train_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
     """
     if name == "char":
         characters: set[str] = set()
-        for text in texts:
+        for text in each(texts, "Learn the tokenizer", "document"):
             characters.update(text)
         return CharTokenizer(sorted(characters))
     if name.startswith("bpe:"):
@@ -217,18 +265,21 @@ def train_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
 
 def _train_bpe(name: str, texts: Iterable[str]) -> SubwordTokenizer:
     """Byte-level byte-pair encoding: any text can be written, and decoding gives it back exactly."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers, trainers
 
     size = name.removeprefix("bpe:")
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if not size.isdigit() or int(size) < len(alphabet):
         raise InvalidOption("tokenizer", name, f"is not bpe:SIZE: SIZE is a number of at least {len(alphabet)}")
     backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    runs = "|".join(f"{kind}{{{MAX_RUN}}}" for kind in (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"\s"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(runs), "isolated"), byte_level])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=int(size), initial_alphabet=sorted(alphabet), show_progress=False)
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(each(texts, "Learn the tokenizer", "document"), trainer)
+    backend.pre_tokenizer = byte_level  # encoding takes long runs in its stride
     return SubwordTokenizer(backend)
 
 
