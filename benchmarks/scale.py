@@ -168,6 +168,7 @@ def build(texts: str, data: str) -> dict[str, Any]:
         "files": {
             "text": sum(file.stat().st_size for file in Path(texts).iterdir()),
             "tokens": (folder / "corpus" / "tokens.bin").stat().st_size,
+            "signatures": (folder / "corpus" / "signatures.bin").stat().st_size,
             "manifest": (folder / "corpus" / "manifest.json").stat().st_size,
             "keys": sum(file.stat().st_size for file in (folder / "keys").rglob("*.*")),
             "index": sum(file.stat().st_size for file in folder.glob("retro.i*") if file.suffix != ".json"),

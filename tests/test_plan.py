@@ -89,6 +89,7 @@ def test_the_bytes_of_a_plan_are_those_of_a_build(data, measured, monkeypatch):
     real = {
         "text": sum(document.n_bytes for document in corpus.documents),
         "tokens": (data / "corpus" / "tokens.bin").stat().st_size,
+        "signatures": (data / "corpus" / "signatures.bin").stat().st_size,
         "manifest": (data / "corpus" / "manifest.json").stat().st_size,
         "keys": sum(file.stat().st_size for file in (data / "keys").rglob("*.npy")),
         "index": (data / "retro.index").stat().st_size,

@@ -36,11 +36,13 @@ from retro.search.factory import (
 from retro.search.filling import KEYS_PER_SHARD, ON_DISK_ABOVE, memory_of_machine
 from retro.search.recall import N_RECALL_QUERIES
 from retro.storage.shards import TOKENS_PER_SHARD
+from retro.text.copies import N_ORDERS
 
 LEAST_TOKENS, MOST_TOKENS = 1e5, 1e13
 OPQ_ROUNDS, OPQ_ITERATIONS = 50, 40 + 49 * 4  # of k-means, in all rounds of learning a rotation
 BYTES_PER_CHUNK = 35  # of memory: its offset twice, its document, whether it is in the database, a number at training
-BYTES_PER_DOCUMENT = 1000  # of memory: its entry, a third, and again as text while the manifest is written
+# Of memory: its entry and its signature, a third, and again as text while the manifest is written.
+BYTES_PER_DOCUMENT = 1500
 # Memory that embedding takes beyond its sample: for a whole shard, and more whenever there are twice as many, because a
 # CPU's kernels are kept for each shape of a batch. Seen: 0.15 GB after one shard, 0.29 after 4, 0.45 after 15.
 BYTES_OF_SHARDS, MOST_DOUBLINGS = (1.5e8, 0.7e8), 6
@@ -136,6 +138,7 @@ class Plan:
             "text": self.n_tokens * r.bytes_per_token,
             "tokens": self.n_tokens * r.token_bytes,
             "manifest": self.n_documents * r.manifest_bytes,
+            "signatures": self.n_documents * 4.0 * N_ORDERS,
             "keys": self.n_chunks * r.d_emb * 4.0,
             "shards": whole + self.n_index_shards * self.learnt_bytes
             if self.n_index_shards

@@ -1,0 +1,132 @@
+"""`make mutants`: mistakes put into the code on purpose, and whether a test notices each of them.
+
+`mutants.toml` is a list of mistakes that somebody could make: each changes one place of one file, and names what it
+breaks and the tests that should fail. Every mistake is made alone, in a copy of the project, and those tests are run:
+a mistake is *killed* if they fail, and *survives* if they pass.
+
+    python tests/mutants.py                 all of them, on all cores
+    python tests/mutants.py clip shuffl     those whose line holds one of these words
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("retro", "tests", "docs", "examples", "benchmarks", "results", "pyproject.toml", "README.md", "Makefile")
+SECONDS = 300  # for the tests of one mistake; one that takes longer is noticed too
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A mistake: `old` becomes `new` in `file`, which `breaks` something that `tests` should notice."""
+
+    file: str  # below retro/
+    breaks: str
+    old: str  # stands once in the file
+    new: str
+    tests: str  # files or tests below tests/, separated by blanks
+
+    def made(self, source: str) -> str:
+        """The file's source with the mistake in it."""
+        if (found := source.count(self.old)) != 1:
+            raise ValueError(f"retro/{self.file} has {self.old!r} {found} times, where once is wanted")
+        return source.replace(self.old, self.new)
+
+
+def listed(words: list[str]) -> list[Mutant]:
+    """The mistakes of the list, or those that hold one of the words."""
+    every = [Mutant(**entry) for entry in tomllib.loads((ROOT / "tests" / "mutants.toml").read_text())["mutants"]]
+    return [m for m in every if not words or any(word in f"{m.file} {m.breaks}" for word in words)]
+
+
+def tests_fail(tree: Path, tests: str) -> bool:
+    """Whether these tests fail in a copy of the project."""
+    names = [str(tree / "tests" / name) for name in tests.split()]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *names]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return True
+    if result.returncode > 1:  # not a failed test, but no test at all
+        raise RuntimeError(f"pytest {tests} ended with status {result.returncode}:\n{result.stdout[-2000:]}")
+    return result.returncode == 1
+
+
+def try_all(mutants: list[Mutant], n_workers: int) -> dict[Mutant, bool]:
+    """Whether each mistake is killed."""
+    waiting: queue.SimpleQueue[Mutant] = queue.SimpleQueue()
+    for mutant in mutants:
+        waiting.put(mutant)
+    killed: dict[Mutant, bool] = {}
+    errors: list[Exception] = []
+
+    def work(tree: Path) -> None:
+        for name in COPIED:
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, tree / name)
+        while not errors:
+            try:
+                mutant = waiting.get_nowait()
+            except queue.Empty:
+                return
+            path = tree / "retro" / mutant.file
+            whole = path.read_text()
+            try:
+                path.write_text(mutant.made(whole))
+                killed[mutant] = tests_fail(tree, mutant.tests)
+            except Exception as error:
+                errors.append(error)
+            finally:
+                path.write_text(whole)
+            if mutant in killed:
+                what = "killed  " if killed[mutant] else "SURVIVES"
+                print(f"{len(killed):3}/{len(mutants)} {what} {mutant.file}: {mutant.breaks}", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        trees = [Path(folder) / str(number) for number in range(n_workers)]
+        threads = []
+        for tree in trees:
+            tree.mkdir()
+            threads.append(threading.Thread(target=work, args=(tree,)))
+            threads[-1].start()
+        for thread in threads:
+            thread.join()
+    if errors:
+        raise errors[0]
+    return killed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Put mistakes into the code and see whether the tests notice.")
+    parser.add_argument("words", nargs="*", help="only mistakes whose line holds one of these")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="how many are tried at once")
+    options = parser.parse_args()
+    mutants = listed(options.words)
+    for mutant in mutants:  # all of them, before the first test
+        mutant.made((ROOT / "retro" / mutant.file).read_text())
+    started = time.perf_counter()
+    tests = " ".join(sorted({name for mutant in mutants for name in mutant.tests.split()}))
+    if tests_fail(ROOT, tests):
+        raise SystemExit("some of the tests fail without any mistake: mend that first")
+    killed = try_all(mutants, options.workers)
+    survivors = [mutant for mutant in mutants if not killed[mutant]]
+    minutes = (time.perf_counter() - started) / 60
+    print(f"\n{len(mutants) - len(survivors)} of {len(mutants)} mistakes are noticed; {minutes:.0f} minutes")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
