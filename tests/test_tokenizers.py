@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from retro.evaluation.passages import text_spans
 from retro.evaluation.windows import predicted_bytes
@@ -61,7 +61,7 @@ def word_level() -> SubwordTokenizer:
 
 
 TOKENIZERS = {
-    "char": lambda: train_tokenizer("char", [TEXT, ODD]),
+    "char": lambda: train_tokenizer("char", [TEXT, ODD, "é"]),
     "byte-level": lambda: train_tokenizer("bpe:300", [TEXT]),
     "WordPiece": word_piece,
     "unigram": unigram,
@@ -89,7 +89,9 @@ def corpus_of(tokenizer, texts, n_train=1):
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 16])
-@pytest.mark.parametrize("text", [TEXT, ODD, ODD + TEXT + ODD * 3])
+@pytest.mark.parametrize(
+    "text", [TEXT, ODD, ODD + TEXT + ODD * 3, "é" * 20 + "€🎭" * 9 + TEXT], ids=["plain", "odd", "both", "runs"]
+)
 def test_slices_that_follow_each_other_join_to_the_text_of_the_whole(tokenizer, text, length):
     ids = tokenizer.encode(text if tokenizer.kind == "char" or tokenizer.context else TEXT)  # bytes are cut below
     slices = [tokenizer.decode_after(ids[:i], ids[i : i + length]) for i in range(0, len(ids), length)]
@@ -147,9 +149,17 @@ def test_the_bytes_of_a_token_are_what_it_adds(name):
 
 def test_a_character_of_several_tokens_counts_once():
     tokenizer = byte_fallback()
-    for text in (ODD, "日本" * 30):
+    for text in (ODD, "日本" * 30, "é" * 20, "🎭" * 10):
         n_bytes = tokenizer.n_bytes_of(np.array(tokenizer.encode(text)))
         assert n_bytes.sum() == len(text.encode()) and n_bytes.max() <= 4
+
+
+def test_bytes_of_which_the_decoder_makes_no_characters_are_texts_of_their_own():
+    tokenizer = byte_fallback()
+    tokenizer.backend.decoder = decoders.Fuse()
+    ids = tokenizer.encode("x日")
+    assert tokenizer.decode(ids).endswith("<0xE6><0x97><0xA5>")
+    assert tokenizer.n_bytes_of(np.array(ids))[-3:].tolist() == [6, 6, 6]
 
 
 def test_counting_bytes_takes_time_in_proportion_to_the_text(monkeypatch):
@@ -275,3 +285,8 @@ def test_byte_level_tokenizers_that_change_the_text_are_told_of_too():
     spaced = train_tokenizer("bpe:300", [TEXT])
     spaced.backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     assert lost_text(spaced, "it", np.array(spaced.encode("it"))) == "'it' (character 0) comes back as ' it'"
+    marked = train_tokenizer("bpe:300", [TEXT])
+    marked.backend.add_tokens([AddedToken("<of>", lstrip=True)])
+    assert (
+        lost_text(marked, "it <of>", np.array(marked.encode("it <of>"))) == "' <of>' (character 2) comes back as '<of>'"
+    )
