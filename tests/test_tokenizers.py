@@ -4,8 +4,8 @@ import re
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer as Backend
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
 
 from retro.evaluation.passages import text_spans
 from retro.evaluation.windows import predicted_bytes
