@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format lint layers types wheel chaos fuzz bench scale results docs clean
+.PHONY: demo test check format lint layers types wheel chaos fuzz bench scale gpu results docs clean
 
 # From text to samples, on eight plays. QUICK=1 takes three plays and ten steps, twice, in a folder of its own.
 demo: .venv/installed
@@ -44,6 +44,10 @@ bench: .venv-bench/installed
 # The planner against real builds, and indexes of two million keys; or one: make scale STAGE=plan
 scale: .venv/installed
 	$(BIN)/python benchmarks/scale.py $(STAGE)
+
+# Everything on one GPU, in eight minutes; make gpu ARGS=--tiny tries it anywhere, make gpu ARGS=parity takes one stage.
+gpu: .venv/installed
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 # What retrieval brings, on two corpora, in an hour; QUICK=1 takes eleven minutes.
 results: .venv/installed

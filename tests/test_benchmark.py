@@ -1,7 +1,9 @@
 """The benchmark's arithmetic, that its table is made of its figures, and that it can still take them."""
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,81 @@ def test_the_published_table_is_made_of_the_published_figures():
     record = json.loads((FOLDER / "results.json").read_text())
     assert bench.report(record) == (FOLDER / "RESULTS.md").read_text()
     assert set(bench.STAGES) == set(record["stages"])
+
+
+def test_what_a_gpu_is_to_do_can_be_done_small_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import gpu
+    import gpu_stages
+
+    assert set(gpu.LIMITS) == set(gpu_stages.STAGES) >= set(gpu.EXPECTED)
+    found = {}
+    setting = gpu_stages.Setting("cpu", True, tmp_path)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # so that what a stage sets does not stay, as with precision
+    for name in ("environment", "large", "embedding", "sampling", "devices", "parity", "curve"):
+        gpu_stages.STAGES[name](setting, found.setdefault(name, {}).__setitem__)
+
+    # On one device the same weights give the same, and another precision does not.
+    parity = found["parity"]
+    assert parity["logits in fp32"]["largest"] == parity["gradients in fp32"]["mean"] == 0
+    assert 0 < parity["logits of the cached decoder"]["largest"] < 1e-6
+    assert 1e-3 < parity["logits in bf16"]["largest"] < 0.1 and 1e-3 < parity["gradients in bf16"]["mean"] < 0.1
+    losses = found["curve"]["losses, cpu"]
+    assert losses[-1] < losses[0] - 0.3 and found["curve"]["largest difference"] == {"nats": 0, "at step": 1}
+    for kind in ("greedy tokens", "drawn tokens"):
+        assert found["sampling"][kind]["the same"] and found["sampling"][kind]["up to"] == 40
+    sizes = found["embedding"]["16 characters"]
+    assert sizes["chunks"] == 300 >= sizes["of different tokens"] > 200
+    assert found["large"]["batch"] == 2 and found["large"]["operations"]["share of the peak"] is None
+
+
+def test_differences_and_the_share_of_a_gpus_peak_are_as_by_hand(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import gpu_stages
+    import torch
+
+    # Differences of 0, 2 and 1 from values of 4, -2 and 3: 2 of 4 at most, 3 of 9 in the mean.
+    found, reference = [torch.tensor([4.0, 0.0]), torch.tensor([4.0])], [torch.tensor([4.0, -2.0]), torch.tensor([3.0])]
+    assert gpu_stages.difference(found, reference) == {"largest": 0.5, "mean": pytest.approx(1 / 3)}
+    # 494.5 of 989 TFLOP/s.
+    shares = {
+        name: gpu_stages.utilisation(989e12, 2.0, name)["share of the peak"]
+        for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA H100 PCIe", "")
+    }
+    assert list(shares.values()) == [0.5, 0.5, None, None]
+
+
+def test_a_stage_that_fails_is_recorded_with_what_it_had_measured_and_the_next_one_runs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import gpu
+
+    gpu.main(["environment", "curve", "--device", "cuda:99", "--tiny", "--out", str(tmp_path)])
+    stages = json.loads((tmp_path / "gpu.json").read_text())["stages"]
+    assert list(stages) == ["environment", "curve"]
+    assert all(stage["status"] == "failed with status 1" and "Error" in stage["output"] for stage in stages.values())
+    assert stages["environment"]["result"]["cores"] > 0 and len(stages["curve"]["result"]["losses, cpu"]) == 5
+    assert "losses, device" not in stages["curve"]["result"]
+
+    step = gpu.run_stage("step", "cpu", True, tmp_path, limit=60)
+    assert step["status"] == "done"
+    for kind in ("bf16", "fp32", "fp32, labml-nn"):  # 2 samples of 3 chunks of 16 tokens
+        rates = step["result"][f"batch 2, {kind}"]
+        assert rates["tokens/s"] == pytest.approx(96 * rates["steps/s"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked for in /proc")
+def test_a_stage_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import gpu
+
+    stage = gpu.run_stage("demo", "cpu", False, tmp_path, limit=5)  # starts `retro train` in this folder
+    assert stage["status"] == "stopped after 5 s" and stage["seconds"] < 8
+    time.sleep(0.1)
+    assert [p for p in Path("/proc").glob("[0-9]*/cwd") if os.path.realpath(p) == str(tmp_path.resolve())] == []
+    assert gpu.run_stage("demo", "cpu", False, tmp_path, limit=4) == {"status": "not run: the time was up"}
+
+
+def test_what_is_brought_to_a_gpu_is_what_everything_was_tested_with():
+    pins = (FOLDER.parent / "constraints.txt").read_text().splitlines()
+    brought = (FOLDER / "requirements-gpu.txt").read_text().splitlines()
+    assert {line for line in brought if not line.startswith("#")} < set(pins)
