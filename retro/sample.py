@@ -70,7 +70,7 @@ class CachedDecoder:
         return m if self.completes_chunk else m - 1 - self.length % m
 
     def feed(self, tokens: Tensor, ret: Tensor | None = None) -> Tensor:
-        """Take in tokens (n); rerotations the logits (n_vocab) for the token after them.
+        """Take in tokens (n); returns the logits (n_vocab) for the token after them.
 
         * `ret` (K, R) are the neighbors of the chunk that the first token completes; None to read nothing
         """
