@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from retro.evaluation.figures import plot
-from retro.evaluation.intervals import format_interval, ratio_of_sums
-from retro.evaluation.result import VARIANTS
+from retro.evaluation.figures import behind, plot
+from retro.evaluation.intervals import Gain, Interval, counted, format_interval, format_p, judged, ratio_of_sums
+from retro.evaluation.result import VARIANTS, saved_bits
 
 NAMES = VARIANTS | {
     "off": f"{VARIANTS['off']} (the same model)",
@@ -19,17 +18,9 @@ NAMES = VARIANTS | {
 }
 
 
-def verdict(value: dict[str, Any]) -> str:
-    """What a gain's interval says."""
-    if value["value"] is None or value["low"] is None:
-        return "not measurable"
-    return "yes" if value["low"] > 0 else "no: a loss" if value["high"] < 0 else "undecided"
-
-
-def saved(of: dict[str, Any], variant: str, by: dict[str, Any]) -> dict[str, Any]:
+def saved(of: dict[str, Any], variant: str, by: dict[str, Any]) -> Interval:
     """Bits per byte that retrieval in one evaluation saves over a variant of another, in pairs of documents."""
-    bits, on, n_bytes = (np.array(e["by_document"][v]) for e, v in ((of, variant), (by, "on"), (by, "bytes")))
-    return ratio_of_sums(bits - on, n_bytes)
+    return ratio_of_sums(*saved_bits(of, variant, by))
 
 
 def sweep(part: dict[str, Any], kind: str, shares: tuple[float, ...], counts: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -40,16 +31,16 @@ def sweep(part: dict[str, Any], kind: str, shares: tuple[float, ...], counts: tu
     return [e["main"] if k == 2 else e[f"{k} neighbors"] for k in counts]
 
 
-def claims(part: dict[str, Any], shares: tuple[float, ...], counts: tuple[int, ...]) -> dict[str, tuple[str, str]]:
-    """Each claim with its figure and what the interval says of it."""
+def claims(part: dict[str, Any], shares: tuple[float, ...], counts: tuple[int, ...]) -> dict[str, tuple[Any, ...]]:
+    """Each claim about a corpus with the bits that it says are saved, and the bytes, of each document."""
     main = part["evaluations"]["main"]
     low = main["filtered"][0]
     found = {
-        f"retrieval beats {NAMES[variant]}": main["gain"][f"over {variant}"]
+        f"retrieval beats {NAMES[variant]}": saved_bits(main, variant, main)
         for variant in ("off", "random", "baseline", "longer")
     }
     found |= {
-        f"it still beats {name} on chunks with r(C) up to 12.5%": low["gain"][f"over {variant}"]
+        f"it still beats {name} on chunks with r(C) up to 12.5%": saved_bits(low, variant, low)
         for variant, name in (("random", "random neighbors"), ("baseline", "the baseline of equal steps"))
     }
     for kind, claim in (
@@ -57,8 +48,13 @@ def claims(part: dict[str, Any], shares: tuple[float, ...], counts: tuple[int, .
         ("neighbors", f"{counts[-1]} neighbors beat {counts[0]}"),
     ):
         evaluations = sweep(part, kind, shares, counts)
-        found[claim] = saved(evaluations[0], "on", evaluations[-1])
-    return {claim: (format_interval(value), verdict(value)) for claim, value in found.items()}
+        found[claim] = saved_bits(evaluations[0], "on", evaluations[-1])
+    return found
+
+
+def of_claim(gain: Gain) -> str:
+    """A claim's cell: what the corrected p-value says of it, and its figure."""
+    return f"**{gain['verdict']}**: {format_interval(gain)}, p {format_p(gain['p'])}"
 
 
 def write(record: dict[str, Any], out: Path, shares: tuple[float, ...], counts: tuple[int, ...]) -> None:
@@ -66,30 +62,36 @@ def write(record: dict[str, Any], out: Path, shares: tuple[float, ...], counts: 
     m, parts = record["machine"], record["corpora"]
     window = next(iter(parts.values()))["evaluations"]["main"]
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
+    over_seeds = " and seeds" if window["n_seeds"] > 1 else ", which do not hold how much another seed would change"
     lines = [
         "# What retrieval brings: measured",
         "",
         f"Made by `{record['command']}` on {m['date']}: {m['processor']}, {m['cores']} cores, no GPU, Python "
         f"{m['python']}, {versions}. Figures are bits per byte on whole held-out documents, in windows of "
-        f"{window['window']} tokens, {window['stride']} apart;",
-        "in parentheses 95% intervals from a bootstrap over documents, of a gain in pairs. A positive gain means that",
-        "retrieval saves bits. Neighbors never come from the document of the query, and no held-out document is in the",
-        "database or among the training documents, by name or by text. All models have the same decoder, start from",
-        "the same weights and read the same samples in the same order. What the intervals do not hold: how much",
-        "another seed of the weights would change; and of few documents a bootstrap's is too narrow (for 8 documents",
-        "of pure noise it excludes 0 in about one case of eight, not of twenty). The shape of the models and the",
+        f"{window['window']} tokens, {window['stride']} apart, the mean of "
+        f"{counted(window['n_seeds'], 'seed')} of the weights;",
+        f"in parentheses 95% intervals over documents{over_seeds}, of a gain in pairs,",
+        "whose coverage was simulated (`retro/evaluation/intervals.py`). A positive gain: retrieval saves bits.",
+        "Neighbors never come from the document of the query, and no held-out document is in the database or among the",
+        "training documents, by name or by text. All models have the same decoder; those of a seed start from the same",
+        "weights and read the same samples in the same order. The shape of the models and the",
         "learning rate were chosen on the other half of the library's files. The library is all of its source but its",
         "tests and generated files; it was chosen because its files repeat each other, those in `encodings` most: the",
         "question was whether retrieval pays where text repeats.",
         "",
         "## The claims, tested",
         "",
+        "The p-values are corrected for the number of claims in this table (Holm), and decide: with no gain anywhere,",
+        "any of them would say yes or no in at most 5% of such tables.",
+        "",
         "| claim | " + " | ".join(part["title"] for part in parts.values()) + " |",
         "|---|" + "---|" * len(parts),
     ]
-    tested = [claims(part, shares, counts) for part in parts.values()]
+    claimed = {name: claims(part, shares, counts) for name, part in parts.items()}
+    gains = judged({(claim, name): bits for name, of_part in claimed.items() for claim, bits in of_part.items()})
     lines += [
-        f"| {claim} | " + " | ".join("**{1}**: {0}".format(*t[claim]) for t in tested) + " |" for claim in tested[0]
+        f"| {claim} | " + " | ".join(of_claim(gains[claim, name]) for name in parts) + " |"
+        for claim in next(iter(claimed.values()))
     ]
     for name, part in parts.items():
         lines += ["", *_of_corpus(name, part, shares, counts)]
@@ -109,6 +111,7 @@ def _of_corpus(name: str, part: dict[str, Any], shares: tuple[float, ...], count
         f"{part['documents']['train']:,} documents train and fill the database ({part['bytes']['train'] / 1e6:.1f} MB, "
         f"{part['tokens']['train']:,} tokens, {d['n_chunks']:,} chunks of {d['chunk_len']}); "
         f"{part['documents']['held out']:,} are held out ({part['bytes']['valid'] / 1e6:.2f} MB).",
+        f"Behind each figure: {behind(main)}.",
         f"Copyable tokens: of the chunks that read neighbors, {reads} or more in a row with them.",
         "",
         "| model | steps | parameters | training | bits per byte | gain of retrieval over it |",
@@ -117,8 +120,9 @@ def _of_corpus(name: str, part: dict[str, Any], shares: tuple[float, ...], count
     run_of = {"on": "retro", "off": "retro", "random": "retro"}
     for variant, value in main["bits_per_byte"].items():
         run, gain = runs[run_of.get(variant, variant)], main["gain"].get(f"over {variant}")
+        train_bpb = statistics.fmean(of_seed["train_bpb"] for of_seed in run)
         lines.append(
-            f"| {NAMES[variant]} | {run['steps']:,} | {run['n_parameters']:,} | {run['train_bpb']:.3f} "
+            f"| {NAMES[variant]} | {run[0]['steps']:,} | {run[0]['n_parameters']:,} | {train_bpb:.3f} "
             f"| {format_interval(value, '.4f')} | {format_interval(gain)} |"
         )
     lines += [
@@ -130,17 +134,16 @@ def _of_corpus(name: str, part: dict[str, Any], shares: tuple[float, ...], count
         "Filtered by overlap: r(C) is the longest string of tokens that a chunk has in common with its ten nearest",
         "neighbors, over its length (section 2.6 of the paper).",
         "",
-        "| r(C) up to | chunks | bytes | "
+        "| r(C) up to | chunks | documents | bytes | "
         + " | ".join(main["bits_per_byte"])
         + " | gain over random | gain over baseline |",
-        "|---|---|---|" + "---|" * (len(main["bits_per_byte"]) + 2),
+        "|---|---|---|---|" + "---|" * (len(main["bits_per_byte"]) + 2),
     ]
     for row in main["filtered"]:
-        values = " | ".join("–" if v is None else f"{v:.3f}" for v in row["bits_per_byte"].values())
-        lines.append(
-            f"| {row['alpha']:.1%} | {row['n_chunks']:,} | {row['share_of_bytes']:.1%} | {values} "
-            f"| {format_interval(row['gain']['over random'])} | {format_interval(row['gain']['over baseline'])} |"
-        )
+        values = ["–" if v is None else f"{v:.3f}" for v in row["bits_per_byte"].values()]
+        values += [format_interval(row["gain"][f"over {variant}"]) for variant in ("random", "baseline")]
+        counts_of = f"{row['n_chunks']:,} | {row['n_documents']:,} | {row['share_of_bytes']:.1%}"
+        lines.append(f"| {row['alpha']:.1%} | {counts_of} | {' | '.join(values)} |")
     lines += ["", f"![Filtered by overlap](filtered-{name}.png)", ""]
     for kind, title, first in (
         ("database", "A growing database, the same model", "documents in the database"),

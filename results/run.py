@@ -1,8 +1,9 @@
 """What retrieval brings, measured on two corpora in one resumable command: `make results [QUICK=1]`.
 
 For each corpus the same decoder is trained with and without retrieval on the same samples in the same order,
-for the same number of steps and, without retrieval, for as many steps as take the same time. All of them are
-then evaluated on whole documents that neither the training nor the database has seen. Whatever is finished is
+for the same number of steps and, without retrieval, for as many steps as take the same time; all of it again with
+other seeds of the weights and of the order. All of them are then evaluated on whole documents that neither the
+training nor the database has seen, and the evaluations of the seeds are joined. Whatever is finished is
 kept under `results/cache/` and found again. Writes `RESULTS.md`, the figures as JSON and the plots beside this
 file (under `results/cache/quick/` for QUICK=1).
 """
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from retro.storage.files import atomic_write
-from retro.storage.manifests import sha256_of_json
+from retro.storage.manifests import FORMAT_VERSION, sha256_of_json
 
 HERE = Path(__file__).resolve().parent
 CHUNK_LEN, CHUNKS_PER_SAMPLE = 32, 8
@@ -46,9 +47,10 @@ class Size:
 
     steps: int
     share: float  # of the documents of a corpus
+    seeds: tuple[int, ...]  # of the weights and of the order of the samples
 
 
-FULL, QUICK = Size(steps=1000, share=1.0), Size(steps=200, share=0.2)
+FULL, QUICK = Size(steps=1000, share=1.0, seeds=(0, 1, 2)), Size(steps=200, share=0.2, seeds=(0, 1))
 SHAPE: dict[str, Any] = {
     "d_model": 128,
     "n_layers": 4,
@@ -164,8 +166,8 @@ def databases() -> dict[str, Path]:
     return found
 
 
-def config(steps: int) -> Any:
-    """How all models are trained; only the steps differ."""
+def config(steps: int, seed: int = 0) -> Any:
+    """How all models are trained; only the steps and the seed differ."""
     from retro.device import has_bf16, pick_device
     from retro.train import TrainConfig
 
@@ -178,6 +180,7 @@ def config(steps: int) -> Any:
         clip=1.0,
         precision="bf16" if has_bf16(pick_device("cpu")) else "fp32",
         interval=500,
+        seed=seed,
     )
 
 
@@ -214,8 +217,8 @@ def time_ratio() -> float:
     return statistics.median(json.loads(file.read_text()))
 
 
-def train_all(size: Size) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Run folders and summaries: `retro`, `baseline` (equal steps), `longer` (equal time)."""
+def train_all(size: Size, seed: int) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Run folders and summaries of a seed: `retro`, `baseline` (equal steps), `longer` (equal time)."""
     from retro.train import train
 
     plans = {
@@ -225,14 +228,14 @@ def train_all(size: Size) -> dict[str, tuple[str, dict[str, Any]]]:
     }
     runs = {}
     for name, (shape, steps) in plans.items():
-        print(f"\n# {name}: {steps:,} steps", flush=True)
-        run, summary = train(name=name, config=config(steps), model_shape=shape, device="cpu", prompt="The ")
+        print(f"\n# {name}, seed {seed}: {steps:,} steps", flush=True)
+        run, summary = train(name=name, config=config(steps, seed), model_shape=shape, device="cpu", prompt="The ")
         runs[name] = (str(run), summary)
     return runs
 
 
 def evaluate_all(runs: dict[str, tuple[str, dict[str, Any]]], folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    """Summaries of all evaluations by name; each is kept in `evaluations/`."""
+    """Summaries of all evaluations of a seed's models by name; each is kept in `evaluations/`."""
     from retro.config import EvaluateConfig
     from retro.database import RetroIndex
     from retro.evaluate import evaluate
@@ -247,7 +250,7 @@ def evaluate_all(runs: dict[str, tuple[str, dict[str, Any]]], folders: dict[str,
     found = {}
     for name, (folder, k) in jobs.items():
         index = RetroIndex(CHUNK_LEN, data_path=folder)
-        key = [*(Path(run).name for run, _ in runs.values()), index.manifest["index_sha256"], k]
+        key = [FORMAT_VERSION, *(Path(run).name for run, _ in runs.values()), index.manifest["index_sha256"], k]
         file = Path("evaluations") / f"{name}-{sha256_of_json(key)[:8]}.json"
         if not file.exists():
             print(f"\n# evaluation: {name}", flush=True)
@@ -267,6 +270,7 @@ def evaluate_all(runs: dict[str, tuple[str, dict[str, Any]]], folders: dict[str,
 
 def measure(place: Path, source: Source, size: Size) -> dict[str, Any]:
     """Everything for one corpus, in a folder below `place`."""
+    from retro.evaluation.result import joined
     from retro.text.corpus import Corpus
 
     documents = dict(source.read())
@@ -276,8 +280,8 @@ def measure(place: Path, source: Source, size: Size) -> dict[str, Any]:
     os.chdir(place)
     prepare(documents, source)
     folders = databases()
-    runs = train_all(size)
-    evaluations = evaluate_all(runs, folders)
+    runs = [train_all(size, seed) for seed in size.seeds]
+    evaluations = [evaluate_all(of_seed, folders) for of_seed in runs]
     corpus = Corpus.load("data/corpus")
     return {
         "title": source.title,
@@ -286,8 +290,8 @@ def measure(place: Path, source: Source, size: Size) -> dict[str, Any]:
         "bytes": {s: sum(corpus.documents[i].n_bytes for i in corpus.split(s)) for s in ("train", "valid")},
         "tokens": {"train": corpus.n_train_tokens, "valid": len(corpus.tokens) - corpus.n_train_tokens},
         "time_ratio": time_ratio(),
-        "runs": {name: summary for name, (_, summary) in runs.items()},
-        "evaluations": evaluations,
+        "runs": {name: [of_seed[name][1] for of_seed in runs] for name in runs[0]},  # a summary for each seed
+        "evaluations": {name: joined([of_seed[name] for of_seed in evaluations]) for name in evaluations[0]},
     }
 
 

@@ -9,7 +9,8 @@ It is measured several times over the same windows of text:
 
 * `on`: each chunk has the neighbors that it retrieved from the database,
 * `off`: there are no neighbors, so chunked cross-attention passes states through,
-* `random`: each chunk has the neighbors of another chunk, half the evaluated text away,
+* `random`: each chunk has the neighbors of a chunk drawn from the other documents (if there are none, of an earlier
+  one); the mean over three such shuffles,
 * `baseline`: another model, trained without retrieval, if there is one.
 
 A model that gains from what was retrieved, and not just from having something to read, is better
@@ -34,6 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from retro.config import DatasetConfig, EvaluateConfig
@@ -57,6 +59,7 @@ def evaluate(
     config: EvaluateConfig | None = None,
     baseline: RetroModel | None = None,
     others: Sequence[str] = ("off", "random"),
+    n_shuffles: int = 3,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
     """Measure a model on the validation documents of a corpus.
@@ -67,9 +70,11 @@ def evaluate(
       windows of 32 chunks, and a stride of half a window
     * `baseline` is a model without retrieval to compare with
     * `others` are what to measure beside `on`; each takes another pass over the text
+    * `n_shuffles` is how often random neighbors are drawn, from a fixed seed; each takes a pass, and a token's loss is
+      the mean over them. Each chunk draws its own, so what is left of chance counts as noise of the documents
 
-    Raises `InvalidOption` for lengths that are not whole chunks, `SeenText` for documents that the database holds, and
-    `ValueError` for a model or a database that does not fit.
+    Raises `InvalidOption` for lengths that are not whole chunks, or no shuffle, `SeenText` for documents that the
+    database holds, and `ValueError` for a model or a database that does not fit.
     """
     config, m = config or EvaluateConfig(), index.chunk_len
     n_neighbors = config.n_neighbors or DatasetConfig.n_neighbors
@@ -79,6 +84,8 @@ def evaluate(
         raise InvalidOption("window", window, f"is not a positive multiple of chunk_len={m}")
     if stride % m or stride > window:
         raise InvalidOption("stride", stride, f"is not a positive multiple of chunk_len={m} up to {window}")
+    if n_shuffles < 1:
+        raise InvalidOption("n_shuffles", n_shuffles, "is not at least 1")
     _require_comparable(model, corpus, index, baseline)
     require_held_out(corpus, index.corpus)
 
@@ -86,20 +93,23 @@ def evaluate(
     neighbors, distances = retrieve(corpus, index, offsets, max(n_neighbors, N_LEAKAGE_NEIGHBORS))  # (c, >= 10)
     read = neighbors[:, :n_neighbors].copy()
     read[offsets + m > corpus.ends_of(offsets)] = -1  # only whole chunks retrieve
-    retrieved = {"on": read, "off": None, "random": shuffled_neighbors(read)}
+    rng, chunk_documents = np.random.default_rng(0), corpus.document_of(offsets)
+    shuffles = [shuffled_neighbors(read, chunk_documents, rng) for _ in range(n_shuffles)]
+    retrieved: dict[str, Sequence[np.ndarray | None]] = {"on": [read], "off": [None], "random": shuffles}
     passes = {name: (model, retrieved[name]) for name in ("on", *others)}
     if baseline is not None:
-        passes["baseline"] = (baseline, None)
+        passes["baseline"] = (baseline, [None])
     cut = windows(corpus, window, stride)
     nats = {
-        name: losses(net, corpus, index, ret, cut, config.batch_size, device, name)
-        for name, (net, ret) in passes.items()
+        name: np.mean([losses(net, corpus, index, r, cut, config.batch_size, device, name) for r in rets], axis=0)
+        for name, (net, rets) in passes.items()
     }
     overlap = overlaps(corpus, index, offsets, neighbors[:, :N_LEAKAGE_NEIGHBORS])
     copied, n_bytes = copyable(corpus, index, offsets, read), predicted_bytes(corpus)
     return Evaluation(
-        corpus, index, n_neighbors, window, stride, nats, n_bytes, offsets, neighbors, distances, overlap, copied
-    )
+        corpus, index, n_neighbors, window, stride, nats, n_bytes, offsets, neighbors, distances, overlap, copied,
+        n_shuffles if "random" in passes else 0,
+    )  # fmt: skip
 
 
 def _require_comparable(model: RetroModel, corpus: Corpus, index: RetroIndex, baseline: RetroModel | None) -> None:

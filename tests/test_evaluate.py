@@ -1,6 +1,6 @@
 """Evaluation: every figure against numbers worked out by hand, or a slower way."""
 
-import itertools
+import dataclasses
 import json
 import math
 import shutil
@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CHUNK_LEN
+from scipy.stats import t as student
 from test_train_and_sample import CONFIG, SHAPE
 
 from retro.cli import main
@@ -20,8 +21,8 @@ from retro.errors import SeenText
 from retro.evaluate import Evaluation, evaluate, held_out_texts
 from retro.evaluation.figures import table
 from retro.evaluation.held_out import require_held_out
-from retro.evaluation.intervals import format_interval, ratio_of_sums
 from retro.evaluation.leakage import longest_common_run
+from retro.evaluation.result import joined
 from retro.evaluation.windows import losses, predicted_bytes, shuffled_neighbors, windows
 from retro.model import RetroConfig, RetroModel
 from retro.storage.manifests import read_manifest
@@ -72,14 +73,23 @@ def test_on_is_off_bit_for_bit_when_there_are_no_neighbors(index, evaluation):
     assert not np.array_equal(evaluation.nats["on"], evaluation.nats["random"])
 
 
-def test_what_an_unfinished_chunk_retrieves_is_nobody_s_random_neighbor(index, evaluation):
+def test_random_neighbors_are_the_mean_of_shuffles_and_never_those_of_an_unfinished_chunk(index, evaluation):
     model, corpus, offsets = model_of(index), index.corpus, evaluation.offsets
     is_whole = offsets + CHUNK_LEN <= corpus.ends_of(offsets)
     assert is_whole.sum() == len(offsets) - 1, "the text ends with a chunk"
     neighbors = np.where(is_whole[:, None], evaluation.neighbors[:, :2], -1)
-    cut = windows(corpus, WINDOW, WINDOW // 2)
-    expected = losses(model, corpus, index, shuffled_neighbors(neighbors), cut, 8, "cpu", "test")
-    assert np.array_equal(evaluation.nats["random"], expected)
+    options = (windows(corpus, WINDOW, WINDOW // 2), 8, "cpu", "test")
+    rng, documents = np.random.default_rng(0), corpus.document_of(offsets)
+    shuffles = [shuffled_neighbors(neighbors, documents, rng) for _ in range(3)]
+    drawn = [losses(model, corpus, index, shuffle, *options) for shuffle in shuffles]
+    assert not np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[1], drawn[2])
+    np.testing.assert_allclose(evaluation.nats["random"], sum(drawn) / 3, rtol=1e-12)
+    assert evaluation.n_shuffles == evaluation.summary()["n_shuffles"] == 3
+    once = evaluate(model, corpus, index, config=IN_WINDOWS, others=("random",), n_shuffles=1)
+    assert np.array_equal(once.nats["random"], drawn[0]) and once.n_shuffles == 1
+    assert evaluate(model, corpus, index, config=IN_WINDOWS, others=()).summary()["n_shuffles"] == 0
+    with pytest.raises(ValueError, match="n_shuffles=0 is not at least 1"):
+        evaluate(model, corpus, index, config=IN_WINDOWS, n_shuffles=0)
 
 
 @pytest.mark.parametrize("stride", [CHUNK_LEN, 2 * CHUNK_LEN, WINDOW])
@@ -106,12 +116,23 @@ def test_each_token_is_scored_once_with_the_context_that_the_stride_leaves_it(in
     assert (found.nats["on"][1:] > 0).all() and found.nats["on"][0] == 0
 
 
-def test_random_neighbors_are_those_of_another_chunk():
-    neighbors = np.array([[1, 2], [3, 4], [-1, -1], [5, 6], [7, -1]])
-    # Of the four chunks that have some, each gets those of the one two places away.
-    assert shuffled_neighbors(neighbors).tolist() == [[5, 6], [7, -1], [-1, -1], [1, 2], [3, 4]]
-    # With two, the other is the next one, which was retrieved with the text that is to be predicted.
-    assert shuffled_neighbors(neighbors[:3]).tolist() == [[-1, -1]] * 3
+def test_random_neighbors_come_from_another_document_or_else_from_earlier_text():
+    rng = np.random.default_rng(0)
+    numbers = np.array([0, 1, 2, -1, 4, 5, 6, 7])  # of chunks; each has its own number as a neighbor, one has none
+    neighbors = np.stack([numbers, np.where(numbers < 0, -1, numbers + 10)], axis=1)
+    documents = np.array([3, 3, 3, 3, 3, 4, 4, 5])
+    drawn = np.stack([shuffled_neighbors(neighbors, documents, rng) for _ in range(300)])  # (300, c, K)
+    assert (drawn[:, 3] == -1).all() and (np.delete(drawn, 3, axis=1) >= 0).all()
+    assert (np.delete(drawn, 3, axis=1)[..., 1] == np.delete(drawn, 3, axis=1)[..., 0] + 10).all(), "torn apart"
+    found = [set(drawn[:, chunk, 0].tolist()) for chunk in range(8)]
+    first, second = {0, 1, 2, 4}, {5, 6}
+    assert found == [second | {7}] * 3 + [{-1}] + [second | {7}] + [first | {7}] * 2 + [first | second]
+    # Of a single document only earlier chunks' are drawn: a later one was retrieved with text still to be predicted.
+    one = np.stack([shuffled_neighbors(neighbors, np.zeros(8, dtype=int), rng)[:, 0] for _ in range(300)])
+    found = [set(one[:, chunk].tolist()) for chunk in range(8)]
+    assert found == [{-1}, {0}, {0, 1}, {-1}, {0, 1, 2}, {0, 1, 2, 4}, {0, 1, 2, 4, 5}, {0, 1, 2, 4, 5, 6}]
+    assert shuffled_neighbors(neighbors[:1], documents[:1], rng).tolist() == [[-1, -1]]
+    assert shuffled_neighbors(neighbors[3:4], documents[:1], rng).tolist() == [[-1, -1]]
 
 
 def test_the_longest_common_run_is_that_of_a_brute_force_search():
@@ -163,7 +184,7 @@ def by_hand() -> Evaluation:
     none = np.full((4, 10), -1)
     return Evaluation(
         corpus, index, 2, 4, 4, nats, n_bytes, np.array([0, 2, 4, 6]), none, none, np.array([0, 0.5, 0.25, 1]),
-        np.array([0, 2, 0, 1]),
+        np.array([0, 2, 0, 1]), 0,
     )  # fmt: skip
 
 
@@ -173,14 +194,22 @@ def test_the_figures_are_those_worked_out_by_hand():
     assert summary["bits_per_byte"]["on"]["value"] == pytest.approx(2.0)
     assert summary["bits_per_byte"]["off"]["value"] == pytest.approx(17 / 8)
     assert summary["gain"]["over off"]["value"] == pytest.approx(1 / 8)
-    # Of two documents drawn with replacement both are a in 1/4 of the cases (3 bits over 3 bytes gained), both
-    # are b in another 1/4 (-2 bits over 5 bytes): the 95% interval reaches from one to the other.
-    assert summary["gain"]["over off"]["low"] == pytest.approx(-2 / 5)
-    assert summary["gain"]["over off"]["high"] == pytest.approx(1.0)
+    # 3 bits over 3 bytes gained in a, -2 over 5 in b: residuals 3 - 3/8 = 21/8 and -2 - 5/8 = -21/8, shares 3/8 and
+    # 5/8, so V = (21/8)^2 * (8/5 + 8/3) / 8^2 = 0.459375. Worth 8^2 / (3^2 + 5^2) = 32/17 documents: 15/17 degrees.
+    reach = student.ppf(0.975, 15 / 17) * math.sqrt(0.459375)
+    gain = summary["gain"]["over off"]
+    assert (gain["low"], gain["high"]) == pytest.approx((1 / 8 - reach, 1 / 8 + reach))
+    assert gain["verdict"] == "undecided" and (gain["n_documents"], gain["n_seeds"]) == (2, 1)
+    assert summary["n_effective_documents"] == pytest.approx(32 / 17) and summary["n_seeds"] == 1
+    assert summary["by_document"]["on"] == pytest.approx([5, 11]) and summary["by_document"]["bytes"] == [3, 5]
     rows = {row["alpha"]: row for row in summary["filtered"]}
     # r(C) is 0, 0.5 in a and 0.25, 1 in b. Up to 12.5%: chunk 0 alone, 1 bit over 1 byte (off: 2).
     assert rows[0.125]["n_chunks"] == 1 and rows[0.125]["bits_per_byte"] == pytest.approx({"on": 1, "off": 2})
-    assert rows[0.125]["gain"]["over off"] == {"value": pytest.approx(1), "low": None, "high": None}
+    assert rows[0.125]["gain"]["over off"] == {
+        "value": pytest.approx(1), "low": None, "high": None, "n_documents": 1, "n_seeds": 1, "p": None,
+        "verdict": "undecided",
+    }  # fmt: skip
+    assert rows[0.125]["n_documents"] == 1 and rows[0.25]["n_documents"] == 2
     # Up to 25%: chunks 0 and 2, 1 + 3 bits over 1 + 1 bytes (off: 2 + 3).
     assert rows[0.25]["n_chunks"] == 2 and rows[0.25]["bits_per_byte"] == pytest.approx({"on": 2, "off": 2.5})
     # Up to 50%: chunks 0, 1, 2: 1 + 4 + 3 bits over 1 + 2 + 1 bytes (off: 2 + 6 + 3).
@@ -190,31 +219,42 @@ def test_the_figures_are_those_worked_out_by_hand():
     assert json.loads(json.dumps(summary)) == summary
 
 
-def test_an_interval_is_over_documents_and_of_one_document_there_is_none():
-    # 10 bits over 5 bytes, 20 over 20: 30/25. Drawing twice the first gives 2, twice the second 1.
-    assert ratio_of_sums(np.array([10.0, 20.0]), np.array([5.0, 20.0])) == {"value": 1.2, "low": 1.0, "high": 2.0}
-    assert ratio_of_sums(np.array([10.0, 0.0]), np.array([5.0, 0.0])) == {"value": 2.0, "low": None, "high": None}
-    assert ratio_of_sums(np.zeros(2), np.zeros(2)) == {"value": None, "low": None, "high": None}
+def test_the_evaluations_of_two_seeds_are_joined_into_one():
+    first, other = by_hand(), by_hand()
+    # The other model gains 1 bit more in each document: 4 and -1 instead of 3 and -2, so 3/8 over 8 bytes, not 1/8.
+    extra = np.array([0, 1, 0, 0, 0, 1, 0, 0]) * math.log(2)
+    other = dataclasses.replace(other, nats=other.nats | {"off": other.nats["off"] + extra})
+    found = joined([first.summary(), other.summary()])
+    gain = found["gain"]["over off"]
+    assert found["n_seeds"] == gain["n_seeds"] == 2 and gain["n_documents"] == 2
+    assert gain["value"] == pytest.approx(2 / 8) and found["bits_per_byte"]["off"]["value"] == pytest.approx(18 / 8)
+    # Documents: 3.5 and -1.5 bits, residuals 3.5 - 3/4 = 2.75 and -2.75, V = 2.75^2 * (8/5 + 8/3) / 64. Seeds: 1/8 and
+    # 3/8 have the variance 1/32, half of it is that of their mean, with one degree of freedom.
+    documents = student.ppf(0.975, 15 / 17) ** 2 * 2.75**2 * (8 / 5 + 8 / 3) / 64
+    seeds = student.ppf(0.975, 1) ** 2 / 64
+    assert gain["high"] - gain["value"] == pytest.approx(math.sqrt(documents + seeds))
+    row = found["filtered"][-1]
+    assert row["gain"]["over off"]["high"] == pytest.approx(gain["high"]) and row["n_chunks"] == 4
+    # Up to r(C) = 25%: chunks 0 and 2, off - on of 1 + 0 bits, and 2 + 1 of the other, over 2 bytes.
+    assert found["filtered"][1]["gain"]["over off"]["value"] == pytest.approx((1 / 2 + 3 / 2) / 2)
+    assert json.loads(json.dumps(found)) == found
+    assert "2 documents (worth 1.9 of equal size) and 2 seeds of the weights" in table(found)
+    with pytest.raises(ValueError, match="more than the seed cannot be joined; these: stride, bytes"):
+        changed = dataclasses.replace(other, stride=2, n_bytes=other.n_bytes + 1)
+        joined([first.summary(), changed.summary()])
 
 
-def test_an_interval_is_that_of_all_draws_of_documents(monkeypatch):
-    numerators, denominators = np.array([3.0, 0, 4, 10, 9]), np.array([1.0, 0, 4, 5, 2])
-    # The second has nothing predicted, so it is never drawn: there are 256 draws of the others, all as likely.
-    draws = np.array(list(itertools.product((0, 2, 3, 4), repeat=4)))
-    low, high = np.quantile(numerators[draws].sum(axis=1) / denominators[draws].sum(axis=1), [0.025, 0.975])
-    found = ratio_of_sums(numerators, denominators)
-    assert found == {"value": 26 / 12, "low": pytest.approx(low), "high": pytest.approx(high)}
-    monkeypatch.setattr("retro.evaluation.intervals.NUMBERS_AT_ONCE", 10)  # two draws at a time
-    assert ratio_of_sums(numerators, denominators) == found
-
-
-def test_a_figure_is_shown_with_its_interval_if_it_has_one():
-    figure = {"value": 0.5, "low": -0.125, "high": 1.0}
-    assert format_interval(figure, "+.2f") == "+0.50 (-0.12 to +1.00)"
-    assert format_interval(figure, ".1f", " <small>", "</small>") == "0.5 <small>-0.1 to 1.0</small>"
-    assert format_interval({"value": 0.5, "low": None, "high": None}, ".1f") == "0.5"
-    assert format_interval({"value": None, "low": None, "high": None}, ".1f") == "–"
-    assert format_interval(None, ".1f") == ""
+def test_a_table_says_how_many_documents_seeds_and_shuffles_stand_behind_it(evaluation):
+    summary = evaluation.summary()
+    lines = table(summary).splitlines()
+    said = "behind each number: 1 document and 1 seed of the weights; random neighbors: the mean of 3 shuffles"
+    assert said in lines
+    two = by_hand().summary()
+    assert "behind each number: 2 documents (worth 1.9 of equal size) and 1 seed of the weights" in table(two)
+    rows = [line.split() for line in table(two).splitlines() if line.startswith(("12.5%", "100.0%"))]
+    assert [row[:3] for row in rows] == [["12.5%", "1", "1"], ["100.0%", "4", "2"]]  # r(C), chunks, documents
+    p = two["filtered"][-1]["gain"]["over off"]["p"]
+    assert rows[0][-2:] == ["–", "undecided"] and rows[1][-2:] == [f"{p:.4f}", "undecided"]
 
 
 @pytest.mark.parametrize("name", ["char", "bpe:300"])

@@ -338,6 +338,10 @@ def test_the_page_is_complete_in_itself_and_the_same_each_time(odd, tmp_path):
         "off": f"{values['off']['value']:.3f}",
         "random neighbors": f"{values['random']['value']:.3f}",
     }
+    behind = "Behind each figure: 1 document and 1 seed of the weights; random neighbors: the mean of 3 shuffles."
+    assert any(behind in " ".join(note.text.split()) for note in page.all("p", "note"))
+    verdicts = [row.all("td")[2].text for row in page.all("tbody")[0].all("tr")]
+    assert verdicts == ["", "undecided p –", "undecided p –"], "one document says nothing about others"
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium: apt-get install chromium")

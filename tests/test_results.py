@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import load_script
 
+from retro.evaluation.intervals import judged
+
 pytest.importorskip("matplotlib", reason="the plots need it: pip install matplotlib")
 FOLDER = Path(__file__).parent.parent / "results"
 run, report = load_script(FOLDER / "run.py"), load_script(FOLDER / "report.py")
@@ -35,12 +37,30 @@ def test_a_larger_share_holds_a_smaller_one():
     assert run.drawn(names[::-1], 0.1) == small
 
 
-def test_a_verdict_follows_the_interval():
-    figure = {"value": 0.5, "low": 0.1, "high": 0.9}
-    assert report.verdict(figure) == "yes"
-    assert report.verdict(figure | {"low": -0.1}) == "undecided"
-    assert report.verdict({"value": -0.5, "low": -0.9, "high": -0.1}) == "no: a loss"
-    assert report.verdict({"value": 0.5, "low": None, "high": None}) == "not measurable"
+def test_all_claims_of_both_corpora_are_corrected_together():
+    record = json.loads((FOLDER / "results.json").read_text())
+    claimed = [report.claims(part, run.SHARES, run.NEIGHBORS) for part in record["corpora"].values()]
+    assert claimed[0].keys() == claimed[1].keys() and len(claimed[0]) == 8
+    pairs = {(claim, number): bits for number, of_part in enumerate(claimed) for claim, bits in of_part.items()}
+    together = judged(pairs)
+    alone = {name: judged({name: bits})[name]["p"] for name, bits in pairs.items()}
+    measured = [p for p in alone.values() if p is not None]
+    smallest = min((name for name in pairs if alone[name] is not None), key=alone.get)
+    assert together[smallest]["p"] == pytest.approx(len(measured) * alone[smallest], rel=1e-6)
+    said = report.of_claim(together[smallest])
+    assert said.startswith(f"**{together[smallest]['verdict']}**: {together[smallest]['value']:+.4f} (")
+    shown = (FOLDER / "RESULTS.md").read_text()
+    assert all(report.of_claim(gain) in shown for gain in together.values())
+
+
+def test_published_figures_are_of_the_seeds_that_were_trained():
+    record = json.loads((FOLDER / "results.json").read_text())
+    n_seeds = len(record["size"]["seeds"])
+    for part in record["corpora"].values():
+        assert {e["n_seeds"] for e in part["evaluations"].values()} == {n_seeds}
+        assert {len(summaries) for summaries in part["runs"].values()} == {n_seeds}
+    assert len(set(run.FULL.seeds)) == 3
+    assert run.config(10, seed=2).seed == 2 != run.config(10).seed
 
 
 def test_the_corpora_are_plays_and_sources_without_tests():

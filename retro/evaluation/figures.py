@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from retro.evaluation.intervals import format_interval
+from retro.evaluation.intervals import Gain, counted, format_interval, format_p
 from retro.evaluation.result import VARIANTS
 
 COLORS = ("C0", "C1", "C7", "C2", "C4")  # of the variants, as matplotlib numbers them
@@ -19,26 +19,45 @@ def table(summary: dict[str, Any]) -> str:
         f"{summary['n_chunks']:,} chunks; windows of {summary['window']} tokens, {summary['stride']} apart",
         f"database  {d['n_documents']:,} documents, {d['n_chunks']:,} chunks in {d['index']}; "
         f"{summary['n_neighbors']} neighbors",
+        f"behind each number: {behind(summary)}",
         "",
-        f"{'':<27}{'bits per byte':<28}gain of retrieval over it",
+        f"{'':<27}{'bits per byte':<28}{'gain of retrieval over it':<32}{'p':<10}gain?",
     ]
     for variant, value in summary["bits_per_byte"].items():
-        gain = format_interval(summary["gain"].get(f"over {variant}"))
-        lines.append(f"{VARIANTS.get(variant, variant):<27}{format_interval(value, '.3f'):<28}{gain}".rstrip())
+        line = f"{VARIANTS.get(variant, variant):<27}{format_interval(value, '.3f'):<28}"
+        if gain := summary["gain"].get(f"over {variant}"):
+            line += _tested(gain)
+        lines.append(line.rstrip())
     variants = list(summary["bits_per_byte"])
-    lines += ["", f"{'r(C) up to':<12}{'chunks':>8}  " + "".join(f"{v:>10}" for v in variants)]
-    lines[-1] += f"  gain {over}" if over else ""
+    lines += ["", f"{'r(C) up to':<12}{'chunks':>8}{'documents':>11}  " + "".join(f"{v:>10}" for v in variants)]
+    lines[-1] += f"  {f'gain {over}':<32}{'p':<10}gain?" if over else ""
     for row in summary["filtered"]:
         values = [row["bits_per_byte"][v] for v in variants]
-        lines.append(
-            f"{row['alpha']:<12.1%}{row['n_chunks']:>8,}  "
-            + "".join("         –" if v is None else f"{v:>10.3f}" for v in values)
-            + (f"  {format_interval(row['gain'][over])}" if over else "")
-        )
+        line = f"{row['alpha']:<12.1%}{row['n_chunks']:>8,}{row['n_documents']:>11,}  "
+        line += "".join("         –" if v is None else f"{v:>10.3f}" for v in values)
+        lines.append(line + (f"  {_tested(row['gain'][over])}" if over else ""))
+    if over:
+        lines += ["", "intervals of 95%; p is corrected for the number of gains in a table (Holm), and decides"]
     shares = ", ".join(f"{share:.1%} share {k}" for k, share in summary["copyable_tokens"].items())
     if not shares:
-        return "\n".join([*lines, "", "no chunk reads neighbors"])
-    return "\n".join([*lines, "", f"of the chunks that read neighbors, {shares} or more in a row with them"])
+        return "\n".join([*lines, "no chunk reads neighbors"])
+    return "\n".join([*lines, f"of the chunks that read neighbors, {shares} or more in a row with them"])
+
+
+def _tested(gain: Gain) -> str:
+    return f"{format_interval(gain):<32}{format_p(gain['p']):<10}{gain['verdict']}"
+
+
+def behind(summary: dict[str, Any]) -> str:
+    """How many documents, seeds and shuffles stand behind the figures, in words."""
+    n_documents = len(summary["documents"])
+    said = counted(n_documents, "document")
+    if n_documents > 1:
+        said += f" (worth {summary['n_effective_documents']:.1f} of equal size)"
+    said += f" and {counted(summary['n_seeds'], 'seed')} of the weights"
+    if summary["n_shuffles"]:
+        said += f"; random neighbors: the mean of {counted(summary['n_shuffles'], 'shuffle')}"
+    return said
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from retro.errors import InvalidOption
 from retro.evaluation.attention import shares_of_chunks
-from retro.evaluation.intervals import format_interval
+from retro.evaluation.figures import behind
+from retro.evaluation.intervals import format_interval, format_p
 from retro.evaluation.passages import (
     CHUNKS_PER_PASSAGE,
     MIN_RUN,
@@ -58,7 +59,7 @@ def write_report(path: Path, evaluation: Evaluation, model: RetroModel, n_passag
     ranked = rank_passages(evaluation)
     chosen = choose(len(ranked), n_passages)
     environment = Environment(loader=PackageLoader("retro.evaluation", ""), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"number": format, "interval": format_interval}
+    environment.filters |= {"number": format, "interval": format_interval, "p": format_p, "behind": behind}
     page = environment.get_template("report.html.j2").render(
         summary=evaluation.summary(),
         variants=VARIANTS,

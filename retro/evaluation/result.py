@@ -1,4 +1,8 @@
-"""The result of an evaluation: losses and overlaps, from which every figure is computed."""
+"""The result of an evaluation: losses and overlaps, from which every figure is computed.
+
+Figures are made of sums over documents, which are in the summary too: so evaluations of the same documents can be
+compared in pairs, and those by models of several seeds joined into one (`joined`).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from retro.database import RetroIndex
-from retro.evaluation.intervals import Interval, ratio, ratio_of_sums
+from retro.evaluation.intervals import Interval, effective_documents, judged, ratio_of_sums
 from retro.storage.manifests import package_versions
 from retro.text.corpus import Corpus
 
@@ -23,6 +27,7 @@ VARIANTS = {
 }
 ALPHAS = tuple(step / 8 for step in range(1, 9))  # 12.5% to 100%, as in figure 6 of the paper
 COPY_LENGTHS = (4, 8, 16)  # tokens in a row that could be copied; a whole chunk is added
+SHARED = ("documents", "window", "stride", "n_neighbors", "n_shuffles", "database")  # by evaluations that are joined
 DATABASE_FIELDS = ("n_chunks", "chunk_len", "index", "n_probe", "recall", "embedder", "index_sha256")
 
 
@@ -46,6 +51,7 @@ class Evaluation:
     distances: np.ndarray  # (c, at least 10) squared L2 distances
     overlap: np.ndarray  # (c) r(C)
     copyable_tokens: np.ndarray  # (c) in the longest run that a chunk shares with the neighbors it reads
+    n_shuffles: int  # of which the losses with random neighbors are the mean
 
     @property
     def start(self) -> int:
@@ -75,38 +81,42 @@ class Evaluation:
         return ratio_of_sums(self._by_document(bits, chosen), self._by_document(self.n_bytes, chosen))
 
     def summary(self) -> dict[str, Any]:
-        """Everything as numbers, JSON-safe."""
-        database, others = self.index.manifest, [variant for variant in self.nats if variant != "on"]
-        return {
+        """Everything as numbers, JSON-safe.
+
+        A gain has its interval, a p-value corrected for the gains of its table, and a verdict. The tables are those
+        under `gain` and under `filtered`.
+        """
+        database = self.index.manifest
+        facts = {
             "documents": [self.corpus.documents[i].name for i in self.corpus.split("valid")],
+            "n_effective_documents": effective_documents(self._by_document(self.n_bytes)),
             "n_tokens": len(self.n_bytes),
             "n_bytes": float(self.n_bytes.sum()),
             "n_chunks": len(self.offsets),
             "n_neighbors": self.n_neighbors,
+            "n_shuffles": self.n_shuffles,
             "window": self.window,
             "stride": self.stride,
             "database": {name: database[name] for name in DATABASE_FIELDS}
             | {"n_documents": len(self.index.corpus.in_database)},
-            "bits_per_byte": {variant: self.bits_per_byte(variant) for variant in self.nats},
-            # Sums of each document, with which two evaluations of the same documents can be compared in pairs.
-            "by_document": {v: (self._by_document(nats) / math.log(2)).tolist() for v, nats in self.nats.items()}
-            | {"bytes": self._by_document(self.n_bytes).tolist()},
-            "gain": {f"over {variant}": self.gain(variant) for variant in others},
-            "filtered": [self._filtered(alpha, others) for alpha in ALPHAS],
             "copyable_tokens": self._copyable(),
             "versions": package_versions(),
         }
+        return facts | _figures(self._sums(), [self._filtered(alpha) for alpha in ALPHAS])
 
-    def _filtered(self, alpha: float, others: Sequence[str]) -> dict[str, Any]:
-        """The figures of the chunks with r(C) up to `alpha`."""
+    def _sums(self, chosen: np.ndarray | None = None) -> dict[str, Any]:
+        """Bits of each variant, and bytes, in each document: of all its chunks, or of the `chosen` ones (c)."""
+        bits = {v: (self._by_document(nats, chosen) / math.log(2)).tolist() for v, nats in self.nats.items()}
+        return bits | {"bytes": self._by_document(self.n_bytes, chosen).tolist()}
+
+    def _filtered(self, alpha: float) -> dict[str, Any]:
+        """The chunks with r(C) up to `alpha`."""
         chosen, n_bytes = self.overlap <= alpha, self.of_chunks(self.n_bytes)
-        bits = {variant: self.of_chunks(nats)[chosen] / math.log(2) for variant, nats in self.nats.items()}
         return {
             "alpha": alpha,
             "n_chunks": int(chosen.sum()),
             "share_of_bytes": float(n_bytes[chosen].sum() / n_bytes.sum()),
-            "bits_per_byte": {variant: ratio(bits[variant], n_bytes[chosen]) for variant in self.nats},
-            "gain": {f"over {variant}": self.gain(variant, chosen) for variant in others},
+            "by_document": self._sums(chosen),
         }
 
     def _copyable(self) -> dict[str, float]:
@@ -114,3 +124,66 @@ class Evaluation:
         reads = self.offsets > self.corpus.starts[self.corpus.document_of(self.offsets)]
         counts = [k for k in (*COPY_LENGTHS, self.index.chunk_len) if k <= self.index.chunk_len]
         return {f"{k} tokens": float((self.copyable_tokens[reads] >= k).mean()) for k in counts} if reads.any() else {}
+
+
+def joined(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One summary of evaluations of the same documents by models that differ in the seed of their weights.
+
+    Each figure is the mean of the seeds, and its interval is over documents and seeds. Raises `ValueError` for
+    evaluations of different documents, of different variants, or with different windows or databases.
+    """
+    first = summaries[0]
+    for other in summaries[1:]:
+        alike = [first[name] == other[name] for name in SHARED]
+        alike += [first["by_document"].keys() == other["by_document"].keys()]
+        alike += [first["by_document"]["bytes"] == other["by_document"]["bytes"]]
+        if not all(alike):
+            names = [*SHARED, "variants", "bytes"]
+            differing = ", ".join(name for name, same in zip(names, alike, strict=True) if not same)
+            raise ValueError(f"evaluations that differ in more than the seed cannot be joined; these: {differing}")
+    rows = zip(*(summary["filtered"] for summary in summaries), strict=True)
+    filtered = [row[0] | {"by_document": _stacked([part["by_document"] for part in row])} for row in rows]
+    return first | _figures(_stacked([summary["by_document"] for summary in summaries]), filtered)
+
+
+def _stacked(sums: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Sums over documents of several seeds: bits (s, d) of each variant, and bytes (d), which are the same for all."""
+    return {v: sums[0][v] if v == "bytes" else [part[v] for part in sums] for v in sums[0]}
+
+
+def saved_bits(of: dict[str, Any], variant: str, by: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Bits (d), or (s, d), that retrieval in one evaluation saves over a variant of another, and bytes (d).
+
+    * `of` and `by` are summaries of the same documents, or rows of what is `filtered` in them
+    """
+    read = by["by_document"]
+    return np.array(of["by_document"][variant]) - np.array(read["on"]), np.array(read["bytes"])
+
+
+def _figures(by_document: dict[str, Any], filtered: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of sums over documents, of all chunks and of the `filtered` ones."""
+    variants = [variant for variant in by_document if variant != "bytes"]
+    others = [variant for variant in variants if variant != "on"]
+    whole = {"by_document": by_document}
+    gains = judged({
+        (number, variant): saved_bits(row, variant, row) for number, row in enumerate(filtered) for variant in others
+    })  # fmt: skip
+    return whole | {
+        "n_seeds": len(np.atleast_2d(by_document["on"])),
+        "bits_per_byte": _bits_per_byte(by_document, variants),
+        "gain": judged({f"over {variant}": saved_bits(whole, variant, whole) for variant in others}),
+        "filtered": [
+            row
+            | {
+                "n_documents": int(np.count_nonzero(row["by_document"]["bytes"])),
+                "bits_per_byte": {v: f["value"] for v, f in _bits_per_byte(row["by_document"], variants).items()},
+                "gain": {f"over {variant}": gains[number, variant] for variant in others},
+            }
+            for number, row in enumerate(filtered)
+        ],
+    }
+
+
+def _bits_per_byte(by_document: dict[str, Any], variants: Sequence[str]) -> dict[str, Interval]:
+    n_bytes = np.array(by_document["bytes"])
+    return {variant: ratio_of_sums(np.array(by_document[variant]), n_bytes) for variant in variants}

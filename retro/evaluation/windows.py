@@ -49,16 +49,26 @@ def predicted_bytes(corpus: Corpus) -> np.ndarray:
     return n_bytes
 
 
-def shuffled_neighbors(neighbors: np.ndarray) -> np.ndarray:
-    """Give the neighbors (c, K) of each chunk that has some to another such chunk, half of the text away.
+def shuffled_neighbors(neighbors: np.ndarray, documents: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Give each chunk that has neighbors (c, K) those of another chunk, drawn from the chunks of other documents.
 
-    With one or two chunks none gets any: there is no other, or only the next one, whose neighbors were retrieved with
-    text that is still to be predicted.
+    * `documents` (c) are the numbers of the chunks' documents, in order
+
+    Never those of a later chunk of the same document: they were retrieved with text that is still to be predicted when
+    they are read, so that they would tell of it, those of the next chunk most. An earlier chunk's tell nothing new, but
+    may be nearly as good as its own; they are drawn only if there is no other document, and the first chunk that has
+    neighbors then gets none.
     """
     has = np.flatnonzero((neighbors >= 0).any(axis=1))
     shuffled = np.full_like(neighbors, -1)
-    if len(has) > 2:
-        shuffled[has] = neighbors[np.roll(has, len(has) // 2)]
+    first = np.searchsorted(documents[has], documents[has])  # place in `has` of the document's first chunk
+    of_same = np.searchsorted(documents[has], documents[has], side="right") - first
+    if (of_same < len(has)).all():
+        drawn = rng.integers(0, len(has) - of_same)
+        shuffled[has] = neighbors[has[drawn + np.where(drawn < first, 0, of_same)]]
+    else:
+        drawn = rng.integers(0, np.arange(1, len(has)))
+        shuffled[has[1:]] = neighbors[has[drawn]]
     return shuffled
 
 
