@@ -284,16 +284,6 @@ def test_validation_documents_are_in_no_sample_and_no_neighbor(data):
             assert all(n < corpus.n_train_tokens for row in sample["neighbors"] for n in row)
 
 
-def test_samples_cover_each_document_and_end_with_it(data):
-    corpus = Corpus.load(data / "corpus")
-    dataset = Dataset(data / DATASET_FILE["train"], corpus)
-    for src, tgt, neighbors in (dataset[i] for i in range(len(dataset))):
-        n = int((tgt >= 0).sum())
-        assert src.shape == tgt.shape == (CHUNKS_PER_SAMPLE * CHUNK_LEN,) and src[1:n].equal(tgt[: n - 1])
-        assert neighbors.shape == (CHUNKS_PER_SAMPLE, 2, 2 * CHUNK_LEN)
-        assert (neighbors[n // CHUNK_LEN :] == -1).all()
-
-
 def test_the_tutorials_inline_json_is_read(tmp_path):
     (tmp_path / "t.txt").write_text("abcdefgh" * 20)
     tds = TextFileDataset(tmp_path / "t.txt", list)
