@@ -54,13 +54,19 @@ class StaleArtifact(ArtifactError, ValueError):
 
     * `differences` has, for each field that differs, what was found and what is wanted
     * `wanted` has all fields that were compared
+    * `what` says what else differs, where a hash would say nothing
     """
 
     def __init__(
-        self, path: Path, differences: Mapping[str, tuple[Any, Any]], wanted: Mapping[str, Any] | None = None
+        self,
+        path: Path,
+        differences: Mapping[str, tuple[Any, Any]],
+        wanted: Mapping[str, Any] | None = None,
+        what: str = "",
     ) -> None:
         self.differences, self.wanted = dict(differences), dict(wanted or {})
-        super().__init__(path, f"{path} was made with {phrase(self.differences)}")
+        said = "; ".join(filter(None, [what, phrase(self.differences)]))
+        super().__init__(path, f"{path} was made with {said}")
 
 
 class UnfinishedUpdate(ArtifactError, ValueError):
@@ -69,6 +75,13 @@ class UnfinishedUpdate(ArtifactError, ValueError):
 
 class CannotWrite(ArtifactError, OSError):
     """A file or folder that the system does not let us write."""
+
+
+class CannotRead(ArtifactError, OSError):
+    """A text file, or a folder of them, that the system does not let us read."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(path, f"cannot read {path}: {error.strerror or error}; make it readable, or leave it out")
 
 
 class FolderInUse(ArtifactError, BlockingIOError):

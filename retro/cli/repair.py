@@ -137,7 +137,7 @@ def _of_manifest(data: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((data / "retro.index.json").read_text(encoding="utf-8"))
         return {name: manifest[name] for name in OF_DATABASE}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 

@@ -75,20 +75,30 @@ def parse_manifest(path: Path, text: str | bytes, fields: Fields) -> dict[str, A
     """As `read_manifest`, of a text that was found in `path`."""
     try:
         value = json.loads(text)
+        found = value.pop(CHECKSUM, None) if isinstance(value, dict) else None
+        expected = sha256_of_json(value)  # which can be too deep where reading was not
     except (ValueError, RecursionError) as error:
         raise DamagedFile(path, f"is not the JSON that retro writes ({error})") from None
     if not isinstance(value, dict) or "format_version" not in value:
         raise DamagedFile(path, "was not written by retro")
     if value["format_version"] != FORMAT_VERSION:
         raise StaleArtifact(path, {"format_version": (value["format_version"], FORMAT_VERSION)})
-    found = value.pop(CHECKSUM, None)
-    if found != (expected := sha256_of_json(value)):
+    if found != expected:
         raise DamagedFile(
             path, f"was altered after it was written: its checksum is {found!r:.80}, but its content has {expected}"
         )
     del value["format_version"]
     require_fields(path, value, fields)
     return value
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether retro wrote the JSON at `path`, in whatever version; not whether it is whole."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and {"format_version", CHECKSUM} <= value.keys()
 
 
 def require_fields(path: Path, value: Mapping[str, Any], fields: Fields) -> None:

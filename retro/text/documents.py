@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
+import os
+import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from retro.errors import ArtifactError, CannotRead
+from retro.storage.manifests import is_manifest
 
 # What is taken for text inside a folder. A file that is named itself may have any suffix.
 _SUFFIXES = ".txt .md .rst .tex .html .xml .csv .py .pyi .js .ts .java .c .h .cc .cpp .hpp .go .rs .sh .jsonl"
 TEXT_SUFFIXES = frozenset(_SUFFIXES.split())
+N_NAMED = 5  # of what is passed over; the rest is counted
+
+# What retro writes is no text: the manifests that tell its folders (of a database, a run, a corpus or shards), and how
+# its files begin that would be taken for text elsewhere (samples; reports, which quote text that is held out).
+_OWN_MANIFESTS = ("retro.index.json", "run.json", "manifest.json", "corpus/manifest.json")
+_OWN_FILES = {".jsonl": b'{"format_version":', ".html": b'<meta name="generator" content="retro">'}
+
+_OTHER_ENCODINGS = (  # in this order: the mark of UTF-32 begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+_KINDS = {
+    dict: "an object", list: "a list", str: "a string", float: "a number", bool: "true or false", type(None): "null"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,34 +45,149 @@ class Document:
     text: str
 
 
+@dataclass
+class PassedOver:
+    """What a search of folders for texts left out, to be told in a line: `str()` of it, empty if there was nothing."""
+
+    kinds: Counter[str] = field(default_factory=Counter)  # files by their suffixes, which are not those of texts
+    own: list[Path] = field(default_factory=list)  # folders and files that retro wrote
+    others: Counter[str] = field(default_factory=Counter)  # by what they are, as "hidden folder"
+
+    def __str__(self) -> str:
+        said = []
+        if self.kinds:
+            named = ", ".join(f"{kind} {n:,}" for kind, n in self.kinds.most_common(N_NAMED))
+            more = ", ..." if len(self.kinds) > N_NAMED else ""
+            said.append(f"{_counted('file', self.kinds.total())} of other kinds ({named}{more})")
+        for what, paths in (
+            ("folder", [path for path in self.own if path.is_dir()]),
+            ("file", [path for path in self.own if not path.is_dir()]),
+        ):
+            if paths:
+                more = ", ..." if len(paths) > N_NAMED else ""
+                said.append(
+                    f"{_counted(what, len(paths))} of retro's own artifacts "
+                    f"({', '.join(map(printable, paths[:N_NAMED]))}{more})"
+                )
+        said += [_counted(what, n) for what, n in self.others.items()]
+        return ", ".join(said)
+
+
+def _counted(what: str, n: int) -> str:
+    return f"{n:,} {what}{'s' if n != 1 else ''}"
+
+
+def printable(path: Path) -> str:
+    """A path as text: a byte in it that is not UTF-8 as `\\xff`, whatever the locale is."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+
+
 def find_texts(paths: Sequence[str | Path]) -> list[tuple[str, Path]]:
     """Text files under files and folders, as (name, path), in order of their names.
 
-    Raises `FileNotFoundError` for a path that does not exist and `ValueError` for a
-    folder without text.
+    A folder is searched without what is hidden in it, and without what retro wrote; links to folders are followed.
+
+    Raises `FileNotFoundError` for a path that does not exist, `CannotRead` for one that may not be read, and
+    `ValueError` for a folder without text.
     """
+    return search_texts(paths)[0]
+
+
+def search_texts(paths: Sequence[str | Path]) -> tuple[list[tuple[str, Path]], PassedOver]:
+    """As `find_texts`; and what was passed over in the folders."""
     found: dict[Path, str] = {}
+    passed_over = PassedOver()
     for path in map(Path, paths):
-        if path.is_dir():
-            below = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in TEXT_SUFFIXES and p.is_file()]
-            below = [p for p in below if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-            if not below:
-                raise ValueError(
-                    f"{path} holds no text: no file in it ends in one of {' '.join(sorted(TEXT_SUFFIXES))}"
-                )
-            found |= {p: p.relative_to(path).as_posix() for p in below}
-        elif path.exists():
-            found[path] = path.name
-        else:
-            raise FileNotFoundError(f"{path} does not exist; name a text file or a folder of text files")
+        with naming_what_cannot_be_read():
+            if path.is_dir():
+                below = {file: printable(file.relative_to(path)) for file in _texts_below(path, passed_over)}
+                if not below:
+                    raise ValueError(
+                        f"{path} holds no text: no file in it ends in one of {' '.join(sorted(TEXT_SUFFIXES))}"
+                        + (f"; passed over: {passed_over}" if str(passed_over) else "")
+                    )
+                found |= below
+            elif path.is_file():
+                found[path] = printable(Path(path.name))
+            elif path.exists():
+                raise ValueError(f"{path} is neither a file nor a folder, and texts are read more than once; save it")
+            else:
+                raise FileNotFoundError(f"{path} does not exist; name a text file or a folder of text files")
     names = Counter(found.values())
     # Files of equal names in two folders are told apart by their whole paths.
-    return sorted((name if names[name] == 1 else path.as_posix(), path) for path, name in found.items())
+    texts = sorted((name if names[name] == 1 else printable(path), path) for path, name in found.items())
+    return texts, passed_over
+
+
+def _texts_below(top: Path, passed_over: PassedOver) -> Iterator[Path]:
+    """The text files below a folder. What lies behind a link comes last, so that it is named after its real folder."""
+    seen: set[str] = set()
+    folders = [str(top)]  # and those behind links, as they are found
+    for start in folders:
+        for folder, below, files in os.walk(start, onerror=_cannot_read):
+            if (real := os.path.realpath(folder)) in seen:
+                below.clear()
+                continue
+            seen.add(real)
+            if folder != str(top) and _is_of_retro(Path(folder), {*below, *files}):
+                passed_over.own.append(Path(folder))
+                below.clear()
+                continue
+            passed_over.others.update("hidden folder" for name in below if name[0] == ".")
+            below[:] = sorted(name for name in below if name[0] != ".")
+            folders += [path for name in below if os.path.islink(path := os.path.join(folder, name))]
+            for file in (Path(folder, name) for name in sorted(files)):
+                suffix = file.suffix.lower()
+                if file.name[0] == ".":
+                    passed_over.others["hidden file"] += 1
+                elif suffix not in TEXT_SUFFIXES:
+                    passed_over.kinds[printable(Path(suffix)) if suffix else "without suffix"] += 1
+                elif not file.is_file():
+                    passed_over.others["broken link" if file.is_symlink() else "special file"] += 1
+                elif not file.stat().st_size:
+                    passed_over.others["empty file"] += 1
+                elif suffix in _OWN_FILES and _OWN_FILES[suffix] in _beginning(file):
+                    passed_over.own.append(file)
+                else:
+                    yield file
+
+
+def _is_of_retro(folder: Path, names: Collection[str]) -> bool:
+    """Whether a folder, with these names in it, is one that retro writes: of data, of a run, of shards."""
+    return any(file.partition("/")[0] in names and is_manifest(folder / file) for file in _OWN_MANIFESTS)
+
+
+def _beginning(file: Path) -> bytes:
+    with open(file, "rb") as opened:
+        return opened.read(500)
+
+
+def _cannot_read(error: OSError) -> None:
+    raise CannotRead(Path(error.filename), error)
+
+
+@contextmanager
+def naming_what_cannot_be_read() -> Iterator[None]:
+    """Inside, an `OSError` of the system that names a file becomes a `CannotRead`."""
+    try:
+        yield
+    except (ArtifactError, FileNotFoundError):
+        raise
+    except OSError as error:
+        _cannot_read(error)
 
 
 def read_text(path: Path) -> str:
-    """A file's text. Raises `ValueError` naming the file and byte offset where it is not UTF-8 text."""
-    data = path.read_bytes()
+    """A file's text. Raises `ValueError` naming the file, and the byte where it is not UTF-8 text, or `CannotRead`."""
+    with naming_what_cannot_be_read():
+        data = path.read_bytes()
+    for mark, encoding in _OTHER_ENCODINGS:
+        if data.startswith(mark):
+            old, new = shlex.quote(str(path)), shlex.quote(f"{path}.new")
+            raise ValueError(
+                f"{path} is {encoding} text, but UTF-8 is wanted. Convert it: "
+                f"iconv -f {encoding} -t UTF-8 {old} > {new} && mv {new} {old}"
+            )
     if (nul := data.find(b"\0")) >= 0:
         raise ValueError(f"{path} is binary, not text: it has a zero byte at byte {nul}")
     try:
@@ -59,6 +197,10 @@ def read_text(path: Path) -> str:
             f"{path} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}. "
             f"Convert it (iconv -t UTF-8) or leave it out."
         ) from None
+    return _with_plain_newlines(text)
+
+
+def _with_plain_newlines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -77,13 +219,34 @@ def read_documents(texts: Iterable[tuple[str, Path]]) -> Iterator[Document]:
             if not line.strip():
                 continue
             try:
-                entry = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                entry = None
-            if not isinstance(entry, str):
-                raise ValueError(f'{path}, line {number}: expected a JSON object with a "text" string')
+                entry = _text_of_record(line)
+            except ValueError as error:
+                raise ValueError(
+                    f'{path}, line {number}: expected a JSON object with a "text" string, but {error}'
+                ) from None
             if entry.strip():
                 yield Document(f"{name}:{number}", entry)
+
+
+def _text_of_record(line: str) -> str:
+    """The text of a line of a `.jsonl` file. Raises `ValueError` saying what is there instead."""
+    try:
+        # The other fields may hold what they like, also numbers of so many digits that Python makes no int of them.
+        record = json.loads(line, parse_int=float)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"this is no JSON ({error.msg}, column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("this is nested too deeply") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"this is {_KINDS[type(record)]}")
+    if not isinstance(text := record.get("text"), str):
+        raise ValueError(f'its "text" is {_KINDS[type(text)]}' if "text" in record else 'it has no "text"')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(f'character {error.start + 1} of its "text" is {half}, half a surrogate pair') from None
+    return _with_plain_newlines(text)
 
 
 def sha256_of_text(text: str) -> str:

@@ -254,8 +254,11 @@ def train_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
     from tokenizers import Tokenizer as Backend
 
     if (file := Path(name) / "tokenizer.json").is_file():
-        kind = "char" if "itos" in json.loads(file.read_text(encoding="utf-8")) else "subword"
-        return load_tokenizer(file, kind)
+        try:
+            is_char = "itos" in json.loads(file.read_bytes())
+        except (ValueError, TypeError, RecursionError) as error:
+            raise DamagedFile(file, f"is no tokenizer ({error})") from None
+        return load_tokenizer(file, "char" if is_char else "subword")
     try:
         return SubwordTokenizer(Backend.from_pretrained(name))
     except Exception as error:  # tokenizers raises bare Exception for whatever the hub answers
