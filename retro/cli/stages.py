@@ -20,8 +20,10 @@ from retro.storage.files import remove_unfinished
 
 if TYPE_CHECKING:
     from retro.text.corpus import Corpus
+    from retro.text.split import Found
 
 T = TypeVar("T")
+N_NAMED = 5  # documents that an error names of each kind; the others are counted
 
 
 def is_current(
@@ -48,12 +50,38 @@ def whole(read: Callable[[], T]) -> T | None:
         return None
 
 
+def with_names_of_texts(error: StaleArtifact, documents: Found) -> StaleArtifact:
+    """A corpus' error with the names of the documents that are new, gone or changed, for the hashes of all texts."""
+    from retro.text.corpus import Corpus
+
+    if "texts_sha256" not in error.differences:
+        return error
+    corpus = Corpus.load(error.path.parent)
+    built_of = corpus.documents[: corpus.split("valid").stop]  # and not what was added later
+    # Of a single text there are the hashes of its two parts; if it is still there, it has changed.
+    before = {d.name.removesuffix(" [train]").removesuffix(" [valid]"): d.sha256 for d in built_of}
+    now = {name: sha256 for name, sha256, _ in documents}
+    before |= {name: now.get(name, "") for name, _ in corpus.manifest["left_out"]}  # whose hashes are not kept
+    changes = {
+        "new": [name for name in now if name not in before],
+        "gone": [name for name in before if name not in now],
+        "changed": [name for name in now if before.get(name, now[name]) != now[name]],
+    }
+    said = [
+        f"{len(names):,} {what} ({', '.join(names[:N_NAMED])}{', ...' if len(names) > N_NAMED else ''})"
+        for what, names in changes.items()
+        if names
+    ]
+    different = {name: pair for name, pair in error.differences.items() if name != "texts_sha256"}
+    return StaleArtifact(error.path, different, error.wanted, f"other texts: {', '.join(said)}") if said else error
+
+
 def prepare_corpus(config: CorpusConfig, preset: str, texts: Sequence[str], data_path: Path, rebuild: bool) -> Corpus:
     """The corpus of `texts` (the preset's own if empty): found, or built."""
     from retro.storage.manifests import read_manifest
     from retro.text.build import build_corpus, corpus_cache_key
     from retro.text.corpus import CORPUS_FOLDER, MANIFEST_FILE, Corpus
-    from retro.text.documents import find_texts
+    from retro.text.documents import search_texts
     from retro.text.split import list_documents, texts_sha256
 
     folder, corpus = data_path / CORPUS_FOLDER, None
@@ -64,9 +92,16 @@ def prepare_corpus(config: CorpusConfig, preset: str, texts: Sequence[str], data
 
     def found() -> bool:
         nonlocal corpus
-        cache_key = corpus_cache_key(texts_sha256(list_documents(find_texts(paths()))), config)
-        if not is_current(folder / MANIFEST_FILE, read_manifest, cache_key, rebuild):
-            return False
+        found_texts, passed_over = search_texts(paths())
+        if str(passed_over):
+            note(f"passed over: {passed_over}")
+        documents = list_documents(found_texts)
+        cache_key = corpus_cache_key(texts_sha256(documents), config)
+        try:
+            if not is_current(folder / MANIFEST_FILE, read_manifest, cache_key, rebuild):
+                return False
+        except StaleArtifact as error:
+            raise with_names_of_texts(error, documents) from None
         manifest = read_manifest(folder / MANIFEST_FILE)
         if manifest.get("additions") or manifest.get("removed"):  # which building it again would lose
             try:
