@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ COMMANDS = {
     "remove": ("changing", "take documents out of a database"),
     "plan": ("planning", "what a database of any size will take, told before it is built"),
 }
+ENDED_BY_SIGPIPE = 141  # as shells report of other programs whose reader went
 OVERVIEW = """usage: retro COMMAND [OPTIONS]      retro COMMAND --help shows all options
 
 From text to a sample:
@@ -43,6 +45,32 @@ Commands:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`retro`: run a command; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name or a sample that the terminal cannot show ends nothing
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return _main(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_what_nobody_reads()
+        return ENDED_BY_SIGPIPE
+
+
+def _drop_what_nobody_reads() -> bool:
+    """Send standard output and error nowhere, if their reader has gone, as `head` does; whether one has."""
+    gone = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            gone = True
+    return gone
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(OVERVIEW + "\n".join(f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()))
@@ -81,11 +109,14 @@ def _run(name: str, options: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warnings from the tokenizer library
     if parallel.rank():  # rank 0 speaks for all
         os.environ["TQDM_DISABLE"] = "1"
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
     try:
         name, options = _without_old_flags(name, options)
         getattr(importlib.import_module(f"retro.cli.{COMMANDS[name][0]}"), f"{name}_command")(options)
     except (ValueError, OSError) as error:
+        # What was written meanwhile may have been named as what could not be written.
+        if isinstance(error.__cause__ or error, BrokenPipeError) and _drop_what_nobody_reads():
+            return ENDED_BY_SIGPIPE
         if sys.flags.dev_mode:  # python -X dev shows where
             raise
         print(f"\nerror: {explain(error)}", file=sys.stderr)

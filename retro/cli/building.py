@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from retro.cli.options import add_config, config_from, data_path_of, new_parser, parse_with_preset, the_other_of
 from retro.config import CorpusConfig, DatabaseConfig, DatasetConfig, Preset
+from retro.errors import MissingArtifact
 from retro.progress import note
 
 TEXTS = "text files, .jsonl files, or folders of them"
@@ -42,8 +43,13 @@ def database_command(argv: Sequence[str]) -> None:
     from retro.text.corpus import CORPUS_FOLDER, MANIFEST_FILE, Corpus
 
     device, data_path = pick_device(options.device), data_path_of(options)
-    if not options.texts and options.preset is None and (data_path / CORPUS_FOLDER / MANIFEST_FILE).exists():
-        corpus = Corpus.load(data_path / CORPUS_FOLDER)  # another index over the text that is there
+    folder = data_path / CORPUS_FOLDER
+    if not options.texts and options.preset is None:
+        if not (folder / MANIFEST_FILE).exists():
+            raise MissingArtifact(
+                folder, f"a TEXT is missing, and {folder} does not exist (for a first look at plays: --preset demo)"
+            )
+        corpus = Corpus.load(folder)  # another index over the text that is there
     else:
         corpus = prepare_corpus(corpus_config, options.preset or "demo", options.texts, data_path, rebuild=True)
     prepare_database(config, corpus, data_path, device, rebuild=True)

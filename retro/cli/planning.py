@@ -38,8 +38,12 @@ def plan_command(argv: Sequence[str]) -> None:
 
     device = pick_device(options.device)
     check_size(options.n_tokens, options.n_processes)
-    texts = [Path(text) for text in options.texts] or texts_of(options.preset or "demo", data_path_of(options))
-    note(f"measuring this machine on a sample of {texts[0]}{' and others' if len(texts) > 1 else ''}")
+    preset = options.preset or "demo"
+    texts = [Path(text) for text in options.texts] or texts_of(preset, data_path_of(options))
+    sample = f"{texts[0]}{' and others' if len(texts) > 1 else ''}"
+    note(f"measuring this machine on a sample of {sample}")
+    if not options.texts:
+        note(f"no TEXT is named, so this is for text like that of --preset {preset}; name your own to plan for it")
     rates = measure(
         texts, corpus.tokenizer, database.chunk_len, database.embedder, device, database.factory, corpus.valid_fraction
     )
