@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import os
 import shutil
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
 from itertools import chain, count
@@ -92,7 +92,10 @@ def remove_documents(
 ) -> dict[str, Any]:
     """Take documents out of the database in `data_path`; returns its manifest.
 
-    Raises `ValueError` for a name that no document of the database has, and if none would be left.
+    * `names` are those of documents; `FILE.jsonl` names all records of it, `FOLDER/` all documents below it
+
+    Raises `ValueError` for a name that no document of the database has, or that means more than one of these, and if
+    none would be left.
     """
     data_path = Path(data_path)
     with _one_process(data_path):
@@ -100,21 +103,42 @@ def remove_documents(
         every = [i for part in corpus.parts for i in part]
         # Of several texts of one name, at most one is in the database: that is meant.
         numbers = {corpus.documents[i].name: i for i in [*every, *corpus.in_database]}
+        records, removed = _records(numbers), set(corpus.removed)
         for name in names:
-            if name not in numbers:
+            if not (meant := _meant(name, numbers, records)):
                 near = difflib.get_close_matches(name, numbers, n=3)
-                held_out = name in [corpus.documents[i].name for i in corpus.split("valid")]
+                held_out = [corpus.documents[i].name for i in corpus.split("valid")]
+                is_held_out = _meant(name, held_out, _records(held_out))
                 raise ValueError(
                     f"no document of the database is called {name!r}"
-                    + (", it is held out" if held_out else f"; there is {', '.join(near)}" if near else "")
+                    + (", it is held out" if is_held_out else f"; there is {', '.join(near)}" if near else "")
                 )
-        removed = corpus.removed | {numbers[name] for name in names}
+            removed |= {numbers[n] for n in meant}
         if len(removed) == sum(map(len, corpus.parts)):
             raise EmptyDatabase("this would leave no document in the database; add another one first")
         if removed != corpus.removed:
             _rewrite(data_path / CORPUS_FOLDER, corpus, [], removed)
         manifest = update_index(data_path, bert, device)
     return manifest or _rebuild(data_path, bert, device)
+
+
+def _records(names: Iterable[str]) -> dict[str, list[str]]:
+    """The names of the records of each file, `FILE.jsonl:LINE`."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        file, _, line = name.rpartition(":")
+        if line.isdecimal():
+            found.setdefault(file, []).append(name)
+    return found
+
+
+def _meant(name: str, names: Collection[str], records: Mapping[str, list[str]]) -> list[str]:
+    """What a name means of the `names`: one of them, the records of a file, or all below a folder; [] for nothing."""
+    below = [n for n in names if n.startswith(name)] if name.endswith("/") else []
+    meant = [some for some in ([name] * (name in names), records.get(name, []), below) if some]
+    if len(meant) > 1:
+        raise ValueError(f"{name!r} is the name of a document, and of others besides: {', '.join(meant[1][:3])}")
+    return meant[0] if meant else []
 
 
 @contextmanager
