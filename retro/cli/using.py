@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 def find_run(options: Namespace) -> tuple[Path, dict[str, Any], Path]:
     """The run that is named, or the latest of the data; its manifest, and the folder of its data."""
-    from retro.runs.run import data_path_of, latest_run, read_run
+    from retro.runs.run import data_path_of, latest_run, read_run, run_in
 
     named = None if options.data_path is None else Path(options.data_path)
     if options.run is None:
         run = latest_run(named or Path(DATA))
         note(f"run: {run}")
     else:
-        run = Path(options.run)
+        run = run_in(Path(options.run))
     manifest = read_run(run)
     return run, manifest, data_path_of(run, manifest, named)
 
@@ -84,7 +84,8 @@ def evaluate_command(argv: Sequence[str]) -> None:
         texts=TEXTS,
         of_a_run=True,
     )
-    run_help, baseline_help = "folder of a run; null for the latest of the data", "a run of retro train --no-retrieval"
+    run_help = "folder of a run, or logs/NAME for its latest; null for the latest of the data"
+    baseline_help = "a run of retro train --no-retrieval, or logs/NAME for its latest"
     parser.add_argument("--run", type=str, default=None, help=run_help)
     parser.add_argument("--baseline", metavar="RUN", type=str, default=None, help=baseline_help)
     parser.add_argument(
@@ -100,9 +101,12 @@ def evaluate_command(argv: Sequence[str]) -> None:
     options = parser.parse_args(list(argv))
     config = config_from(EvaluateConfig, options)
     from retro.device import pick_device
+    from retro.runs.run import run_in
 
     device = pick_device(options.device)
     run, manifest, data_path = find_run(options)
+    if options.baseline is not None:
+        options.baseline = str(run_in(Path(options.baseline)))
     evaluation, model, differing = _evaluate(options, config, run, manifest, data_path, device)
     summary = evaluation.summary() | {
         "run": run.name,

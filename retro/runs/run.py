@@ -102,7 +102,7 @@ def saved_prompt(run: Run) -> str | None:
     """The prompt that a run was made with, if it was begun before."""
     try:
         return str(yaml.safe_load((run.folder / YAML_FILE).read_text(encoding="utf-8"))["prompt"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
         return None
 
 
@@ -151,13 +151,24 @@ def latest_run(data_path: Path, logs: Path = LOGS, reads_neighbors: bool = True)
             manifest = read_run(file.parent)
         except ArtifactError:
             continue
-        checkpoints = sorted((file.parent / "checkpoints").glob("[0-9]*"))
-        is_of_data = Path(manifest["data_path"]).resolve() == data_path.resolve()
-        if checkpoints and is_of_data and (manifest["model"]["ca_layers"] or not reads_neighbors):
-            found.append((checkpoints[-1].stat().st_mtime_ns, file.parent))
+        written, is_of_data = _last_written(file.parent), Path(manifest["data_path"]).resolve() == data_path.resolve()
+        if written and is_of_data and (manifest["model"]["ca_layers"] or not reads_neighbors):
+            found.append((written, file.parent))
     if not found:
         raise MissingArtifact(logs, f"there is no trained run of the data in {data_path} below {logs}")
     return max(found)[1]
+
+
+def run_in(folder: Path) -> Path:
+    """The folder of a run as it is; for a folder of runs, `logs/NAME`, the one that has written a checkpoint last."""
+    runs = [] if (folder / RUN_FILE).exists() else [file.parent for file in folder.glob(f"*/{RUN_FILE}")]
+    return max(runs, key=_last_written, default=folder)
+
+
+def _last_written(run: Path) -> int:
+    """When a run has written its last checkpoint, in nanoseconds; 0 if it has written none."""
+    checkpoints = sorted((run / "checkpoints").glob("[0-9]*"))
+    return checkpoints[-1].stat().st_mtime_ns if checkpoints else 0
 
 
 def data_path_of(run: Path, manifest: Mapping[str, Any], named: Path | None) -> Path:
