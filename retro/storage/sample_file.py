@@ -75,6 +75,14 @@ class SampleFile:
             )
         self.bytes = np.memmap(path, mode="r", dtype=np.uint8)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process is sent: not the samples, which it maps itself."""
+        return {name: value for name, value in self.__dict__.items() if name != "bytes"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.bytes = np.memmap(self.path, mode="r", dtype=np.uint8)
+
     def __len__(self) -> int:
         """Number of samples."""
         return int(self.header["n_samples"])

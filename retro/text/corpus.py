@@ -134,6 +134,16 @@ class Corpus:
         self.removed = frozenset(removed)
         self.groups = np.arange(len(documents)) if groups is None else np.array(groups)
         self._signatures = signatures
+        self.file: Path | None = None  # where the tokens are mapped from
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process is sent: not the tokens, if they lie in a file, which it maps itself."""
+        return self.__dict__ | ({"tokens": None} if self.file else {})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.file:
+            self.tokens = np.memmap(self.file, dtype=self.manifest["dtype"], mode="r")[: self.starts[-1]]
 
     @cached_property
     def signatures(self) -> np.ndarray:
@@ -184,6 +194,7 @@ class Corpus:
             manifest["groups"],
             np.fromfile(folder / SIGNATURES_FILE, np.uint32, len(documents) * N_ORDERS).reshape(-1, N_ORDERS),
         )
+        corpus.file = folder / TOKENS_FILE
         if len(corpus.tokens) != n_tokens:
             raise DamagedFile(
                 folder / TOKENS_FILE, f"holds {len(corpus.tokens)} tokens, but its manifest says {n_tokens}"
@@ -353,7 +364,7 @@ def open_corpus(data_path: str | Path) -> Corpus:
         return Corpus.load(data_path / CORPUS_FOLDER)
     from labml_helpers.datasets.text import TextFileDataset
 
-    file = data_path / "tiny_shakespeare.txt"
+    folder, file = data_path / CORPUS_FOLDER, data_path / "tiny_shakespeare.txt"
     if not file.exists():
-        raise MissingArtifact(data_path / CORPUS_FOLDER)
+        raise MissingArtifact(folder, f"there is no {file}, and {folder} does not exist")
     return Corpus.of(TextFileDataset(file, list))
