@@ -254,3 +254,15 @@ def test_the_dataset_is_made_again_for_another_n_probe_or_span(copied, tmp_path)
         assert (header["n_probe"], header["exclude_neighbor_span"]) == (n_probe, span)
         made[span] = header["sha256"]
     assert made[8] != made[40]
+
+
+def test_building_a_corpus_of_other_texts_does_not_lose_what_was_added(copied, bert, tmp_path, capsys):
+    folder, data, *_ = copied
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "note.txt").write_text("A note that was added later. " * 9)
+    add_documents([tmp_path / "note.txt"], tmp_path / "data", bert=bert)
+    before = {p: p.read_bytes() for p in (tmp_path / "data" / "corpus").iterdir()}
+    argv = ["database", str(folder / "hamlet.md"), str(folder / "macbeth.md"), "--data-path", str(tmp_path / "data")]
+    assert main([*argv, "--tokenizer", "bpe:512"]) == 1
+    assert "Documents were added to" in (said := capsys.readouterr().err) and "repeat retro add" in said
+    assert before == {p: p.read_bytes() for p in (tmp_path / "data" / "corpus").iterdir()}

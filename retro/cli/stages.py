@@ -97,22 +97,23 @@ def prepare_corpus(config: CorpusConfig, preset: str, texts: Sequence[str], data
             note(f"passed over: {passed_over}")
         documents = list_documents(found_texts)
         cache_key = corpus_cache_key(texts_sha256(documents), config)
+        path, reason = folder / MANIFEST_FILE, ""
         try:
-            if not is_current(folder / MANIFEST_FILE, read_manifest, cache_key, rebuild):
-                return False
+            current = is_current(path, read_manifest, cache_key, rebuild)
         except StaleArtifact as error:
             raise with_names_of_texts(error, documents) from None
-        manifest = read_manifest(folder / MANIFEST_FILE)
-        if manifest.get("additions") or manifest.get("removed"):  # which building it again would lose
-            try:
-                corpus = Corpus.load(folder)
-            except DamagedFile as error:
-                raise ValueError(
-                    f"{error}. But documents were added and removed since it was built: to build it of these texts "
-                    f"alone, delete {folder}; then repeat retro add and retro remove"
-                ) from None
-        else:
-            corpus = whole(lambda: Corpus.load(folder))
+        try:
+            corpus = Corpus.load(folder) if current else None
+        except ArtifactError as error:
+            reason = f"{error}. "
+        changed = whole(lambda: read_manifest(path)) if corpus is None and path.exists() else None
+        if changed and (changed.get("additions") or changed.get("removed")):
+            raise ValueError(
+                f"{reason}Documents were added to {folder} and removed since it was built, which building it of these "
+                f"texts alone would lose. To do that, delete {folder}; then repeat retro add and retro remove"
+            )
+        if reason:
+            note(f"made again: {reason}")
         return corpus is not None
 
     if not parallel.broadcast_from_rank_zero(found):
