@@ -53,8 +53,9 @@ class RotaryPositionalEmbeddings(nn.Module):
 
     def __init__(self, d: int, base: int = 10_000) -> None:
         super().__init__()
-        # A parameter, though it never learns: the tutorial's checkpoints have it.
-        self.theta = nn.Parameter(base ** -(torch.arange(0, d, 2).float() / d), requires_grad=False)
+        self.d, self.base = d, base
+        # A parameter, though it never learns and is read nowhere: the tutorial's checkpoints have it.
+        self.theta = nn.Parameter(self._theta(None), requires_grad=False)
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """Rotate `x` of shape `[batch, seq_len, n_heads, d]`, whose first position is `start`."""
@@ -64,17 +65,24 @@ class RotaryPositionalEmbeddings(nn.Module):
 
     def rotations(self, start: int, end: int) -> Tensor:
         r"""$e^{\mathrm{i} n \theta_i}$ for the positions from `start` to `end`: complex, `[end - start, 1, d/2]`."""
-        positions = torch.arange(start, end, device=self.theta.device, dtype=self.theta.dtype)
-        angles = torch.outer(positions, self.theta)[:, None]
+        # Of the definition and not the parameter: in half precision, to which that may have been cast, an angle of some
+        # hundred radians is off by a radian.
+        theta = self._theta(self.theta.device)
+        positions = torch.arange(start, end, device=theta.device, dtype=theta.dtype)
+        angles = torch.outer(positions, theta)[:, None]
         return torch.polar(torch.ones_like(angles), angles)
+
+    def _theta(self, device: torch.device | None) -> Tensor:
+        return self.base ** -(torch.arange(0, self.d, 2, device=device).float() / self.d)
 
     @staticmethod
     def rotate(x: Tensor, rotations: Tensor) -> Tensor:
         """Rotate `x` (..., T, H, d), in which the features i and i + d/2 of a pair lie side by side.
 
-        A pair is then a complex number, and rotating it is one product.
+        A pair is then a complex number, and rotating it is one product, in float32 at least.
         """
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (..., T, H, d/2)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # (..., T, H, d/2)
         return torch.view_as_real(pairs * rotations).flatten(-2).type_as(x)
 
 

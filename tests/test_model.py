@@ -1,3 +1,5 @@
+import copy
+import math
 import subprocess
 import sys
 
@@ -38,7 +40,7 @@ def tokens():
 
 @pytest.fixture
 def neighbors():
-    return torch.randint(N_VOCAB, (2, N_CHUNKS, 2, 2 * CHUNK_LEN), generator=torch.Generator().manual_seed(3))
+    return torch.randint(N_VOCAB, (2, N_CHUNKS, 3, 2 * CHUNK_LEN), generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ def test_a_missing_token_is_not_there(model, tokens, neighbors):
     missing[:, :, :, 5:] = -1
     torch.testing.assert_close(model(tokens, missing), model(tokens, neighbors[:, :, :, :5]), rtol=1e-5, atol=2e-6)
     only_one = neighbors.clone()
-    only_one[:, :, 1] = -1
+    only_one[:, :, 1:] = -1
     torch.testing.assert_close(model(tokens, only_one), model(tokens, neighbors[:, :, :1]), rtol=1e-5, atol=2e-6)
 
 
@@ -133,11 +135,13 @@ def test_prefix_logits_equal_full_logits(model, tokens, neighbors):
         torch.testing.assert_close(prefix, full[:, :n], rtol=1e-5, atol=2e-6)
 
 
-def test_every_parameter_gets_a_gradient(model, tokens, neighbors):
-    model(tokens, neighbors).square().sum().backward()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_parameter_gets_a_gradient(model, tokens, neighbors, dtype):
+    model.to(dtype)(tokens, neighbors).float().square().sum().backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+            assert parameter.grad.abs().sum() > 0, name
 
 
 def test_nothing_is_made_on_another_device(tokens, neighbors):
@@ -169,6 +173,41 @@ def test_rotary_embeddings_are_the_references_from_any_position(start):
     x = torch.randn(2, 12, 3, 8)
     expected = reference.RotaryPositionalEmbeddings(8)(x)[:, start:]
     torch.testing.assert_close(RotaryPositionalEmbeddings(8)(x[:, start:], start), expected)
+
+
+@pytest.mark.parametrize(("dtype", "digits"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_a_model_in_half_precision_gives_the_logits_of_float32_to_its_precision(model, dtype, digits):
+    length = 100 * CHUNK_LEN  # positions that half precision cannot count
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randint(N_VOCAB, (1, length), generator=generator)
+    ret = torch.randint(N_VOCAB, (1, length // CHUNK_LEN, 3, 2 * CHUNK_LEN), generator=generator)
+    ret[:, 3], ret[:, 5, 1], ret[:, 6, :, 5:] = -1, -1, -1
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))  # rounded beforehand, so that what differs is the arithmetic
+        expected, found = model(x, ret), copy.deepcopy(model).to(dtype)(x, ret)
+    assert found.dtype == dtype
+    assert (found.float() - expected).abs().max() < 8 * digits * expected.abs().max()
+
+
+def test_angles_are_those_of_the_definition_whatever_the_parameter_was_cast_to():
+    x = torch.randn(1, 9, 2, 8)
+    n, i = torch.arange(3000, 3009, dtype=torch.float64)[:, None], torch.arange(4, dtype=torch.float64)
+    angles = (n * 10_000 ** (-i / 4))[:, None]  # (9, 1, 4)
+    first, second = x.double().chunk(2, dim=-1)
+    expected = torch.cat(
+        [first * angles.cos() - second * angles.sin(), first * angles.sin() + second * angles.cos()], dim=-1
+    )
+    rotary = RotaryPositionalEmbeddings(8)
+    torch.testing.assert_close(rotary(x, 3000).double(), expected, rtol=0, atol=2e-3)  # 3000 radians in float32
+    for dtype in (torch.bfloat16, torch.float16):
+        there_and_back = copy.deepcopy(rotary).to(dtype).float()
+        assert torch.equal(there_and_back(x, 3000), rotary(x, 3000))
+        half = copy.deepcopy(rotary).to(dtype)(x.to(dtype), 3000)
+        assert half.dtype == dtype and torch.equal(half, rotary(x.to(dtype).float(), 3000).to(dtype))
+    doubled = rotary.double()(x.double() / 3)
+    torch.testing.assert_close(doubled, RotaryPositionalEmbeddings(8)(x / 3).double(), rtol=0, atol=1e-5)
+    assert torch.equal(doubled[:, 0], x[:, 0].double() / 3), "position 0 is not rotated, nor rounded"
 
 
 def test_bf16_gives_nearly_the_loss_and_the_gradients_of_fp32(model, tokens, neighbors):
@@ -213,6 +252,45 @@ def test_wrong_shapes_are_refused(model, tokens, neighbors):
         RetroModel(*SHAPE, encoder=None)
     with pytest.raises(ValueError, match=r"ca_layers=\[2\] do not exist"):
         NearestNeighborEncoder(4, 2, {2}, 16, 2, 8, 32)
+
+
+def test_without_weights_the_loss_is_the_biases(model, tokens, neighbors):
+    """Whatever is read, the model then predicts each token with the same probability."""
+    torch.nn.init.zeros_(model.read.weight)
+    for bias in (torch.zeros(N_VOCAB), torch.arange(1.0, N_VOCAB + 1).log()):  # token i: (i + 1) / (1 + ... + 13)
+        model.read.bias.data.copy_(bias)
+        for ret in (None, neighbors):
+            loss = F.cross_entropy(model(tokens, ret).flatten(0, 1), tokens.flatten())
+            share = (tokens + 1).double() / 91 if bias.any() else torch.full(tokens.shape, 1 / N_VOCAB)
+            assert loss.item() == pytest.approx(-share.log().mean().item(), rel=1e-6)
+
+
+def test_a_model_that_can_only_name_what_its_neighbors_hold_has_the_loss_that_follows():
+    """Features 0..V-1 tell the token; cross-attention adds the mean of the neighbors' to V..2V-1, which give logits."""
+    m, V, K = CHUNK_LEN, N_VOCAB - 1, 3
+    model = RetroModel(V, 2 * V, 1, {0}, m, 1, V, 4, NearestNeighborEncoder(m, 1, {0}, 2 * V, 1, V, 4))
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.zero_(), module.bias.zero_()
+        model.emb.weight.copy_(torch.eye(V, 2 * V))
+        model.cca[0].value.weight.copy_(torch.eye(V, 2 * V))
+        model.cca[0].output.weight.copy_(torch.eye(V, 2 * V).roll(V, dims=1).T)
+        model.read.weight.copy_(torch.eye(V, 2 * V).roll(V, dims=1))
+    held = torch.tensor([[3, 7, 7], [0, 1, 2], [11, 11, 11], [4, 5, 6]])  # tokens of each chunk's K neighbors
+    x = torch.randint(V, (1, 4 * m), generator=torch.Generator().manual_seed(5))
+    ret = held[None, :, :, None].expand(1, 4, K, 2 * m)
+    # A neighbor's feature is 1 among 2V - 1 zeros; normalized, it is `gap` above them.
+    gap = 1 / math.sqrt(1 / (2 * V) - 1 / (2 * V) ** 2 + 1e-5)
+    log_p = model(x, ret).log_softmax(dim=-1)[0].tolist()
+    for position in range(4 * m):
+        u = (position + 1) // m - 1  # whose neighbors are read
+        counts = [0] * V if u < 0 else held[u].bincount(minlength=V).tolist()
+        total = sum(math.exp(gap * count / K) for count in counts)
+        for token in range(V):
+            assert log_p[position][token] == pytest.approx(gap * counts[token] / K - math.log(total), abs=1e-5)
+    loss = F.cross_entropy(model(x)[0], x[0])
+    assert loss.item() == pytest.approx(math.log(V), rel=1e-6), "without neighbors"
 
 
 def copy_loss(informative: bool, n_steps: int = 250) -> float:

@@ -44,12 +44,13 @@ def _shares(cca: ChunkedCrossAttention, h: Tensor, e: Tensor, present: Tensor) -
     """Shares (B, C, K) in one layer, from the arguments of its `forward`."""
     (B, T, D), (C, K, R), m = h.shape, e.shape[1:4], cca.chunk_len
     shifted = F.pad(h, (0, 0, -(m - 1), C * m - (T - (m - 1)))).reshape(B * C, m, D)
-    queries = cca.split_heads(cca.query(cca.norm(shifted))).transpose(1, 2)  # (B*C, H, m, d_k)
+    queries = cca.split_heads(cca.query(cca.norm(shifted))).transpose(1, 2).float()  # (B*C, H, m, d_k)
     keys, _ = cca.keys_values(e.flatten(2, 3).flatten(0, 1))  # (B*C, H, K*R, d_k)
     mask, has_neighbor = padding_mask(present.flatten(2).flatten(0, 1))
     assert has_neighbor is not None
     # If a token's value is the one-hot number of its neighbor, attention returns each neighbor's weight.
-    values = torch.eye(K, dtype=keys.dtype, device=keys.device).repeat_interleave(R, dim=0)
+    keys = keys.float()  # shares of a model in half precision sum to 1 as well
+    values = torch.eye(K, device=keys.device).repeat_interleave(R, dim=0)
     weights = written_out_attention(queries, keys, values.expand(B * C, cca.n_heads, -1, -1), attn_mask=mask)
     weights = torch.where(has_neighbor[:, None, None], weights.mean(dim=1), 0.0).view(B, C, m, K)
     # The neighbors of the last chunk may have fewer than m readers, because the sequence ends.
