@@ -77,7 +77,7 @@ def build_dataset(
         offsets = sample_offsets(corpus, split, index.chunk_len, config)
         lengths = stretch_lengths(corpus, np.concatenate(offsets), index.chunk_len * config.chunks_per_sample)
         header = {"split": split, "n_samples": len(offsets), "n_targets": int(lengths.sum())}
-        header |= dataset_cache_key(index.manifest, config, what_to_exclude(corpus, config))
+        header |= dataset_cache_key(index.manifest, corpus, config, what_to_exclude(corpus, config))
         header |= {"n_probe": index.n_probe, "exclude_neighbor_span": index.exclude_neighbor_span}  # perhaps others
 
         def retrieve(some: Offsets, header: dict[str, Any] = header) -> Iterator[dict[str, Any]]:

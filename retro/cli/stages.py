@@ -197,7 +197,7 @@ def prepare_dataset(
     from retro.evaluation.audit import audit
     from retro.storage.sample_file import dataset_cache_key, read_header, shards_folder
 
-    cache_key = dataset_cache_key(database, config, what_to_exclude(corpus, config))
+    cache_key = dataset_cache_key(database, corpus, config, what_to_exclude(corpus, config))
     paths = [data_path / name for name in DATASET_FILE.values()]
 
     def found() -> bool:

@@ -44,6 +44,7 @@ HEADER_FIELDS: Fields = {
     "exclude_neighbor_span": int,
     "n_probe": int,
     "corpus_sha256": str,
+    "tokenizer_sha256": str,
     "index_sha256": str,
     "sha256": str,
 }
@@ -128,7 +129,7 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def dataset_cache_key(database: Mapping[str, Any], config: DatasetConfig, exclude: str) -> dict[str, Any]:
+def dataset_cache_key(database: Mapping[str, Any], corpus: Any, config: DatasetConfig, exclude: str) -> dict[str, Any]:
     """The part of a header that tells whether the samples have to be made again; `database` is a manifest."""
     return {
         "chunk_len": database["chunk_len"],
@@ -140,6 +141,7 @@ def dataset_cache_key(database: Mapping[str, Any], config: DatasetConfig, exclud
         "n_probe": database["n_probe"],
         "seed": config.seed,
         "corpus_sha256": database["corpus_sha256"],
+        "tokenizer_sha256": corpus.tokenizer.sha256,
         "index_sha256": database["index_sha256"],
     }
 
