@@ -4,13 +4,19 @@ Whenever a chunk is complete, its neighbors are retrieved from the database and 
 the chunk's last token on, the decoder reads them. Each decoder state is computed once as well: the
 keys and values of self-attention are kept for all positions, those of chunked cross-attention for
 the last chunk's neighbors. What comes out is the same as recomputing everything for each token.
+
+A model has learnt positions up to the length of a training sample. A text that grows beyond it is read
+through a window of at most `max_chunks` chunks: when the next token does not fit, the oldest chunks are
+dropped, half of the window at once, and the others are read anew, with the neighbors they have, from
+position 0 on. Half at once, because then as many tokens are new as are read anew.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retro.config import SampleConfig
+from retro.config import DatasetConfig, SampleConfig
 from retro.database import RetroIndex
-from retro.errors import InvalidOption
+from retro.dataset import DATASET_FILE
+from retro.errors import InvalidOption, differences
 from retro.model import RetroModel, RotaryPositionalEmbeddings
+from retro.storage.sample_file import read_header
 from retro.text.corpus import Corpus
 
 
@@ -53,11 +61,15 @@ class CachedDecoder:
         self.n_heads, self.d_k = attention.n_heads, attention.d_k
         self.layers = [_Layer(attn, ffw) for attn, ffw in zip(model.attn, model.ffw, strict=True)]
         self.readers = {p: _Reader(cca) for p, cca in zip(model.ca_layers, model.cca, strict=True)}
+        self.restart()
+        self._reserve(256)
+
+    def restart(self) -> None:
+        """Forget all tokens; the next one is the first of a sequence."""
         self.length = 0
         self.chunk: list[Tensor] = []  # states (n, D) of the unfinished chunk, where the encoder reads them
         self.contexts: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of the neighbors, by layer
         self.mask: Tensor | None = None  # of the neighbors' tokens, where some are missing
-        self._reserve(256)
 
     @property
     def completes_chunk(self) -> bool:
@@ -184,17 +196,38 @@ class _Reader:
         self.output = _Linear(cca.output.weight, cca.output.bias)
 
 
+def start_of_window(n_tokens: int, chunk_len: int, max_chunks: int | None) -> int:
+    """Where the window starts through which a text of `n_tokens` is read; None for no limit.
+
+    It depends on the length alone, so a text goes on in the same way whether its end was given or sampled.
+    """
+    if max_chunks is None:
+        return 0
+    dropped = max(1, max_chunks // 2) * chunk_len  # tokens at one time
+    return dropped * max(0, math.ceil((n_tokens - max_chunks * chunk_len) / dropped))
+
+
 class Sampler:
     """Samples from a model; the first arguments are the tutorial's.
 
     * `device` is the device of the model
     * `model` is the model
     * `tds` is the corpus, or a labml `TextDataset`, that the database was built from
-    * `chunk_len` is the length of a chunk
-    * `index` retrieves; left out, the database in `data_path`, `n_neighbors` for each chunk
+    * `chunk_len` is the length of a chunk; it must be the model's
+    * `index` retrieves; left out, the database in `data_path` does, opened when the first chunk is complete
+    * `data_path` is the folder of the data
+    * `n_neighbors` is the number of neighbors of a chunk; left out, the index's, or, without an `index`, as many as in
+      the dataset, if there is one
+    * `max_chunks` is the most chunks that the model reads at once; left out, as many as a sample of the dataset has, or
+      without a dataset any number
 
-    After (and during) sampling, `neighbors` holds what each complete chunk of prompt and sample
-    retrieved.
+    The dataset is the one beside the database, if it is of the same text and `chunk_len`. A model without `ca_layers`
+    reads no neighbors, so nothing is retrieved for it.
+
+    After (and during) sampling, `neighbors` holds what each complete chunk of prompt and sample retrieved; nothing for
+    the chunks of a prompt that begins before the model's window.
+
+    Raises `ValueError` where model, corpus, `chunk_len` and index do not fit together.
     """
 
     def __init__(
@@ -206,22 +239,38 @@ class Sampler:
         *,
         index: RetroIndex | None = None,
         data_path: str | Path = "data",
-        n_neighbors: int = 2,
+        n_neighbors: int | None = None,
+        max_chunks: int | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.model = model
         self.corpus = Corpus.of(tds)
         self.chunk_len = chunk_len
-        self._open = lambda: (
-            index
-            or RetroIndex(chunk_len, n_neighbors=n_neighbors, corpus=self.corpus, data_path=data_path, device=device)
+        for name, number in (("n_neighbors", n_neighbors), ("max_chunks", max_chunks)):
+            if number is not None and number < 1:
+                raise InvalidOption(name, number, "is not at least 1")
+        _require_fit(model, self.corpus, chunk_len, index)
+        folder = Path(data_path) if index is None else index.keys.data_path
+        trained_with = partial(_field_of_dataset, folder, self.corpus, chunk_len)
+        self.n_neighbors: int = (
+            n_neighbors
+            or (trained_with("n_neighbors") if index is None else index.n_neighbors)
+            or DatasetConfig.n_neighbors
         )
+        self.max_chunks: int | None = max_chunks or trained_with("chunks_per_sample")
+        self._index, self._folder = index, folder
         self.neighbors: list[list[Neighbor]] = []
 
     @cached_property
     def index(self) -> RetroIndex:
         """What retrieves; opened when the first chunk is complete."""
-        return self._open()
+        return self._index or RetroIndex(
+            self.chunk_len,
+            n_neighbors=self.n_neighbors,
+            corpus=self.corpus,
+            data_path=self._folder,
+            device=self.device,
+        )
 
     def retrieve_nearest_neighbours(self, chunk: str) -> list[str]:
         """Texts of the nearest neighbors of a chunk, each with its continuation."""
@@ -229,7 +278,7 @@ class Sampler:
 
     def _retrieve(self, chunks: list[str]) -> list[tuple[list[Neighbor], np.ndarray]]:
         """For each chunk, its neighbors as text and as tokens (K, 2m)."""
-        distances, offsets = self.index.search(self.index.embed(chunks), self.index.n_neighbors)
+        distances, offsets = self.index.search(self.index.embed(chunks), self.n_neighbors)
         values = self.index.values(offsets)  # (chunks, K, 2m)
         documents = self.corpus.document_of(np.maximum(offsets, 0))
         return [
@@ -239,7 +288,7 @@ class Sampler:
                         document=self.corpus.documents[documents[u, k]].name,
                         offset=int(offsets[u, k] - self.corpus.starts[documents[u, k]]),
                         distance=float(distances[u, k]),
-                        text=self.corpus.tokenizer.decode(values[u, k][values[u, k] >= 0].tolist()),
+                        text=self.corpus.text(int(offsets[u, k]), int((values[u, k] >= 0).sum())),
                     )
                     for k in np.flatnonzero(offsets[u] >= 0)
                 ],
@@ -249,7 +298,7 @@ class Sampler:
         ]
 
     def sample(self, prompt: str, sample_len: int, config: SampleConfig | None = None) -> str:
-        """Text of `sample_len` tokens that continue `prompt`.
+        """Text of `sample_len` tokens that continue `prompt`, as it stands after the prompt.
 
         * `config` says how to draw; left out, always the likeliest token is taken, as the tutorial does
 
@@ -257,47 +306,99 @@ class Sampler:
         """
         return "".join(self.stream(prompt, sample_len, config))
 
-    @torch.inference_mode()
     def stream(self, prompt: str, sample_len: int, config: SampleConfig | None = None) -> Iterator[str]:
         """As `sample`, but yields the text as it is written, a few characters at a time."""
-        config = config or SampleConfig()
         if sample_len < 1:
             raise InvalidOption("length", sample_len, "is not at least 1")
-        ids = self.corpus.tokenizer.encode(prompt)
-        if not ids:
-            raise ValueError("the prompt is empty; give at least one token to continue")
-        generator = torch.Generator().manual_seed(config.seed)
-        self.neighbors = []
-        self.model.eval()
-        decoder = CachedDecoder(self.model)
-        # The prompt's chunks are known already: retrieve for all of them at once.
-        m = self.chunk_len
-        whole = [self.corpus.tokenizer.decode(ids[i : i + m]) for i in range(0, len(ids) // m * m, m)]
-        retrieved = self._retrieve(whole) if whole else []
+        return self._write(self._tokens_of(prompt), sample_len, config or SampleConfig())
 
-        n_prompt, written = len(ids), 0
-        while True:
-            ret = None
-            if decoder.completes_chunk:
-                u = decoder.length // m
-                if u == len(retrieved):
-                    retrieved += self._retrieve([self.corpus.tokenizer.decode(ids[u * m : (u + 1) * m])])
-                neighbors, values = retrieved[u]
-                self.neighbors.append(neighbors)
-                ret = torch.from_numpy(values).to(self.device)  # (K, 2m)
-            tokens = ids[decoder.length : decoder.length + decoder.n_next()]
-            logits = decoder.feed(torch.tensor(tokens, device=self.device), ret)
-            if decoder.length < len(ids):
-                continue  # still in the prompt
+    def _tokens_of(self, prompt: str) -> list[int]:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"character {error.start} of the prompt is {prompt[error.start]!r}, a lone surrogate, which no text "
+                "can hold; leave it out"
+            ) from None
+        if not (ids := self.corpus.tokenizer.encode(prompt)):
+            raise ValueError("the prompt is empty; give at least one token to continue")
+        return ids
+
+    @torch.inference_mode()
+    def _write(self, ids: list[int], sample_len: int, config: SampleConfig) -> Iterator[str]:
+        """Sample tokens behind `ids`, and yield their text as it is settled."""
+        generator = torch.Generator().manual_seed(config.seed)
+        self.model.eval()
+        m, n_written = self.chunk_len, len(ids)
+        decoder, start = CachedDecoder(self.model), start_of_window(len(ids), m, self.max_chunks)
+        self.neighbors = [[] for _ in range(start // m)]
+        values: dict[int, Tensor] = {}  # tokens (K, 2m) of the neighbors of each chunk of the text
+        for n_left in reversed(range(sample_len)):
+            if (moved := start_of_window(len(ids), m, self.max_chunks)) > start:
+                start = moved
+                decoder.restart()
+            logits = self._read(decoder, ids, start, values)
             ids.append(choose(logits.float().cpu(), config, generator))
-            last = len(ids) - n_prompt == sample_len
-            text = self.corpus.tokenizer.decode(ids[n_prompt:])
+            text = self._text(ids, n_written, len(ids))
             # A subword may end inside a character; wait for the rest of it.
-            if last or not text.endswith("\ufffd"):
-                yield text[written:]
-                written = len(text)
-            if last:
-                return
+            if text and (not n_left or not text.endswith("\ufffd")):
+                yield text
+                n_written = len(ids)
+
+    def _text(self, ids: list[int], start: int, end: int) -> str:
+        """What the tokens from `start` to `end` add to the text of those before them, of which a few are enough."""
+        tokenizer = self.corpus.tokenizer
+        return tokenizer.decode_after(ids[max(0, start - tokenizer.context) : start], ids[start:end])
+
+    def _read(self, decoder: CachedDecoder, ids: list[int], start: int, values: dict[int, Tensor]) -> Tensor:
+        """Logits (n_vocab) for the token after `ids`, of which the window from `start` on is read.
+
+        The decoder takes in what it does not have yet; `values` has what was retrieved, and gets what is missing.
+        """
+        m = self.chunk_len
+        while True:
+            at, ret = start + decoder.length, None
+            if self.model.ca_layers and decoder.completes_chunk:
+                if (u := at // m) not in values:
+                    # The chunks of a prompt are all known: they are retrieved for at once.
+                    whole = [self._text(ids, i, i + m) for i in range(u * m, len(ids) - m + 1, m)]
+                    for number, (neighbors, tokens) in enumerate(self._retrieve(whole), start=u):
+                        self.neighbors.append(neighbors)
+                        values[number] = torch.from_numpy(tokens).to(self.device)
+                ret = values[u]  # (K, 2m)
+            logits = decoder.feed(torch.tensor(ids[at : at + decoder.n_next()], device=self.device), ret)
+            if start + decoder.length == len(ids):
+                return logits
+
+
+def _require_fit(model: RetroModel, corpus: Corpus, chunk_len: int, index: RetroIndex | None) -> None:
+    """Raise `ValueError` for what a model would read as something else than it was trained on."""
+    if (n_vocab := model.emb.num_embeddings) != corpus.n_tokens:
+        raise ValueError(
+            f"the model has a vocabulary of {n_vocab} tokens, but the corpus has {corpus.n_tokens}; open the corpus "
+            "that it was trained on"
+        )
+    if chunk_len != model.chunk_len:
+        raise InvalidOption("chunk_len", chunk_len, f"is not the model's, which is {model.chunk_len}")
+    if index is None:
+        return
+    if index.chunk_len != chunk_len:
+        raise ValueError(
+            f"the database has chunk_len={index.chunk_len}, but the model reads chunk_len={chunk_len}; build one for it"
+        )
+    if (found := index.corpus.database_sha256) != (wanted := corpus.database_sha256):
+        raise ValueError(
+            f"the database was built from another corpus (sha256 {found[:12]}) than is given ({wanted[:12]}); give the "
+            "corpus of the index"
+        )
+
+
+def _field_of_dataset(folder: Path, corpus: Corpus, chunk_len: int, name: str) -> int | None:
+    """A number that the dataset in a folder was made with; None if there is no dataset of this text and `chunk_len`."""
+    if not (path := folder / DATASET_FILE["train"]).exists():
+        return None
+    header = read_header(path)
+    return None if differences(header, {"corpus_sha256": corpus.sha256, "chunk_len": chunk_len}) else header[name]
 
 
 def choose(logits: Tensor, config: SampleConfig, generator: torch.Generator) -> int:
@@ -306,13 +407,13 @@ def choose(logits: Tensor, config: SampleConfig, generator: torch.Generator) -> 
         return int(logits.argmax())
     logits = logits / config.temperature
     if config.top_k is not None:
-        kth = logits.topk(min(config.top_k, len(logits))).values[-1]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
+        # Of tokens that are equally likely, the first ones stay.
+        logits[logits.sort(descending=True, stable=True).indices[config.top_k :]] = -torch.inf
     if config.top_p is not None:
-        ordered, tokens = logits.softmax(dim=-1).sort(descending=True)
+        ordered, tokens = logits.softmax(dim=-1).sort(descending=True, stable=True)
         # Leave out tokens before which the mass is already there; the likeliest always stays.
         beyond = ordered.cumsum(dim=-1) - ordered >= config.top_p
-        logits[tokens[beyond]] = float("-inf")
+        logits[tokens[beyond]] = -torch.inf
     return int(torch.multinomial(logits.softmax(dim=-1), 1, generator=generator))
 
 

@@ -204,7 +204,7 @@ def test_cached_greedy_sampling_is_the_references_loop(index, n_prompt):
             run = theirs if neighbors and not missing else model
             logits = run(x, torch.stack(neighbors)[None] if neighbors else None)
             ids.append(int(logits[0, -1].argmax()))
-    sampler = Sampler("cpu", model, corpus, CHUNK_LEN, index=index)
+    sampler = Sampler("cpu", model, corpus, CHUNK_LEN, index=index, max_chunks=8)
     written = list(sampler.stream(prompt, 40))
     assert "".join(written) == corpus.tokenizer.decode(ids[n_ids:]) and len(written) > 20
     assert len(sampler.neighbors) == (len(ids) - 1) // CHUNK_LEN or len(sampler.neighbors) == len(ids) // CHUNK_LEN
