@@ -167,4 +167,4 @@ def _report_run(
     except ValueError:  # it cannot be written in this text's characters
         prompt = None
     prompt = prompt or corpus.beginning_of_held_out(2 * manifest["chunk_len"])
-    write_sample(run, data_path, device, prompt, 128, reads, SampleConfig(temperature=0.8, top_k=40))
+    write_sample(run, data_path, corpus, device, prompt, 128, reads, SampleConfig(temperature=0.8, top_k=40))

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from retro.text.corpus import Corpus
 
 
-def find_run(options: Namespace) -> tuple[Path, dict[str, Any], Path]:
-    """The run that is named, or the latest of the data; its manifest, and the folder of its data."""
-    from retro.runs.run import data_path_of, latest_run, read_run, run_in
+def find_run(options: Namespace) -> tuple[Path, dict[str, Any], Path, Corpus]:
+    """The run that is named, or the latest of the data; its manifest, the folder of its data, and their corpus."""
+    from retro.runs.run import corpus_of_run, data_path_of, latest_run, read_run, run_in
 
     named = None if options.data_path is None else Path(options.data_path)
     if options.run is None:
@@ -30,7 +30,8 @@ def find_run(options: Namespace) -> tuple[Path, dict[str, Any], Path]:
     else:
         run = run_in(Path(options.run))
     manifest = read_run(run)
-    return run, manifest, data_path_of(run, manifest, named)
+    data_path = data_path_of(run, manifest, named)
+    return run, manifest, data_path, corpus_of_run(run, manifest, data_path, named is not None)
 
 
 def sample_command(argv: Sequence[str]) -> None:
@@ -46,31 +47,47 @@ def sample_command(argv: Sequence[str]) -> None:
     from retro.device import pick_device
 
     device = pick_device(options.device)
-    run, _, data_path = find_run(options)
-    write_sample(run, data_path, device, options.prompt, options.length, options.show_neighbors, config)
+    run, _, data_path, corpus = find_run(options)
+    write_sample(run, data_path, corpus, device, options.prompt, options.length, options.show_neighbors, config)
 
 
 def write_sample(
-    run: Path, data_path: Path, device: Any, prompt: str, length: int, show_neighbors: bool, config: SampleConfig
+    run: Path,
+    data_path: Path,
+    corpus: Corpus,
+    device: Any,
+    prompt: str,
+    length: int,
+    show_neighbors: bool,
+    config: SampleConfig,
 ) -> None:
-    """Write a sample as it comes, then the neighbors that its chunks read."""
+    """Write a sample as it comes, then the neighbors that its chunks read.
+
+    * `corpus` is the one in `data_path`; the database there is opened only if the run's model reads neighbors
+    """
     from retro.database import RetroIndex
     from retro.runs.checkpoints import load_model
     from retro.runs.run import read_run
     from retro.sample import Sampler
 
-    dataset = read_run(run)["dataset"]
-    index = RetroIndex(dataset["chunk_len"], n_neighbors=dataset["n_neighbors"], data_path=data_path, device=device)
-    sampler = Sampler(device, load_model(run, device), index.corpus, dataset["chunk_len"], index=index)
+    dataset, model = read_run(run)["dataset"], load_model(run, device)
+    m, K, index = dataset["chunk_len"], dataset["n_neighbors"], None
+    if model.ca_layers:
+        index = RetroIndex(m, corpus=corpus, data_path=data_path, device=device)
+    sampler = Sampler(device, model, corpus, m, index=index, n_neighbors=K, max_chunks=dataset["chunks_per_sample"])
+    pieces = sampler.stream(prompt, length, config)
     note(f"\n--- prompt ---\n{prompt}\n--- sample ---")
-    for text in sampler.stream(prompt, length, config):
+    for text in pieces:
         print(text, end="", flush=True)
     note("")
     if not show_neighbors:
         return
-    ids = sampler.corpus.tokenizer.encode(prompt)
+    if index is None:
+        note(f"\nno neighbors: {run} was trained without retrieval, and reads none")
+        return
+    ids = corpus.tokenizer.encode(prompt)
     for u, neighbors in enumerate(sampler.neighbors, start=1):
-        origin = "prompt" if u * dataset["chunk_len"] <= len(ids) else "sample"
+        origin = "prompt" if u * m <= len(ids) else "sample"
         note(f"\n--- neighbors of chunk {u} ({origin}) ---" + ("" if neighbors else "\nnone"))
         for n in neighbors:
             note(f"[{n.document}, token {n.offset:,}, distance {n.distance:.2f}] {' '.join(n.text.split())}")
@@ -104,10 +121,10 @@ def evaluate_command(argv: Sequence[str]) -> None:
     from retro.runs.run import run_in
 
     device = pick_device(options.device)
-    run, manifest, data_path = find_run(options)
+    run, manifest, data_path, corpus = find_run(options)
     if options.baseline is not None:
         options.baseline = str(run_in(Path(options.baseline)))
-    evaluation, model, differing = _evaluate(options, config, run, manifest, data_path, device)
+    evaluation, model, differing = _evaluate(options, config, run, manifest, data_path, corpus, device)
     summary = evaluation.summary() | {
         "run": run.name,
         "baseline_run": options.baseline and Path(options.baseline).name,
@@ -123,7 +140,13 @@ def evaluate_command(argv: Sequence[str]) -> None:
 
 
 def _evaluate(
-    options: Namespace, config: EvaluateConfig, run: Path, manifest: dict[str, Any], data_path: Path, device: Any
+    options: Namespace,
+    config: EvaluateConfig,
+    run: Path,
+    manifest: dict[str, Any],
+    data_path: Path,
+    trained_on: Corpus,
+    device: Any,
 ) -> tuple[Any, RetroModel, dict[str, tuple[Any, Any]]]:
     """The evaluation, the model, and in what the baseline differs besides retrieval."""
     from dataclasses import replace
@@ -133,9 +156,8 @@ def _evaluate(
     from retro.evaluate import evaluate
     from retro.evaluation.held_out import held_out_texts, require_held_out
     from retro.runs.checkpoints import load_model
-    from retro.text.corpus import open_corpus
 
-    dataset, trained_on = manifest["dataset"], open_corpus(data_path)
+    dataset = manifest["dataset"]
     require_match(
         data_path / "corpus", {"corpus_sha256": trained_on.sha256}, {"corpus_sha256": dataset["corpus_sha256"]}
     )

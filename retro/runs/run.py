@@ -29,6 +29,7 @@ from retro.storage.manifests import (
     write_manifest,
 )
 from retro.storage.sample_file import HEADER_FIELDS
+from retro.text.corpus import Corpus, open_corpus
 
 LOGS = Path("logs")
 RUN_FILE, YAML_FILE, SUMMARY_FILE = "run.json", "run.yaml", "summary.json"
@@ -182,3 +183,22 @@ def data_path_of(run: Path, manifest: Mapping[str, Any], named: Path | None) -> 
         where = "" if named else f", where {run} was made,"
         raise MissingDataOfRun(path, f"{path}{where} does not exist; name the folder of the run's data")
     return path
+
+
+def corpus_of_run(run: Path, manifest: Mapping[str, Any], path: Path, named: bool) -> Corpus:
+    """The corpus in a folder of data, if the run can be used with it.
+
+    * `named` says whether the user has named the folder. Then the corpus may be any that has the run's tokenizer; else
+      it is the run's own
+
+    Raises `StaleArtifact`, or `MissingDataOfRun` where other data have taken the place of the run's.
+    """
+    corpus, dataset = open_corpus(path), manifest["dataset"]
+    if not named and corpus.sha256 != dataset["corpus_sha256"]:
+        raise MissingDataOfRun(
+            path,
+            f"{path} holds another corpus (corpus_sha256 {corpus.sha256[:12]}) than {run} was made with "
+            f"({dataset['corpus_sha256'][:12]}); name the folder of the run's data, or this one if you mean it",
+        )
+    require_match(run / RUN_FILE, dataset, {"tokenizer_sha256": corpus.tokenizer.sha256})
+    return corpus
