@@ -1,12 +1,16 @@
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import refused
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel, BertTokenizerFast, MPNetConfig, MPNetModel, RobertaConfig, RobertaModel
 
 from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.errors import InvalidOption
+from retro.text.pretrained import embedder_manifest
 
 
 @pytest.mark.parametrize(
@@ -107,3 +111,81 @@ def test_text_without_bert_tokens_gets_a_finite_embedding(bert):
 def test_a_missing_bert_is_named_with_the_option_that_helps():
     with refused(InvalidOption, r"--embedder no/such-bert is no BERT: .*Name a local folder, or the packaged BERT"):
         BERTChunkEmbeddings("cpu", "no/such-bert")
+
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "king", "my", "horse", "##s", "The"]
+SHAPE = {
+    "vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 16, "max_position_embeddings": 16,
+}  # fmt: skip
+
+
+def saved(folder, kind=BertModel, config=BertConfig, words=WORDS, **options):
+    """A small random model, saved with a vocabulary as its folder."""
+    torch.manual_seed(0)
+    kind(config(**SHAPE)).save_pretrained(folder)
+    if words:
+        folder.joinpath("words").write_text("\n".join(words) + "\n")
+        vocabulary = {word: i for i, word in enumerate(words)}
+        BertTokenizerFast(vocab=vocabulary, **options).save_pretrained(folder)
+        folder.joinpath("words").rename(folder / "vocab.txt")
+    return folder
+
+
+def load(folder):
+    return BERTChunkEmbeddings("cpu", str(folder), trim=False, precision="fp32")
+
+
+def test_a_bert_of_a_folder_is_the_same_whenever_it_is_loaded(tmp_path):
+    first, second = load(saved(tmp_path)), load(tmp_path)
+    assert first.tokens_of(["The king s horses"]) == [(5, 6, 1, 8, 9)]
+    assert first.manifest == second.manifest and first(["my horse"]).equal(second(["my horse"]))
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "kind"), [(MPNetModel, MPNetConfig, "mpnet"), (RobertaModel, RobertaConfig, "roberta")]
+)
+def test_a_model_of_another_architecture_is_no_bert(tmp_path, model, config, kind):
+    with refused(InvalidOption, rf"^--embedder \S+ is no BERT: its config has model_type='{kind}', not 'bert'$"):
+        load(saved(tmp_path, model, config))
+
+
+def test_a_bert_that_lacks_weights_or_words_is_refused_and_not_filled_up_at_random(tmp_path):
+    folder = saved(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    lost = "encoder.layer.0.attention.self.query.weight"
+
+    def write(changed):
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+
+    write({name: weight for name, weight in weights.items() if name != lost})
+    with refused(InvalidOption, rf"^--embedder \S+ is damaged: it lacks 1 weights, the first {lost}$"):
+        load(folder)
+    write(weights | {lost: torch.zeros(8, 16)})
+    with refused(InvalidOption, rf"is damaged: {lost} is \[8, 16\], but by its config \[16, 16\]$"):
+        load(folder)
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    with refused(InvalidOption, r"^--embedder \S+ is damaged: its weights cannot be read"):
+        load(folder)
+    write({name: weight for name, weight in weights.items() if not name.startswith("pooler")})
+    load(folder)  # the pooling layer is not read
+    with refused(InvalidOption, r"is damaged: it has token 11, but embeddings of 11 tokens"):
+        load(saved(tmp_path / "more", words=[*WORDS, "crown"]))
+    with refused(InvalidOption, r"is damaged: it has no vocabulary"):
+        load(saved(tmp_path / "none", words=None))
+
+
+def test_the_hash_of_a_bert_tells_whatever_changes_an_embedding(tmp_path):
+    def sha256(name, **options):
+        bert = load(saved(tmp_path / name, **options))
+        return bert.manifest["embedder_sha256"]
+
+    swapped = [*WORDS[:5], "king", "the", *WORDS[7:]]
+    hashes = [sha256("one"), sha256("swapped", words=swapped), sha256("cased", do_lower_case=False)]
+    config = json.loads((saved(tmp_path / "heads") / "config.json").read_text())
+    (tmp_path / "heads" / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
+    hashes.append(load(tmp_path / "heads").manifest["embedder_sha256"])
+    assert len(set(hashes)) == 4 and sha256("again") == hashes[0]
+    bert = load(tmp_path / "one")
+    bert(["the king " * 20])  # which sets how its tokenizer truncates
+    assert embedder_manifest("one", bert.tokenizer, bert.model)["embedder_sha256"] == hashes[0]

