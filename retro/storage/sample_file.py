@@ -19,7 +19,7 @@ import numpy as np
 
 from retro import parallel
 from retro.config import NEIGHBOR_SPAN, DatasetConfig
-from retro.errors import ArtifactError, DamagedFile, MissingArtifact, differences, require_match
+from retro.errors import ArtifactError, DamagedFile, InvalidOption, MissingArtifact, differences, require_match
 from retro.storage.files import BLOCK, atomic_write, exclusive_lock, remove_unfinished, sha256_of_file
 from retro.storage.manifests import (
     FORMAT_VERSION,
@@ -157,7 +157,8 @@ def write_samples(
     * `offsets` are where the stretches of each sample start
     * `retrieve` makes samples of some of these
 
-    An interrupted call continues after the last shard.
+    An interrupted call continues after the last shard. Raises `InvalidOption`, and writes no file, if no chunk of any
+    sample has a neighbor.
     """
     header = {**header, "versions": package_versions()}
     if parallel.broadcast_from_rank_zero(partial(is_whole, path, header)):
@@ -180,6 +181,14 @@ def write_samples(
 
 def _join(path: Path, header: dict[str, Any], shards: Shards) -> None:
     files, digest = [shards.path(number) for number in range(len(shards))], hashlib.sha256()
+    if not any(any(json.loads(line)["neighbors"]) for file in files for line in file.read_bytes().splitlines()):
+        reason = f"leaves no chunk of the {header['split']} samples a neighbor. Search more lists (--n-probe)"
+        also = (
+            ", or leave out less (--exclude sample)"
+            if (header["split"], header["exclude"]) == ("train", "document")
+            else ""
+        )
+        raise InvalidOption("exclude", header["exclude"], reason + also)
     for file in files:
         digest.update(file.read_bytes())
     whole = with_checksum({"format_version": FORMAT_VERSION, **header, "sha256": digest.hexdigest()})
