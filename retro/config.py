@@ -56,7 +56,7 @@ class DatabaseConfig:
     @property
     def factory(self) -> str:
         """The FAISS factory string, or `auto`."""
-        return self.index or f"IVF{self.n_centeroids},PQ{self.code_size}"
+        return f"IVF{self.n_centeroids},PQ{self.code_size}" if self.index is None else self.index
 
     @property
     def search(self) -> float:

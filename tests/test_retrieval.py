@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import faiss
 import numpy as np
@@ -18,7 +17,6 @@ from retro.evaluation.audit import audit
 from retro.search.building import config_of_database
 from retro.search.factory import KMEANS_ITERATIONS, ivf_of, prepare_training, set_n_probe
 from retro.search.querying import MANY_QUERIES_PER_LIST, search_many
-from retro.search.recall import ExactNeighbors
 from retro.text.build import build_corpus
 from retro.text.corpus import Corpus
 
@@ -136,42 +134,6 @@ def test_codes_propose_neighbors_and_whole_keys_decide(data, bert, tmp_path, exc
     if not excluded:
         np.testing.assert_array_equal(index.search(queries, 10)[0][:, :3], distances)
         assert share_of_true(offsets) > share_of_true(index.index.search(queries, 3)[1]) + 0.1
-
-
-def test_recall_is_the_share_of_true_neighbors_among_as_many_that_come_back(data, bert, tmp_path):
-    index, manifest = coded(data, bert, tmp_path)
-    truth = ExactNeighbors.of(index.keys, manifest["seed"])
-    n = len(chunk_offsets(index.corpus, CHUNK_LEN))
-    exact, true = brute_force(bert, index.corpus, truth.queries, n)
-    _, found = index.search(truth.queries, 11)
-    for k in (1, 2, 10):
-        hits = []
-        for own, row, order, distances in zip(index.keys.offsets[truth.numbers], found, true, exact, strict=True):
-            true_k = [(o, d) for o, d in zip(order.tolist(), distances.tolist(), strict=True) if o != own]
-            reach = true_k[k - 1][1] + 1e-3  # chunks of one text are equally far
-            near = {o for o, d in true_k if d <= reach}
-            hits.append(len(near & {*[o for o in row.tolist() if o != own][:k]}) / k)
-        assert manifest["recall"][f"@{k}"] == pytest.approx(np.mean(hits), abs=0.005), k
-    assert 0.3 < manifest["recall"]["@10"] < 1
-
-
-@pytest.mark.parametrize("n_keys", [6, 40])
-def test_exact_neighbors_are_those_by_hand_over_small_shards_without_what_was_removed(n_keys):
-    """Shards of 3 keys are fewer than the 11 that are asked for; what a shard lacks is no neighbor."""
-    rows = np.random.default_rng(1).standard_normal((n_keys, 8)).astype(np.float32)
-    kept = np.arange(n_keys) % 5 != 1
-    keys = SimpleNamespace(
-        in_database=kept,
-        rows=lambda numbers: rows[numbers],
-        each_shard=lambda: ((i, rows[i : i + 3]) for i in range(0, n_keys, 3)),
-    )
-    exact = ExactNeighbors.of(keys, seed=3)
-    assert exact.numbers.tolist() == np.flatnonzero(kept).tolist()  # fewer than are drawn: all of them
-    by_hand = ((rows[kept][:, None].astype(np.float64) - rows[kept][None]) ** 2).sum(-1)
-    np.fill_diagonal(by_hand, np.inf)
-    by_hand = np.sort(np.pad(by_hand, ((0, 0), (0, 10)), constant_values=np.inf), axis=1)[:, :10]
-    np.testing.assert_allclose(exact.distances, by_hand, rtol=1e-4)
-    assert np.isfinite(exact.distances).sum(axis=1).tolist() == [min(10, kept.sum() - 1)] * kept.sum()
 
 
 def test_an_offset_where_no_chunk_begins_is_no_neighbor(index):

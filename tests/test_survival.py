@@ -218,7 +218,9 @@ def test_an_index_and_its_manifest_change_at_one_moment(copy, bert, monkeypatch,
     monkeypatch.undo()
     index = RetroIndex(data_path=copy, bert=bert)
     assert index.manifest["index"] == ("SQ8" if died.startswith("after") else "Flat")
-    assert ((copy / "retro.index").read_bytes() == before) == died.startswith("before")
+    assert (copy / "retro.index").read_bytes() == before  # who reads renames nothing
+    build_database(CHUNK_LEN, data_path=copy, config=DatabaseConfig(index="SQ8"), bert=bert)
+    assert (copy / "retro.index").read_bytes() != before and not (copy / "retro.index.new").exists()
 
 
 def test_keys_are_found_by_number_across_shards_few_of_them_open(copy, bert, small_shards, monkeypatch):

@@ -185,7 +185,7 @@ def prepare_database(
 
 def describe(database: dict[str, Any]) -> str:
     """A database's manifest in a line: how many chunks, in which index, with which recall."""
-    recall = ", ".join(f"{share:.1%} {k}" for k, share in database["recall"].items())
+    recall = ", ".join(f"{share:.1%} {k}" for k, share in database["recall"].items()) or "not known"
     return f"{database['n_chunks']:,} chunks of {database['chunk_len']} tokens in {database['index']}; recall {recall}"
 
 

@@ -27,7 +27,7 @@ from retro.config import PACKAGED, CorpusConfig, DatabaseConfig
 from retro.errors import InvalidOption
 from retro.search.factory import EXACT_UP_TO, GRAPH_BREADTH, KMEANS_ITERATIONS, choose_index, ivf_of, new_index
 from retro.search.keys import chunk_offsets
-from retro.search.recall import N_RECALL_QUERIES
+from retro.search.recall import N_RECALL_QUERIES, nearest_distances
 from retro.storage.shards import TOKENS_PER_SHARD, Shards
 from retro.text.build import build_corpus
 from retro.text.corpus import MANIFEST_FILE, Corpus
@@ -123,7 +123,7 @@ def plannable_index(factory: str, d: int) -> faiss.Index:
     Raises `InvalidOption` for one that FAISS does not know, or that is neither `Flat` nor lists of keys or codes.
     """
     index = new_index(d, factory)
-    if not re.fullmatch(r"Flat|(OPQ\d+(_\d+)?,)?IVF\d+(_HNSW\d+)?,(Flat|PQ\d+)", factory):
+    if not re.fullmatch(r"Flat|(OPQ{n}(_{n})?,)?IVF{n}(_HNSW{n})?,(Flat|PQ{n})".format(n=r"[1-9]\d*"), factory):
         raise InvalidOption("index", factory, "cannot be planned, only Flat and [OPQm,]IVFn[_HNSWm],PQm can")
     return index
 
@@ -201,7 +201,8 @@ def _products(keys: np.ndarray, index: str) -> dict[str, float]:
     graph.hnsw.efSearch = GRAPH_BREADTH
     link, _ = _timed(lambda: graph.add(x[: n // 2]))
     walk, _ = _timed(lambda: graph.search(x[n // 2 :], 1))
-    recall, _ = _timed(lambda: faiss.knn(x[:N_RECALL_QUERIES], x, 11))
+    queries, nothing = x[:N_RECALL_QUERIES], np.zeros((N_RECALL_QUERIES, 1, 2), dtype=np.int64)
+    recall, _ = _timed(lambda: nearest_distances(queries, nothing, [(np.arange(n), x)]))
     return {
         "kmeans_products": n * k * d * KMEANS_ITERATIONS / kmeans,
         "code_products": len(parts) * pq.ksub * pq.d * KMEANS_ITERATIONS / codes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from retro.search.filling import fill_index
 from retro.search.index_file import MANIFEST_FILE, read_database_manifest, read_index, write_database
 from retro.search.keys import Keys
 from retro.search.recall import ExactNeighbors, choose_n_probe
+from retro.search.trial import require_working_index
 from retro.storage.files import exclusive_lock
 from retro.storage.manifests import package_versions
 from retro.text.corpus import Corpus
@@ -27,7 +29,8 @@ SHARDS_FOLDER = "index.shards"  # of an unfinished index
 def build_from_keys(keys: Keys, bert: BERTChunkEmbeddings, config: DatabaseConfig, data_path: Path) -> dict[str, Any]:
     """Compute the keys that are missing, build the index over all of them, and write it; returns the manifest.
 
-    An interrupted build continues after the last shard. Until the new index is whole, the old one stays.
+    An interrupted build continues after the last shard. Until the new index is whole, the old one stays. Raises
+    `InvalidOption`, before anything is embedded, for an index that does not work.
     """
     n_chunks = int(keys.in_database.sum())
     if not n_chunks:
@@ -36,13 +39,14 @@ def build_from_keys(keys: Keys, bert: BERTChunkEmbeddings, config: DatabaseConfi
     if factory == "auto":
         factory = choose_index(n_chunks, bert.d_emb)
         n_train = max(n_train, KEYS_PER_LIST * n_lists_of(factory))
+    parallel.on_rank_zero(partial(require_working_index, factory, bert.d_emb))
     n_train = min(n_train, n_chunks)
     factory, note = fall_back_to_flat(factory, bert.d_emb, n_train)
     with exclusive_lock(data_path):
         keys.compute(bert, config.embed_batch_size)
         index = fill_index(factory, keys, n_train, config.seed, data_path / SHARDS_FOLDER)
         if index is not None:  # on rank 0
-            exact, remark, n_probe = ExactNeighbors.of(keys, config.seed), "", config.n_probe
+            exact, remark, n_probe = ExactNeighbors.of(keys, bert, config.seed), "", config.n_probe
             if n_probe is None:
                 n_probe, remark = choose_n_probe(index, keys, exact, config.recall)
             set_n_probe(index, n_probe)

@@ -28,6 +28,7 @@ ROTATION_KEYS = 1 << 14  # that OPQ learns its rotation from; FAISS takes four t
 GRAPH_BREADTH = 64  # of the walk from list to list; FAISS' 16 puts 5% of the keys into a list that is not the nearest
 EXACT_UP_TO = 50_000  # chunks; brute force over these takes no longer than embedding the queries
 KEYS_PER_LIST = 32  # to learn a list's centroid from
+MOST_LISTS = 1 << 24  # FAISS' guidelines end at 2^20; an empty index of more takes a gigabyte
 
 
 def choose_index(n_chunks: int, d_emb: int) -> str:
@@ -49,7 +50,10 @@ def n_lists_of(factory: str) -> int:
 
 
 def fall_back_to_flat(factory: str, d_emb: int, n_train: int) -> tuple[str, str]:
-    """The factory string to use, and a note: with fewer keys than centroids to learn, exact search takes its place."""
+    """The factory string to use, and a note: with fewer keys than centroids to learn, exact search takes its place.
+
+    Raises `InvalidOption` if FAISS knows no such string.
+    """
     if (needed := prepare_training(new_index(d_emb, factory))) <= n_train:
         return factory, ""
     note = f"{factory} has {needed} centroids to learn, but there are {n_train} keys: the index is exact instead"
@@ -57,12 +61,42 @@ def fall_back_to_flat(factory: str, d_emb: int, n_train: int) -> tuple[str, str]
 
 
 def new_index(d_emb: int, factory: str) -> faiss.Index:
-    """An empty index. Raises `InvalidOption` if FAISS knows no such string."""
+    """An empty index. Raises `InvalidOption` if FAISS knows no such string, or for more than `MOST_LISTS`."""
+    if n_lists_of(factory) > MOST_LISTS:
+        raise InvalidOption("index", factory, f"has more than {MOST_LISTS} lists")
     try:
         return faiss.index_factory(d_emb, factory)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0].rpartition("Error: ")[2]
+    except (RuntimeError, MemoryError) as error:
+        reason = reason_of(str(error))
         raise InvalidOption("index", factory, f"is no FAISS index for keys of {d_emb} features: {reason}") from None
+
+
+def reason_of(message: str) -> str:
+    """What is wrong, in a line, of a message of FAISS' that has its function, file and line around it."""
+    line = re.sub(r"^.*?Error in .* at \S+:\d+: (Error: )?| failed in .*", "", " ".join(message.split()))
+    return line[:160]
+
+
+def taking_our_ids(index: faiss.Index) -> faiss.Index:
+    """An index whose keys have ids of our choice: lists have, any other gets a map from its numbers to ours."""
+    if ivf_of(index) is None and not isinstance(index, faiss.IndexIDMap2):
+        return faiss.IndexIDMap2(index)
+    return index
+
+
+def inside_of(index: faiss.Index) -> faiss.Index:
+    """The index below the map from its numbers to our offsets."""
+    outer = faiss.downcast_index(index)  # `index` stays, because it owns what this one points to
+    return faiss.downcast_index(outer.index) if isinstance(outer, faiss.IndexIDMap2) else outer
+
+
+def parameters_for(index: faiss.Index, selector: faiss.IDSelector) -> faiss.SearchParameters:
+    """What has a search of this index find only keys that `selector` lets through."""
+    if (ivf := ivf_of(index)) is not None:
+        return faiss.SearchParametersIVF(sel=selector, nprobe=ivf.nprobe)
+    if isinstance(inside_of(index), faiss.IndexHNSW):
+        return faiss.SearchParametersHNSW(sel=selector)
+    return faiss.SearchParameters(sel=selector)
 
 
 def ivf_of(index: faiss.Index) -> faiss.IndexIVF | None:
@@ -84,11 +118,15 @@ def prepare_training(index: faiss.Index) -> int:
     if (ivf := ivf_of(index)) is not None:
         needed.append(ivf.nlist)
         _set_clustering(ivf.cp)
-        if isinstance(ivf, faiss.IndexIVFPQ):
-            # Reorders the codes for a filter that is not used here, at ten times the cost of the rest.
-            ivf.do_polysemous_training = False
-    # `index` stays, because it owns what `ivf` points to.
-    if (pq := getattr(index if ivf is None else ivf, "pq", None)) is not None:
+    # Codes are those of the lists, of a graph's keys, or of what lies below a rotation. `index` stays, because it owns
+    # what `part` points to.
+    part = index if ivf is None else ivf
+    while name := next((name for name in ("index", "base_index", "storage") if hasattr(part, name)), ""):
+        part = faiss.downcast_index(getattr(part, name))
+    if hasattr(part, "do_polysemous_training"):
+        # Reorders the codes for a filter that is not used here, at ten times the cost of the rest.
+        part.do_polysemous_training = False
+    if (pq := getattr(part, "pq", None)) is not None:
         needed.append(pq.ksub)
         _set_clustering(pq.cp)
     return max(needed)

@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import faiss
 import numpy as np
 from faiss.contrib.ondisk import merge_ondisk
 
 from retro import parallel
+from retro.errors import InvalidOption
 from retro.progress import each, note
-from retro.search.factory import ivf_of, new_index, prepare_training, set_n_probe
+from retro.search.factory import ivf_of, new_index, prepare_training, reason_of, set_n_probe, taking_our_ids
 from retro.search.index_file import LISTS_FILE, write_faiss
 from retro.search.keys import Keys
 from retro.storage.files import naming_what_cannot_be_written
@@ -72,11 +73,13 @@ def _train(factory: str, keys: Keys, n_train: int, seed: int) -> faiss.Index:
         candidates = np.flatnonzero(keys.in_database)
         drawn = np.random.default_rng(seed).choice(len(candidates), size=n_train, replace=False)
         note(f"{factory} learns from {n_train:,} keys")
-        index.train(keys.rows(candidates[np.sort(drawn)]))
+        try:
+            index.train(keys.rows(candidates[np.sort(drawn)]))
+        except RuntimeError as error:  # as codes of residuals that need more keys than there are
+            reason = f"cannot learn from {n_train} keys of {keys.d_emb} features: {reason_of(str(error))}"
+            raise InvalidOption("index", factory, reason) from None
     set_n_probe(index, 1)
-    if ivf_of(index) is None and not isinstance(index, faiss.IndexIDMap2):
-        index = faiss.IndexIDMap2(index)
-    return index
+    return taking_our_ids(index)
 
 
 def _add(index: faiss.Index, keys: Keys, shards: range) -> faiss.Index:
@@ -126,6 +129,25 @@ def add_rows(index: faiss.Index, rows: np.ndarray, ids: np.ndarray) -> None:
     grown.this.disown()
 
 
-def memory_of_machine() -> int:
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def memory_of_machine(root: Path = Path("/")) -> int:
+    """Bytes of memory that this process may have: the machine's, or what a container or a job is limited to.
+
+    * `root` is where the system's files are
+
+    Limits are those of the process' control groups (cgroups, version 1 or 2) and of all groups around these.
+    """
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    groups, own = root / "sys/fs/cgroup", root / "proc/self/cgroup"
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            top, name = groups, "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = groups / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = PurePosixPath(path)
+        for inner in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # in a container, groups have other names; no limit is "max"
+                limits.append(int((top / str(inner).lstrip("/") / name).read_text()))
+    return min(limits)

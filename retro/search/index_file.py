@@ -1,7 +1,8 @@
 """The index on disk: its file, its lists, and the manifest that names their hashes.
 
 An index and its manifest change at one moment. The new files wait beside the old ones until the manifest is written;
-it is the manifest that counts. FAISS trusts what it reads, so nothing is read before its hash was compared.
+it is the manifest that counts. Who writes, under the folder's lock, then renames them; who reads renames nothing, and
+takes each file from where it is. FAISS trusts what it reads, so nothing is read before its hash was compared.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import faiss
 
-from retro.errors import DamagedFile, MissingArtifact, require_match
-from retro.search.factory import ivf_of
+from retro.errors import ArtifactError, DamagedFile, MissingArtifact, require_match
+from retro.search.factory import ivf_of, reason_of
 from retro.storage.files import atomic_write, sha256_of_file
 from retro.storage.manifests import Fields, read_manifest, require_positive, write_manifest
 
@@ -61,7 +63,13 @@ def read_database_manifest(data_path: str | Path) -> dict[str, Any]:
 
 
 def write_database(index: faiss.Index, data_path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Put an index and its manifest, completed by the hashes of the index's files, in the place of the old ones."""
+    """Put an index and its manifest, completed by the hashes of the index's files, in the place of the old ones.
+
+    For who holds the lock.
+    """
+    if any((data_path / f"{name}{NEW}").exists() for name in FILES):  # perhaps the whole of what is there
+        with contextlib.suppress(ArtifactError):
+            promote_new_index(data_path, read_database_manifest(data_path))
     manifest = {**manifest, **write_index(index, data_path)}
     write_manifest(data_path / MANIFEST_FILE, manifest)
     promote_new_index(data_path, manifest)
@@ -100,30 +108,48 @@ def write_index(index: faiss.Index, data_path: Path) -> dict[str, str]:
 def promote_new_index(data_path: Path, manifest: Mapping[str, Any]) -> None:
     """Put new files, if they are those that the manifest speaks of, in the place of the old ones.
 
-    Killed before the manifest is written, there is the old index; killed after it, the new one, which the next
-    command puts in its place.
+    For who holds the lock. Killed before the manifest is written, there is the old index; killed after it, the new
+    one, which the next command that writes puts in its place.
     """
     for name, key in FILES.items():
         new = data_path / f"{name}{NEW}"
-        with contextlib.suppress(FileNotFoundError):  # another process did it
-            if new.exists() and sha256_of_file(new) == manifest[key]:
-                os.replace(new, data_path / name)
+        if new.exists() and sha256_of_file(new) == manifest[key]:
+            os.replace(new, data_path / name)
 
 
 _TRUSTED: set[str] = set()  # hashes of index files that this process wrote, or that a trial has read
 
 # What a trial does with an index: read it and search it, in a process of its own that may well crash.
 _TRIAL = """
-import resource, sys
+import sys
 import faiss, numpy as np
-path, flags, most = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-try:
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
-except (ValueError, OSError):
-    pass  # not every system has the limit
-index = faiss.read_index(path, flags)
+index = faiss.read_index(sys.argv[1], int(sys.argv[2]))
 index.search(np.zeros((1, index.d), dtype=np.float32), 4)
 """
+
+_LIMIT = """
+import resource
+try:
+    resource.setrlimit(resource.RLIMIT_AS, ({most_bytes}, {most_bytes}))
+except (ValueError, OSError):
+    pass  # not every system has the limit
+"""
+
+
+def failure_of(code: str, *arguments: Any, most_bytes: int, seconds: float | None = None) -> str:
+    """Run Python code in a process of its own, which may well crash; what went wrong there, or nothing."""
+    command = [sys.executable, "-P", "-c", _LIMIT.format(most_bytes=most_bytes) + code, *map(str, arguments)]
+    environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]  # this package's goes first
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, places))
+    try:
+        result = subprocess.run(command, capture_output=True, env=environment, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"FAISS was not done with it after {seconds:g} s"
+    if not result.returncode:
+        return ""
+    said = result.stderr.decode(errors="replace").strip().splitlines() or [f"status {result.returncode}"]
+    return f"FAISS failed on it ({reason_of(said[-1].removeprefix('RuntimeError: '))})"
 
 
 def read_index(data_path: Path, manifest: Mapping[str, Any], writable: bool = False) -> faiss.Index:
@@ -134,32 +160,56 @@ def read_index(data_path: Path, manifest: Mapping[str, Any], writable: bool = Fa
     its manifest says.
     """
     path = data_path / INDEX_FILE
-    verify_index(data_path, manifest)
     sha256, flags = str(manifest["index_sha256"]), LISTS_BESIDE if manifest["lists_sha256"] else MAPPED
-    if sha256 not in _TRUSTED:
-        most = 3 * sum(f.stat().st_size for f in (path, data_path / LISTS_FILE) if f.exists()) + (8 << 30)
-        trial = [sys.executable, "-P", "-c", _TRIAL, str(path), str(flags), str(most)]
-        environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        if (result := subprocess.run(trial, capture_output=True, env=environment)).returncode:
-            said = result.stderr.decode(errors="replace").strip().splitlines() or [f"status {result.returncode}"]
-            raise DamagedFile(path, f"cannot be read: FAISS failed on it ({said[-1][:160]})")
-        _TRUSTED.add(sha256)
-    try:
-        index = faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR if writable else flags)
-    except RuntimeError as error:
-        raise DamagedFile(path, f"cannot be read ({str(error)[-160:]})") from None
+    with _side_by_side(files_of(data_path, manifest)) as folder:
+        file = folder / INDEX_FILE
+        if sha256 not in _TRUSTED:
+            most = 3 * sum(f.stat().st_size for f in (file, folder / LISTS_FILE) if f.exists()) + (8 << 30)
+            if failure := failure_of(_TRIAL, file, flags, most_bytes=most):
+                raise DamagedFile(path, f"cannot be read: {failure}")
+            _TRUSTED.add(sha256)
+        try:
+            index = faiss.read_index(str(file), faiss.IO_FLAG_ONDISK_SAME_DIR if writable else flags)
+        except RuntimeError as error:
+            raise DamagedFile(path, f"cannot be read ({str(error)[-160:]})") from None
     wanted = {name: manifest[name] for name in ("d_emb", "n_chunks")}
     require_match(path, {"d_emb": index.d, "n_chunks": index.ntotal}, wanted)
     return index
 
 
-def verify_index(data_path: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise if a file of the index is missing, or has not the bytes that its manifest speaks of."""
-    promote_new_index(data_path, manifest)
+@contextlib.contextmanager
+def _side_by_side(files: Mapping[str, Path]) -> Iterator[Path]:
+    """A folder in which files have their own names, wherever they are: FAISS finds lists by name beside their index."""
+    if all(path.name == name for name, path in files.items()):
+        yield next(iter(files.values())).parent
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for name, path in files.items():
+            (Path(folder) / name).symlink_to(path.resolve())
+        yield Path(folder)
+
+
+def files_of(data_path: Path, manifest: Mapping[str, Any]) -> dict[str, Path]:
+    """Where the files of an index are that its manifest speaks of: in their place, or waiting beside it.
+
+    Raises `MissingArtifact` or `DamagedFile`, about their place.
+    """
+    files = {}
     for name, key in FILES.items():
-        path = data_path / name
-        if manifest[key] or name == INDEX_FILE:
-            if not path.exists():
-                raise MissingArtifact(path)
-            if (found := sha256_of_file(path)) != manifest[key]:
-                raise DamagedFile(path, f"has sha256 {found}, but its manifest says {manifest[key]}")
+        if not manifest[key] and name != INDEX_FILE:
+            continue
+        path, new = data_path / name, data_path / f"{name}{NEW}"
+        hashes = {file: sha256_of_file(file) for file in (new, path) if file.exists()}
+        if manifest[key] in hashes.values():
+            files[name] = next(file for file, found in hashes.items() if found == manifest[key])
+        elif path in hashes:
+            raise DamagedFile(path, f"has sha256 {hashes[path]}, but its manifest says {manifest[key]}")
+        else:
+            raise MissingArtifact(path)
+    return files
+
+
+def verify_index(data_path: Path, manifest: Mapping[str, Any]) -> None:
+    """Put the files of an index in their place; raises as `files_of`. For who holds the lock."""
+    promote_new_index(data_path, manifest)
+    files_of(data_path, manifest)

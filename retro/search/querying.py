@@ -16,7 +16,7 @@ import numpy as np
 from faiss.contrib.big_batch_search import big_batch_search
 
 from retro.errors import InvalidOption
-from retro.search.factory import ivf_of
+from retro.search.factory import inside_of, parameters_for
 from retro.search.keys import Keys
 
 MANY_QUERIES_PER_LIST = 64  # from here on, decoding a list's keys pays
@@ -76,24 +76,12 @@ def _search_with_selector(
     """As `search_outside`, the same ranges `span` (r, 2) for all; slower for each query than a search without."""
     barred = [faiss.IDSelectorRange(first, end) for first, end in span.tolist()]
     selector = faiss.IDSelectorNot(reduce(faiss.IDSelectorOr, barred))
-    inner = inside_of(index)
-    if (ivf := ivf_of(index)) is not None:
-        parameters = faiss.SearchParametersIVF(sel=selector, nprobe=ivf.nprobe)
-    elif isinstance(inner, faiss.IndexHNSW):
-        parameters = faiss.SearchParametersHNSW(sel=selector)
-    else:
-        parameters = faiss.SearchParameters(sel=selector)
+    parameters = parameters_for(index, selector)
     try:
         return search_and_rerank(index, keys, queries, k, parameters)
     except RuntimeError as error:
         reason = f"cannot leave documents out of a search ({str(error)[-80:]}); an index with lists can, as IVF256,PQ64"
-        raise InvalidOption("index", type(inner).__name__, reason) from None
-
-
-def inside_of(index: faiss.Index) -> faiss.Index:
-    """The index below the map from its numbers to our offsets."""
-    outer = faiss.downcast_index(index)  # `index` stays, because it owns what this one points to
-    return faiss.downcast_index(outer.index) if isinstance(outer, faiss.IndexIDMap2) else outer
+        raise InvalidOption("index", type(inside_of(index)).__name__, reason) from None
 
 
 def holds_keys(index: faiss.Index) -> bool:

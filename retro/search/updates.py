@@ -231,7 +231,8 @@ def update_index(
         return manifest
     require_match(data_path / MANIFEST_FILE, manifest, {"corpus_sha256": corpus.sha256})
     keys = Keys(data_path, corpus, manifest["chunk_len"], manifest)
-    keys.compute(embedder_of(keys, manifest, device, bert))
+    bert = embedder_of(keys, manifest, device, bert)
+    keys.compute(bert)
     was_removed = set(map(int, manifest["removed"]))
     added = {i for part in corpus.parts[len(manifest["additions"]) + 1 :] for i in part}
     to_add, to_remove = (added | was_removed) - corpus.removed, corpus.removed - was_removed - added
@@ -250,7 +251,7 @@ def update_index(
         add_rows(index, keys.rows(numbers), keys.offsets[numbers])
     manifest |= documents_in_database(corpus) | {"n_chunks": index.ntotal}
     if len(keys.offsets) <= MEASURE_UP_TO:
-        manifest["recall"] = ExactNeighbors.of(keys, manifest["seed"]).recall(index, keys)
+        manifest["recall"] = ExactNeighbors.of(keys, bert, manifest["seed"]).recall(index, keys)
     manifest = write_database(index, data_path, manifest)
     shutil.rmtree(data_path / SHARDS_FOLDER, ignore_errors=True)
     return manifest
