@@ -43,12 +43,6 @@ def query_offsets(corpus: Corpus, chunk_len: int, seed: int) -> np.ndarray:
     return np.sort(starts[document] + drawn - (ends - counts)[document])
 
 
-def barred_ranges(corpus: Corpus, offsets: np.ndarray) -> np.ndarray:
-    """Ranges `(first, end)` of offsets that queries at `offsets` may not find: their documents; `[q, r, 2]`."""
-    documents = corpus.document_of(offsets)
-    return np.stack([corpus.starts[documents], corpus.starts[documents + 1]], axis=-1)[:, None]
-
-
 def barred_in_training(corpus: Corpus, offsets: np.ndarray, chunk_len: int) -> np.ndarray:
     """Ranges `(first, end)` of offsets that the chunks at `offsets` may not retrieve, of shape `[q, r, 2]`.
 
@@ -56,7 +50,7 @@ def barred_in_training(corpus: Corpus, offsets: np.ndarray, chunk_len: int) -> n
     not known here, so its own tokens, and the one after them, stand for it.
     """
     if corpus.n_train > 1:
-        return barred_ranges(corpus, offsets)
+        return corpus.barred_ranges(offsets)
     return np.stack([offsets - 2 * chunk_len + 1, offsets + chunk_len + 1], axis=-1)[:, None]
 
 
@@ -117,7 +111,7 @@ class ExactNeighbors:
         some = np.flatnonzero(n_true)
         for k in (1, 2, N_NEAREST) if len(some) else ():
             # As they will be asked for: of codes, more candidates are looked at where more are wanted.
-            found, _ = search_outside(index, keys, self.queries[some], k, self.barred[some, 0])
+            found, _ = search_outside(index, keys, self.queries[some], k, self.barred[some])
             wanted = np.minimum(k, n_true[some])
             # The two distances are computed in different ways: allow for float32 rounding.
             farthest = self.distances[some, wanted - 1] * (1 + 1e-4) + 1e-4
