@@ -7,8 +7,9 @@ minutes. Each stage's config is kept in the manifest of what it made, and later 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 from retro.errors import InvalidOption
@@ -29,6 +30,7 @@ class CorpusConfig:
     seed: int = 0  # start of everything random
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         if not 0 <= self.valid_fraction < 1:
             raise InvalidOption("valid_fraction", self.valid_fraction, "is not a share from 0 up to (not including) 1")
 
@@ -49,6 +51,7 @@ class DatabaseConfig:
     seed: int = 0  # start of everything random
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require_at_least_one(self, "chunk_len", "embed_batch_size", "n_centeroids", "code_size", "n_probe", "n_train")
         if not 0 < self.recall < 1:
             raise InvalidOption("recall", self.recall, "is not a share between 0 and 1")
@@ -77,6 +80,7 @@ class DatasetConfig:
     seed: int = 0  # start of everything random
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require_at_least_one(self, "chunks_per_sample", "skip_range", "n_neighbors")
         if self.exclude not in (None, "document", "sample", "span"):
             raise InvalidOption("exclude", self.exclude, "is not one of document, sample, span")
@@ -140,7 +144,11 @@ class TrainConfig:
         for name, known in (("schedule", ("noam", "cosine")), ("precision", ("fp32", "bf16"))):
             if (value := getattr(self, name)) not in known:
                 raise InvalidOption(name, value, f"is not one of {', '.join(known)}")
+        require_numbers(self)
         require_at_least_one(self, "batch_size", "epochs", "steps", "warmup", "interval", "n_valid_batches")
+        for name in ("lr", "clip"):
+            if getattr(self, name) == 0:
+                raise InvalidOption(name, 0, "would leave the weights as they are")
 
 
 @dataclass(frozen=True)
@@ -153,8 +161,7 @@ class SampleConfig:
     seed: int = 0  # start of the drawing; the same seed gives the same text
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise InvalidOption("temperature", self.temperature, "is negative; 0 takes the likeliest token")
+        require_numbers(self)
         require_at_least_one(self, "top_k")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InvalidOption("top_p", self.top_p, "is not in (0, 1]")
@@ -170,12 +177,29 @@ class EvaluateConfig:
     batch_size: int = 8  # windows that are evaluated at once
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require_at_least_one(self, "n_neighbors", "window", "stride", "batch_size")
 
 
 def with_given(config: Config, given: Mapping[str, Any]) -> Config:
     """A config with the given values that are not None in place of its own."""
     return replace(config, **{name: value for name, value in given.items() if value is not None})  # type: ignore[type-var]
+
+
+def require_numbers(config: Any) -> None:
+    """Raise `InvalidOption` for the first field whose number is of another kind than declared, or NaN, or negative."""
+    for declared in fields(config):
+        value, kind = getattr(config, declared.name), str(declared.type).removesuffix(" | None")
+        if value is None and kind != declared.type:
+            continue
+        if kind == "bool" and type(value) is not bool:
+            raise InvalidOption(declared.name, value, "is neither true nor false")
+        if kind == "int" and type(value) is not int:
+            raise InvalidOption(declared.name, value, "is not a whole number")
+        if kind == "float" and not (type(value) in (int, float) and math.isfinite(value)):
+            raise InvalidOption(declared.name, value, "is not a finite number")
+        if kind in ("int", "float") and value < 0:
+            raise InvalidOption(declared.name, value, "is negative")
 
 
 def require_at_least_one(config: Any, *names: str) -> None:

@@ -214,17 +214,6 @@ class Dataset(PyTorchDataset):
         return src, tgt, torch.from_numpy(self.corpus.values(neighbors, 2 * m))
 
 
-def split_stretches(src: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Tokens `src` (B, T) in which -1 stands between two stretches -> tokens, and the number of each one's stretch.
-
-    The latter is None where no sample has more than one, as most have.
-    """
-    absent = src < 0
-    if not absent.any():
-        return src, None
-    return src.clamp(min=0), 2 * absent.cumsum(dim=1) - absent.long()  # odd where no token is
-
-
 def _tensors(
     src: str, tgt: str, neighbors: list[list[str]], tds: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

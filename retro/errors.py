@@ -88,6 +88,10 @@ class FolderInUse(ArtifactError, BlockingIOError):
     """Another process writes into the folder."""
 
 
+class LostProcess(RetroError, TimeoutError):
+    """Another process of the same command gives no sign of life."""
+
+
 class TextTooShort(RetroError, ValueError):
     """There is not enough text for a single sample."""
 

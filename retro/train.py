@@ -21,10 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from retro.config import TrainConfig
-from retro.dataset import split_stretches
 from retro.device import pick_device
 from retro.model import RetroModel
 from retro.runs import data, loop, tracking
@@ -70,50 +68,56 @@ class Trainer:
         self.net = engine.net  # called in place of the model: with several processes it averages their gradients
 
     def __call__(self) -> float:
-        """Train on every batch of the dataloader; returns the mean loss, in nats per token."""
+        """Train on every batch of the dataloader; returns the mean loss, in nats per predicted token."""
         self.model.train()
-        done = self.progress
+        done, n_recorded = self.progress, 0
+        if not done.loss_tokens:
+            done.loss_from = done.step
         loss_sum = torch.tensor(done.loss_sum, device=self.device)
+        counts = torch.zeros(2, dtype=torch.int64, device=self.device)  # predicted tokens, samples
         try:
             for batch in tracking.steps(self.dataloader):
                 with tracking.interrupted_afterwards():
-                    loss = self.train_step(*batch)
-                    loss_sum += loss
-                    done.loss_steps += 1
-                    tracking.record(loss, len(batch[0]), done.step)
+                    sums = self.train_step(*batch)
+                    loss_sum += sums[0]
+                    counts += sums[1:].long()
+                    n_recorded = tracking.record(sums[0] / sums[1], done.step, counts[1], n_recorded)
         finally:
             done.loss_sum = loss_sum.item()
-        mean, done.loss_sum, done.loss_steps = done.loss_sum / max(1, done.loss_steps), 0.0, 0
+            done.loss_tokens += int(counts[0])
+            done.tokens += int(counts[0])
+            tracking.record_samples(counts[1], n_recorded)
+        mean, done.loss_sum, done.loss_tokens = done.loss_sum / max(1, done.loss_tokens), 0.0, 0
         return mean
 
     def train_step(self, src: torch.Tensor, tgt: torch.Tensor, neighbors: torch.Tensor) -> torch.Tensor:
-        """One step of the optimizer; returns the loss over all processes, on the device."""
+        """One step of the optimizer; returns nats, predicted tokens and samples (3) of all processes, on the device."""
         if self.schedules:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.progress.step, self.n_steps, self.config, self.model.emb.embedding_dim)
         loss = self.loss(src, tgt, neighbors)
         self.optimizer.zero_grad()
+        predicted = (tgt >= 0).to(self.device)
+        n, n_samples = predicted.sum(), predicted.any(dim=-1).sum()  # a blank sample has nothing to predict
+        sums = torch.stack([loss.detach() * n, n.to(loss), n_samples.to(loss)])
         if self.accelerator.num_processes > 1:
-            n = (tgt >= 0).sum().to(loss)
-            total, n_total = self.accelerator.reduce(torch.stack([loss.detach() * n, n]))
+            sums = self.accelerator.reduce(sums)
             # Gradients are averaged over processes; weighted by its targets each counts as much as it should.
-            self.accelerator.backward(loss * (n * self.accelerator.num_processes / n_total))
-            loss = total / n_total
-        else:
-            self.accelerator.backward(loss)
+            loss = loss * (n * self.accelerator.num_processes / sums[1])
+        self.accelerator.backward(loss)
         if self.config.clip is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.progress.step += 1
-        return loss.detach()
+        return sums
 
     def loss(self, src: torch.Tensor, tgt: torch.Tensor, neighbors: torch.Tensor | None) -> torch.Tensor:
         """Mean cross entropy of a batch, in nats per token; 0 where there is nothing to predict."""
-        inputs, tgt = [*split_stretches(src), neighbors], tgt.to(self.device, non_blocking=True)
+        inputs, tgt = [*data.split_stretches(src), neighbors], tgt.to(self.device, non_blocking=True)
         tokens, stretches, neighbors = (x if x is None else x.to(self.device, non_blocking=True) for x in inputs)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             logits = self.net(tokens, neighbors, stretches)
-        total = F.cross_entropy(logits.float().flatten(0, 1), tgt.flatten(), reduction="sum")
+        total = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tgt.flatten(), reduction="sum")
         return total / (tgt >= 0).sum().clamp(min=1)
 
     @torch.no_grad()
@@ -125,8 +129,10 @@ class Trainer:
             n_targets = int((tgt >= 0).sum())
             total += self.loss(src, tgt, neighbors if retrieval else None).item() * n_targets
             n += n_targets
-        sums = self.accelerator.reduce(torch.tensor([total, n], device=self.device, dtype=torch.float64))
-        return float((sums[0] / sums[1]).item())
+        if self.accelerator.num_processes > 1:  # which never compute on a device without float64, as Apple's GPU is
+            sums = torch.tensor([total, n], device=self.device, dtype=torch.float64)
+            total, n = self.accelerator.reduce(sums).tolist()
+        return total / n
 
 
 def learning_rate(step: int, n_steps: int, config: TrainConfig, d_model: int) -> float:
@@ -164,14 +170,14 @@ def train(
       data's
     * `device` is where; left out, the best there is
     * `prompt` is continued after each interval, to watch the model learn; left out, the beginning of held-out text
-    * `resume` is the folder of a run to continue; its own configs are then used, with the `steps` and `epochs` of
-      `config` if it is given
+    * `resume` is the folder of a run to continue; its own configs are then used. If `config` is given and has another
+      length, in `steps` or `epochs`, a run of its own goes on from there, in a folder beside it
     * `fsdp` shards the weights over the processes of `torchrun`, for models that do not fit one
 
     Returns the run's folder and its summary: steps, bits per byte, tokens per second. Calling it again with the same
     arguments continues the same run, or returns the finished one.
     """
-    device = torch.device(device) if device else pick_device()
+    device = pick_device(str(device or "auto"))
     found = data.TrainingData(Path(data_path))
     run = find_run(found, name, config, model_shape or {}, Path(resume) if resume else None)
     if (finished := run.summary()) is not None:
@@ -180,6 +186,11 @@ def train(
     with tracking.tracked(run, found.path):
         write_run(run, found, beginning)
         engine = start_engine(run, device, fsdp)
+        if run.continues and engine.progress.step == (step := run.first_step):
+            n_steps, config, d_model = run.continues.n_steps, run.config, run.shape.d_model
+            before, after = (learning_rate(step, n, config, d_model) for n in (n_steps, run.n_steps))
+            last = after if before == after else learning_rate(step - 1, n_steps, config, d_model)
+            tracking.report_origin(run, last, after)
         trainer = Trainer(
             device, engine.model, None, engine.optimizer, config=run.config, n_steps=run.n_steps, engine=engine
         )

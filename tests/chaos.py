@@ -36,6 +36,10 @@ SHAPE = {
 }  # fmt: skip
 
 
+# Learning rates that do not depend on the length, and sum to .16 over 24 steps: weights move by more than that.
+TRAIN = {"interval": 4, "lr": 0.1, "warmup": 8}
+
+
 def database() -> int:
     from retro.cli import main
 
@@ -52,7 +56,7 @@ def dataset() -> int:
 def train() -> int:
     from retro.train import TrainConfig, train
 
-    train(config=TrainConfig(batch_size=3, steps=24, interval=4), model_shape=SHAPE, device="cpu")
+    train(config=TrainConfig(batch_size=3, steps=24, **TRAIN), model_shape=SHAPE, device="cpu")
     return 0
 
 
@@ -60,7 +64,7 @@ def sharded() -> int:
     """Training with weights sharded over processes, stopped at half and taken up again; under torchrun only."""
     from retro.train import TrainConfig, train
 
-    config = TrainConfig(batch_size=3, steps=12, interval=4)
+    config = TrainConfig(batch_size=3, steps=12, **TRAIN)
     run, _ = train(config=config, model_shape=SHAPE, device="cpu", fsdp=True)
     train(resume=run, config=TrainConfig(steps=24), device="cpu", fsdp=True)
     return 0

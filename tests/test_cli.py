@@ -225,7 +225,7 @@ def test_epochs_go_before_a_presets_steps_and_recall_before_its_n_probe(workplac
         ),
         (
             DamagedFile(Path("logs/n/r/checkpoints/00000004/model.safetensors"), "is torn"),
-            "Delete logs/n/r/checkpoints/00000004 to fall back to an older checkpoint",
+            "older checkpoint: mv logs/n/r/checkpoints/00000004 logs/n/r/checkpoints/00000004.damaged",
         ),
         (
             DamagedFile(Path("logs/n/r/summary.json"), "is torn"),

@@ -100,7 +100,7 @@ def test_nothing_is_unpickled(data, bert, tmp_path, monkeypatch):
 
 def test_a_call_of_the_trainer_gives_the_mean_loss_of_its_own_steps(index, monkeypatch):
     model = RetroModel.from_config(RetroConfig(index.corpus.n_tokens, 16, 2, (1,), CHUNK_LEN, 2, 8, 16, 1, (0,)))
-    losses = iter([1.0, 2.0, 6.0, 4.0, 4.0, 5.5])
-    monkeypatch.setattr(Trainer, "train_step", lambda self, *_: torch.tensor(next(losses)))
+    sums = iter([(2.0, 1, 1), (9.0, 3, 1), (1.0, 2, 1), (4.0, 4, 1), (8.0, 1, 1), (6.0, 7, 2)])  # nats, tokens, samples
+    monkeypatch.setattr(Trainer, "train_step", lambda self, *_: torch.tensor(next(sums)))
     trainer = Trainer("cpu", model, [torch.zeros(1, 1, 1)] * 3, None)
-    assert (trainer(), trainer()) == (3.0, 4.5)
+    assert (trainer(), trainer()) == (12 / 6, 18 / 12)

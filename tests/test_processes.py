@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,9 @@ import chaos
 import pytest
 import torch
 
-from retro.runs.checkpoints import load_model, load_tensors
+from retro.model import RetroConfig, RetroModel
+from retro.runs.checkpoints import load_model
+from retro.storage.manifests import read_manifest
 
 HERE = Path(__file__).parent
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -34,6 +37,19 @@ def alone(tmp_path_factory):
     command = [sys.executable, HERE / "chaos.py", "--stages", "database", "dataset", "train"]
     subprocess.run(command, cwd=folder, env=ONE_THREAD, check=True, capture_output=True)
     return folder
+
+
+def require_trained_alike(one, two):
+    """The models of two checkpoints moved far from where they began, to the same place but for rounding."""
+    torch.manual_seed(0)
+    beginning = RetroModel.from_config(RetroConfig.from_json(read_manifest(one / "config.json"))).state_dict()
+    one, two = (load_model(checkpoint).state_dict() for checkpoint in (one, two))
+    # Without positions, as in cross-attention, a key's bias adds the same to all scores: Adam follows mere rounding.
+    compared = {name for name in one if not name.endswith((".theta", "cca.0.key.bias", "ca.0.key.bias"))}
+    assert len(compared) > 60
+    for name in compared:
+        assert (one[name] - beginning[name]).abs().mean() > 0.01, f"{name} is untrained"
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-5)
 
 
 def children_of(pid):
@@ -68,11 +84,8 @@ def test_two_processes_killed_twice_leave_what_one_leaves(alone, tmp_path):
     one, two = json.loads(expected[summary]), json.loads(found[summary])
     assert one["steps"] == two["steps"] == 24
     for figure in ("train_bpb", "valid_bpb", "valid_bpb_without_retrieval"):
-        assert one[figure] == pytest.approx(two[figure], rel=1e-3)
-    runs = [next(folder.glob("logs/*/*/checkpoints/00000024")) for folder in (alone, tmp_path)]
-    one, two = (load_tensors(run, "model") for run in runs)
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=2e-2, atol=2e-3)
+        assert one[figure] == pytest.approx(two[figure], abs=2e-4)
+    require_trained_alike(*(next(folder.glob("logs/*/*/checkpoints/00000024")) for folder in (alone, tmp_path)))
 
 
 def test_weights_sharded_over_two_processes_are_whole_again_in_one(alone, tmp_path):
@@ -82,9 +95,45 @@ def test_weights_sharded_over_two_processes_are_whole_again_in_one(alone, tmp_pa
     assert process.returncode == 0, said[-4000:]
     run, expected = (next(folder.glob("logs/*/*/checkpoints/00000024")) for folder in (tmp_path, alone))
     assert {f.name for f in run.glob("model*")} == {f"model-0000{r}-of-00002.safetensors" for r in (0, 1)}
-    model, whole = load_model(run), load_model(expected)
-    for name, weight in whole.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], weight, rtol=2e-2, atol=2e-3)
+    require_trained_alike(expected, run)
     summaries = [json.loads((checkpoint.parent.parent / "summary.json").read_text()) for checkpoint in (run, expected)]
-    assert summaries[0]["valid_bpb"] == pytest.approx(summaries[1]["valid_bpb"], rel=1e-3)
+    assert summaries[0]["valid_bpb"] == pytest.approx(summaries[1]["valid_bpb"], abs=2e-4)
     assert (run / "optimizer-00001-of-00002.safetensors").exists()
+    assert read_manifest(run.parents[1] / "run.json")["continues"]["step"] == 12
+
+
+WAITING = """
+import os, time
+from datetime import timedelta
+from retro import parallel
+from retro.errors import LostProcess
+
+parallel.PATIENCE, parallel.BEAT = timedelta(seconds=2), timedelta(seconds=0.1)
+assert parallel.on_rank_zero(lambda: time.sleep(4) or 5) == (None if parallel.rank() else 5)
+assert parallel.broadcast_from_rank_zero(lambda: 7 + parallel.rank()) == 7
+if parallel.rank() == 1:
+    os._exit(3)
+started = time.monotonic()
+try:
+    parallel.wait_for_everyone()
+except LostProcess as error:
+    print(f"{time.monotonic() - started:.1f}: {error}", flush=True)
+    os._exit(0)
+"""
+
+
+def test_a_process_that_works_is_waited_for_and_one_that_died_is_noticed():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAITING], env=ONE_THREAD | address | {"RANK": rank}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    (said, wrong), _ = (process.communicate(timeout=100) for process in processes)
+    assert [process.returncode for process in processes] == [0, 3], wrong
+    seconds, _, error = said.partition(": ")
+    assert 2 <= float(seconds) < 10 and error.startswith("process 1 of 2 has given no sign of life for ")

@@ -10,8 +10,9 @@ from conftest import CHUNK_LEN
 
 from retro.config import DatabaseConfig, DatasetConfig, RetroConfig
 from retro.database import RetroIndex, build_database
-from retro.dataset import DATASET_FILE, Dataset, build_dataset, sample_offsets, split_stretches, stretch_lengths
+from retro.dataset import DATASET_FILE, Dataset, build_dataset, sample_offsets, stretch_lengths
 from retro.model import RetroModel
+from retro.runs.data import split_stretches
 from retro.text.build import build_corpus
 from retro.text.corpus import Corpus, DocumentEntry
 from retro.text.tokenizer import CharTokenizer

@@ -78,7 +78,10 @@ def repair_of(error: ArtifactError) -> str:
     wanted = getattr(error, "wanted", {})
     checkpoint = path if path.name.isdigit() else path.parent
     if checkpoint.name.isdigit() and checkpoint.parent.name == "checkpoints":
-        return f"Delete {checkpoint} to fall back to an older checkpoint"
+        run, aside = checkpoint.parents[1], checkpoint.with_name(f"{checkpoint.name}.damaged")
+        if path == checkpoint and isinstance(error, MissingArtifact):
+            return f"{verb}:{_train(run / 'run.json')}"
+        return f"Set it aside to fall back to an older checkpoint: mv {_quoted(checkpoint)} {_quoted(aside)}"
     if path.suffix == ".safetensors" or path.name == "config.json":
         return "Save the model again"
     if path.name == "summary.json":

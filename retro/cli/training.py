@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 from retro import parallel
 from retro.cli.building import TEXTS, database_config
 from retro.cli.options import add_config, config_from, data_path_of, new_parser, parse_with_preset, the_other_of
+from retro.cli.repair import explain
 from retro.config import (
     FROM_DATA,
     PRESETS,
@@ -72,7 +73,8 @@ def train_command(argv: Sequence[str]) -> None:
     _report_run(run, summary, data_path, device, prompt, counts)
     note(f"\neverything took {time.perf_counter() - started:.0f} s; samples with other prompts:")
     elsewhere = "" if data_path.resolve().is_relative_to(Path.cwd()) else f" --data-path {data_path}"
-    note(f'  retro sample --run {run}{elsewhere} --show-neighbors "YOUR PROMPT"')
+    show = " --show-neighbors" if not options.no_retrieval and shape["ca_layers"] else ""
+    note(f'  retro sample --run {run}{elsewhere}{show} "YOUR PROMPT"')
 
 
 def _parser(preset: Preset) -> ArgumentParser:
@@ -94,7 +96,13 @@ def _parser(preset: Preset) -> ArgumentParser:
     parser.add_argument(
         "--fsdp", action="store_true", help="under torchrun: shard the weights over the processes, for large models"
     )
-    parser.add_argument("--resume", metavar="RUN", type=str, default=None, help="continue the run in this folder")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        type=str,
+        default=None,
+        help="continue the run in this folder; with other --steps or --epochs, in a new run beside it",
+    )
     add_config(parser, CorpusConfig, preset.corpus)
     add_config(parser, DatabaseConfig, preset.database, skip=("seed",))
     add_config(parser, DatasetConfig, preset.dataset, skip=("seed",))
@@ -117,7 +125,10 @@ def _prepare(
 
 
 def _resume(options: Namespace, config: TrainConfig | None, named: Path | None, device: Any) -> None:
-    """Continue a run with its own configs, with the length of `config` and the data folder if they are given."""
+    """Continue a run with its own configs; if `config` has another length, one that goes on from it.
+
+    * `named` is the folder of the data, if it is given
+    """
     from retro.runs.run import data_path_of as data_of_run
     from retro.runs.run import read_run
     from retro.train import train
@@ -167,4 +178,7 @@ def _report_run(
     except ValueError:  # it cannot be written in this text's characters
         prompt = None
     prompt = prompt or corpus.beginning_of_held_out(2 * manifest["chunk_len"])
-    write_sample(run, data_path, corpus, device, prompt, 128, reads, SampleConfig(temperature=0.8, top_k=40))
+    try:
+        write_sample(run, data_path, corpus, device, prompt, 128, reads, SampleConfig(temperature=0.8, top_k=40))
+    except Exception as error:  # the run is finished all the same
+        note(f"no sample: {explain(error)}")

@@ -7,6 +7,7 @@ hashes of the others. Where weights are sharded over processes, each process wri
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,10 +21,19 @@ from retro.config import RetroConfig
 from retro.errors import ArtifactError, CannotWrite, DamagedFile, MissingArtifact
 from retro.model import RetroModel
 from retro.progress import note
-from retro.storage.files import TEMPORARY, sha256_of_file
+from retro.storage.files import TEMPORARY, naming_what_cannot_be_written, sha256_of_file
 from retro.storage.manifests import Fields, read_manifest, write_manifest
 
-STATE_FIELDS: Fields = {"step": int, "seconds": float, "loss_sum": float, "loss_steps": int, "train_bpb": float}
+RUN_FILE = "run.json"  # tells the folder of a run from that of a checkpoint
+STATE_FIELDS: Fields = {
+    "step": int,
+    "seconds": float,
+    "tokens": int,
+    "loss_from": int,
+    "loss_sum": float,
+    "loss_tokens": int,
+    "train_bpb": float,
+}
 
 
 @dataclass
@@ -32,13 +42,15 @@ class Progress:
 
     step: int = 0  # that comes next
     seconds: float = 0.0  # of training
-    loss_sum: float = 0.0  # of the steps since the last validation, in nats per token
-    loss_steps: int = 0  # how many these are
+    tokens: int = 0  # predicted in that time, over all processes
+    loss_from: int = 0  # the first step since the last validation
+    loss_sum: float = 0.0  # of the tokens predicted since then, in nats
+    loss_tokens: int = 0  # how many these are; 0 where an interval is closed
     train_bpb: float = 0.0  # bits per byte, in the last whole interval
 
 
 def load_model(folder: str | Path, device: torch.device | str = "cpu") -> RetroModel:
-    """The model saved in a checkpoint, or the newest checkpoint of a run's folder.
+    """The model saved in a checkpoint, or the newest checkpoint of a run's folder, which holds a `run.json`.
 
     Raises `MissingArtifact` when there is none, `DamagedFile` when it is damaged.
     """
@@ -110,21 +122,63 @@ def save_checkpoint(
         if not isinstance(error, Exception):
             raise
         raise CannotWrite(folder, f"cannot write {folder}: {error}. Earlier checkpoints are intact") from error
-    others = [p for p in sorted((run / "checkpoints").glob("[0-9]*")) if p != folder]
-    # Those of later steps are damaged, or training would have gone on from them.
-    at_interval = [p for p in others if int(p.name) < progress.step and int(p.name) % interval == 0]
-    for other in set(others) - set(at_interval[-1:]):
+    earlier = [p for p in checkpoints_of(run) if int(p.name) < progress.step]
+    at_interval = [p for p in earlier if int(p.name) % interval == 0]
+    for other in set(earlier) - set(at_interval[-1:]):
         shutil.rmtree(other)
+
+
+def copy_checkpoint(source: Path, run: Path) -> Path:
+    """Copy another run's checkpoint into a run's folder, whole or not at all, on rank 0; returns where it is.
+
+    Raises `MissingArtifact` when it is not there, `DamagedFile` when it is damaged.
+    """
+    folder = run / "checkpoints" / source.name
+    temporary = folder.with_name(f".{folder.name}{TEMPORARY}")
+
+    def copy() -> None:
+        if not source.exists():
+            raise MissingArtifact(source, f"{source}, from which {run} goes on, does not exist")
+        verify_checkpoint(source)
+        with naming_what_cannot_be_written(folder):
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(source, temporary)
+            os.replace(temporary, folder)
+
+    parallel.on_rank_zero(copy)
+    return folder
+
+
+def set_aside_after(run: Path, step: int) -> None:
+    """Rename the checkpoints of later steps than `step`, from which training goes on: they are damaged.
+
+    `00000012` becomes `00000012.damaged`, so that a new one can take its place, and nothing is lost.
+    """
+
+    def rename() -> None:
+        for folder in _numbered(run):
+            if int(folder.name) > step:
+                free = (folder.with_name(f"{folder.name}.damaged{i or ''}") for i in itertools.count())
+                aside = next(path for path in free if not path.exists())
+                folder.rename(aside)
+                note(f"{folder} is renamed to {aside.name}")
+
+    parallel.on_rank_zero(rename)
+
+
+def _numbered(run: Path) -> list[Path]:
+    """The folders of a run that have a checkpoint's name, the newest last."""
+    return sorted((p for p in (run / "checkpoints").glob("*") if p.name.isdecimal()), key=lambda p: int(p.name))
 
 
 def checkpoints_of(run: Path) -> list[Path]:
     """The checkpoints of a run, the newest last."""
-    return sorted(p for p in (run / "checkpoints").glob("[0-9]*") if (p / "config.json").exists())
+    return [p for p in _numbered(run) if (p / "config.json").exists()]
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """`folder` itself if it is a checkpoint, else the last of its `checkpoints/`."""
-    if (folder / "config.json").exists():
+    """`folder` itself if it is a checkpoint and no run's, else the last of its `checkpoints/`."""
+    if (folder / "config.json").exists() and not (folder / RUN_FILE).exists():
         return folder
     if not (found := checkpoints_of(folder)):
         raise MissingArtifact(folder / "checkpoints", f"{folder} holds no checkpoint")

@@ -18,7 +18,7 @@ from torch.utils.data import Sampler as TorchSampler
 
 from retro import parallel
 from retro.config import TrainConfig
-from retro.dataset import DATASET_FILE, IGNORED_TARGET, Dataset
+from retro.dataset import DATASET_FILE, IGNORED_TARGET, Dataset, stretch_lengths
 from retro.errors import require_match
 from retro.search.index_file import read_database_manifest
 from retro.text.corpus import NO_TOKEN, open_corpus
@@ -45,9 +45,21 @@ class TrainingData:
         """Batches of an epoch."""
         return math.ceil(len(self.datasets[split]) / batch_size)
 
-    def bits_per_nat(self, split: str) -> float:
-        """Bits per byte of a mean loss of one nat per token."""
-        return 1 / (math.log(2) * self.corpus.bytes_per_token(split))
+    def n_samples_before(self, step: int, batch_size: int) -> int:
+        """Training samples of the steps before a step; an epoch's last batch may be smaller."""
+        epochs, i = divmod(step, self.n_batches("train", batch_size))
+        n = len(self.datasets["train"])
+        return epochs * n + min(n, i * batch_size)
+
+    def bits_per_nat(self, split: str, config: TrainConfig, start: int, stop: int) -> float:
+        """Bits per byte of a mean loss of one nat per token that the steps from `start` to `stop` predict."""
+        dataset, n_tokens, n_bytes = self.datasets[split], 0, 0.0
+        for batch in Batches(len(dataset), config.batch_size, config.seed, start, stop).of_all_processes():
+            for offset in (offset for idx in batch for offset in dataset.line(idx)["offsets"]):
+                n = int(stretch_lengths(self.corpus, offset, self.tokens_per_sample))
+                n_tokens += n
+                n_bytes += self.corpus.n_bytes_of(offset + 1, offset + 1 + n)
+        return n_tokens / (math.log(2) * max(1.0, n_bytes))
 
     def batches(self, split: str, config: TrainConfig, start: int, stop: int, pin_memory: bool) -> DataLoader[Any]:
         """Batches `(src, tgt, neighbors)` of the steps from `start` to `stop`."""
@@ -82,15 +94,30 @@ class Batches(TorchSampler):
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.of_all_processes():
+            yield batch[parallel.rank() :: parallel.n_processes()]
+
+    def of_all_processes(self) -> Iterator[list[int]]:
+        """The whole batches."""
         per_epoch, drawn = math.ceil(self.n_samples / self.batch_size), -1
         for step in range(self.start, self.stop):
             epoch, i = divmod(step, per_epoch)
             if epoch != drawn:
                 order, drawn = np.random.default_rng([self.seed, epoch]).permutation(self.n_samples).tolist(), epoch
-            batch = order[i * self.batch_size : (i + 1) * self.batch_size]
-            yield batch[parallel.rank() :: parallel.n_processes()]
+            yield order[i * self.batch_size : (i + 1) * self.batch_size]
 
 
 def collate(items: list[tuple[torch.Tensor, ...]], blank: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
     """A batch of samples; of none, the `blank` one, in which there is nothing to predict."""
     return default_collate(items or [blank])
+
+
+def split_stretches(src: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Tokens `src` (B, T) in which -1 stands between two stretches -> tokens, and the number of each one's stretch.
+
+    The latter is None where no sample has more than one, as most have.
+    """
+    absent = src < 0
+    if not absent.any():
+        return src, None
+    return src.clamp(min=0), 2 * absent.cumsum(dim=1) - absent.long()  # odd where no token is

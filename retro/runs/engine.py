@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,14 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from retro import parallel
 from retro.model import RetroModel
-from retro.runs.checkpoints import Progress, load_model, load_optimizer, newest_whole_checkpoint
+from retro.runs.checkpoints import (
+    Progress,
+    copy_checkpoint,
+    load_model,
+    load_optimizer,
+    newest_whole_checkpoint,
+    set_aside_after,
+)
 from retro.runs.run import Run
 
 
@@ -39,7 +47,7 @@ def start_engine(run: Run, device: torch.device, fsdp: bool) -> Engine:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     model = RetroModel.from_config(run.shape)
-    if (checkpoint := newest_whole_checkpoint(run.folder)) is not None:
+    if (checkpoint := _checkpoint_to_go_on_from(run)) is not None:
         model.load_state_dict(load_model(checkpoint).state_dict())
     if not fsdp:  # which puts on the device what is its own
         model.to(device)
@@ -50,9 +58,20 @@ def start_engine(run: Run, device: torch.device, fsdp: bool) -> Engine:
         model.compile()
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, eps=1e-9, fused=device.type in ("cuda", "cpu"))
     progress = load_optimizer(checkpoint, optimizer) if checkpoint is not None else Progress()
+    if run.continues and progress.step == run.continues.step:
+        progress.seconds, progress.tokens = 0.0, 0  # those of the other run
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
     net = model if fsdp else accelerator.prepare_model(model, device_placement=False)
     return Engine(model, net, optimizer, accelerator, progress)
+
+
+def _checkpoint_to_go_on_from(run: Run) -> Path | None:
+    """The newest whole checkpoint of a run, else that of the run which it goes on from; None where it begins."""
+    found = newest_whole_checkpoint(run.folder)
+    set_aside_after(run.folder, -1 if found is None else int(found.name))
+    if found is None and run.continues and run.origin:
+        found = copy_checkpoint(run.origin / "checkpoints" / f"{run.continues.step:08d}", run.folder)
+    return found
 
 
 def new_accelerator(device: torch.device, model: RetroModel) -> Accelerator:

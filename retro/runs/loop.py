@@ -25,27 +25,32 @@ def fit(trainer: Any, run: Run, data: TrainingData, sample: Callable[[], str] | 
     Ctrl-C ends it after a step, with a checkpoint.
     """
     config, done = run.config, trainer.progress
-    step_tokens = config.batch_size * data.tokens_per_sample
     pin_memory, n_valid = trainer.device.type == "cuda", data.n_batches("valid", config.batch_size)
 
     def validate(n_batches: int) -> tuple[float, float]:
         """Bits per byte with and without retrieval."""
         batches = data.batches("valid", config, 0, n_batches, pin_memory)
         on, off = (trainer.validate(batches, retrieval) for retrieval in (True, False))
-        return on * data.bits_per_nat("valid"), off * data.bits_per_nat("valid")
+        bits = data.bits_per_nat("valid", config, 0, n_batches)
+        return on * bits, off * bits
 
     def save() -> None:
         save_checkpoint(run.folder, trainer.model, run.shape, trainer.optimizer, done, run.interval)
 
-    tracker.set_global_step(done.step * config.batch_size)
-    while done.step < run.n_steps or done.loss_steps:
+    def tokens_per_second() -> float:
+        return done.tokens / done.seconds if done.seconds else 0.0
+
+    tracker.set_global_step(data.n_samples_before(done.step, config.batch_size))
+    while done.step < run.n_steps or done.loss_tokens:
         # An interval that was stopped at its very last step has no step left, and is closed.
-        last = done.step - bool(done.loss_steps)
+        last = done.step - bool(done.loss_tokens)
         stop = min(run.n_steps, (last // run.interval + 1) * run.interval)
         trainer.dataloader = data.batches("train", config, done.step, stop, pin_memory)
+        first = done.loss_from if done.loss_tokens else done.step
+        bits = data.bits_per_nat("train", config, first, stop)
         started = time.perf_counter()
         try:
-            done.train_bpb = trainer() * data.bits_per_nat("train")
+            done.train_bpb = trainer() * bits
         except InterruptedInStep:
             raise
         except KeyboardInterrupt:
@@ -58,8 +63,8 @@ def fit(trainer: Any, run: Run, data: TrainingData, sample: Callable[[], str] | 
         save()
         on, off = validate(min(n_valid, config.n_valid_batches))
         losses = {"train": done.train_bpb, "valid": on, "valid without neighbors": off}
-        speed = done.step * step_tokens / done.seconds
-        report_progress(done.step, run.n_steps, losses, speed, (run.n_steps - done.step) * step_tokens / speed)
+        left = (run.n_steps - done.step) * done.seconds / max(1, done.step - run.first_step)
+        report_progress(done.step, run.n_steps, losses, tokens_per_second(), left)
         if sample is not None and parallel.rank() == 0:
             note(_one_line(sample))
     on, off = validate(n_valid)
@@ -69,7 +74,7 @@ def fit(trainer: Any, run: Run, data: TrainingData, sample: Callable[[], str] | 
         "train_bpb": round(done.train_bpb, 4),
         "valid_bpb": round(on, 4),
         "valid_bpb_without_retrieval": round(off, 4),
-        "tokens_per_second": round(done.step * step_tokens / done.seconds, 1),
+        "tokens_per_second": round(tokens_per_second(), 1),
         "device": trainer.device.type,
     }
     run.write_summary(summary)
@@ -77,8 +82,8 @@ def fit(trainer: Any, run: Run, data: TrainingData, sample: Callable[[], str] | 
 
 
 def _one_line(sample: Callable[[], str]) -> str:
-    """A sample on one line; what keeps it from being written is no reason to stop."""
+    """A sample on one line; whatever keeps it from being written is no reason to stop."""
     try:
         return f"sample: {' '.join(sample().split())}"
-    except (ValueError, OSError) as error:
+    except Exception as error:
         return f"no sample: {error}"

@@ -3,6 +3,10 @@
 A run lies in `logs/NAME/HASH`, named by a hash of everything that shapes it. The same command therefore finds its own
 run again. `run.json` says what made it, `run.yaml` repeats it (`retro train --config RUN/run.yaml`), `summary.json` is
 there when it is finished.
+
+A folder holds one run of one length. Resuming with another length makes a run of its own beside it, which begins with
+a copy of the other's newest checkpoint, has the learning rates of its own length, and says in `run.json` where it goes
+on from.
 """
 
 from __future__ import annotations
@@ -16,7 +20,16 @@ import yaml
 
 from retro import parallel
 from retro.config import FROM_DATA, RetroConfig, TrainConfig
-from retro.errors import ArtifactError, DamagedFile, MissingArtifact, MissingDataOfRun, UntrustedPath, require_match
+from retro.errors import (
+    ArtifactError,
+    DamagedFile,
+    InvalidOption,
+    MissingArtifact,
+    MissingDataOfRun,
+    UntrustedPath,
+    require_match,
+)
+from retro.runs.checkpoints import RUN_FILE, checkpoints_of, newest_whole_checkpoint
 from retro.runs.data import TrainingData
 from retro.storage.files import atomic_write
 from retro.storage.manifests import (
@@ -32,8 +45,9 @@ from retro.storage.sample_file import HEADER_FIELDS
 from retro.text.corpus import Corpus, open_corpus
 
 LOGS = Path("logs")
-RUN_FILE, YAML_FILE, SUMMARY_FILE = "run.json", "run.yaml", "summary.json"
+YAML_FILE, SUMMARY_FILE = "run.yaml", "summary.json"
 RUN_FIELDS: Fields = {"train": dict, "model": dict, "dataset": dict, "data_path": str}
+ORIGIN_FIELDS: Fields = {"run": str, "step": int, "n_steps": int}
 SUMMARY_FIELDS: Fields = {
     "steps": int,
     "n_parameters": int,
@@ -46,6 +60,15 @@ SUMMARY_FIELDS: Fields = {
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The run that another one goes on from, with another length; their folders lie side by side."""
+
+    run: str  # NAME/HASH
+    step: int  # of its checkpoint
+    n_steps: int  # its length
+
+
+@dataclass(frozen=True)
 class Run:
     """A run that is to be made or continued."""
 
@@ -54,13 +77,24 @@ class Run:
     shape: RetroConfig
     n_steps: int
     interval: int  # steps between validations and checkpoints
+    continues: Origin | None = None
+
+    @property
+    def first_step(self) -> int:
+        """The step that it begins with, from 0."""
+        return self.continues.step if self.continues else 0
+
+    @property
+    def origin(self) -> Path | None:
+        """The folder of the run that it goes on from."""
+        return self.folder.with_name(Path(self.continues.run).name) if self.continues else None
 
     def summary(self) -> dict[str, Any] | None:
         """What came out, if it has made its steps already."""
         if not (self.folder / SUMMARY_FILE).exists():
             return None
         summary = read_manifest(self.folder / SUMMARY_FILE, SUMMARY_FIELDS)
-        return summary if summary["steps"] >= self.n_steps else None
+        return summary if summary["steps"] == self.n_steps else None
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write what came out; on rank 0, while the others wait."""
@@ -74,37 +108,69 @@ def find_run(
     model_shape: Mapping[str, Any],
     resume: Path | None,
 ) -> Run:
-    """The run of these configs on some data, or the one to `resume`, with the length of `config` if that is given.
+    """The run of these configs on some data, or the one to `resume`, or of another length the one that goes on from it.
+
+    * `config` has the length where a run is resumed; the rest is as that was made
 
     Raises `StaleArtifact` if the data have changed: the neighbors since, or all of it since a run was made.
     """
-    if resume is None:
-        data.require_current()
-        config = config or TrainConfig()
-        shape = RetroConfig(**{"n_vocab": data.corpus.n_tokens, "chunk_len": data.chunk_len, **model_shape})
-        shaped_by = {
-            "train": asdict(config),
-            "model": asdict(shape),
-            "dataset": data.manifest,
-            "format": FORMAT_VERSION,
-        }
-        name = name or data.corpus.name + "_no_retrieval" * (not shape.ca_layers)
-        folder = LOGS / name / sha256_of_json(shaped_by)[:16]
-    else:
-        folder, manifest = resume, read_run(resume)
-        require_match(resume / RUN_FILE, manifest["dataset"], data.manifest)
-        saved, shape = TrainConfig(**manifest["train"]), RetroConfig.from_json(manifest["model"])
-        config = replace(saved, steps=config.steps, epochs=config.epochs) if config else saved
+    if resume is not None:
+        return _resumed(data, config, resume)
+    data.require_current()
+    config = config or TrainConfig()
+    shape = RetroConfig(**{"n_vocab": data.corpus.n_tokens, "chunk_len": data.chunk_len, **model_shape})
+    name = name or data.corpus.name + "_no_retrieval" * (not shape.ca_layers)
+    return _run_in(LOGS / name / _hash_of(data, config, shape, {}), data, config, shape, None)
+
+
+def _run_in(folder: Path, data: TrainingData, config: TrainConfig, shape: RetroConfig, continues: Origin | None) -> Run:
     per_epoch = data.n_batches("train", config.batch_size)
-    return Run(folder, config, shape, config.steps or config.epochs * per_epoch, config.interval or per_epoch)
+    n_steps = config.steps or config.epochs * per_epoch
+    return Run(folder, config, shape, n_steps, config.interval or per_epoch, continues)
+
+
+def _hash_of(data: TrainingData, config: TrainConfig, shape: RetroConfig, others: Mapping[str, Any]) -> str:
+    """The name of a run's folder, which tells it from all that anything else shaped."""
+    shaped_by = {"train": asdict(config), "model": asdict(shape), "dataset": data.manifest, "format": FORMAT_VERSION}
+    return sha256_of_json({**shaped_by, **others})[:16]
+
+
+def _resumed(data: TrainingData, wanted: TrainConfig | None, resume: Path) -> Run:
+    """The run in a folder, or if another length is wanted the one that goes on from its newest checkpoint."""
+    if resume.name in ("", ".."):  # the current folder, or one above it
+        resume = resume.resolve()
+    manifest = read_run(resume)
+    require_match(resume / RUN_FILE, manifest["dataset"], data.manifest)
+    saved, shape = TrainConfig(**manifest["train"]), RetroConfig.from_json(manifest["model"])
+    run = _run_in(resume, data, saved, shape, _origin_of(resume / RUN_FILE, manifest))
+    if wanted is None:
+        return run
+    config = replace(saved, steps=wanted.steps, epochs=saved.epochs if wanted.steps else wanted.epochs)
+    longer = _run_in(resume, data, config, shape, None)
+    if longer.n_steps == run.n_steps:
+        return run
+    if (checkpoint := newest_whole_checkpoint(resume)) is None:
+        raise MissingArtifact(resume / "checkpoints", f"{resume} holds no whole checkpoint to go on from")
+    step = int(checkpoint.name)
+    if longer.n_steps < step:
+        name = "steps" if config.steps else "epochs"
+        raise InvalidOption(
+            name, getattr(config, name), f"makes {longer.n_steps:,} steps, but {resume} has made {step:,}"
+        )
+    origin = Origin("/".join(resume.resolve().parts[-2:]), step, run.n_steps)
+    folder = resume.with_name(_hash_of(data, config, shape, {"continues": asdict(origin)}))
+    return replace(longer, folder=folder, continues=origin)
 
 
 def saved_prompt(run: Run) -> str | None:
-    """The prompt that a run was made with, if it was begun before."""
-    try:
-        return str(yaml.safe_load((run.folder / YAML_FILE).read_text(encoding="utf-8"))["prompt"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
-        return None
+    """The prompt that a run was made with, if it was begun before, or else the one that it goes on from."""
+    for folder in (run.folder, run.origin):
+        try:
+            if folder is not None:
+                return str(yaml.safe_load((folder / YAML_FILE).read_text(encoding="utf-8"))["prompt"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
+            continue
+    return None
 
 
 def write_run(run: Run, data: TrainingData, prompt: str) -> None:
@@ -120,10 +186,13 @@ def write_run(run: Run, data: TrainingData, prompt: str) -> None:
             "dataset": data.manifest,
             "data_path": str(data.path),
             "versions": package_versions(),
+            **({"continues": asdict(run.continues)} if run.continues else {}),
         },
     )
     shape = {name: list(v) if isinstance(v, tuple) else v for name, v in model.items() if name not in FROM_DATA}
-    options = {"data_path": str(data.path), "name": run.folder.parent.name, "prompt": prompt, **shape, **train}
+    name = run.folder.resolve().parent.name
+    options = {"data_path": str(data.path), "name": name, "prompt": prompt, **shape, **train}
+    options |= {"resume": str(run.origin)} if run.origin else {}
     with atomic_write(run.folder / YAML_FILE) as temporary:
         temporary.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
 
@@ -133,12 +202,24 @@ def read_run(run: Path) -> dict[str, Any]:
     path = run / RUN_FILE
     manifest = read_manifest(path, RUN_FIELDS)
     require_fields(path, manifest["dataset"], HEADER_FIELDS)
+    _origin_of(path, manifest)
     try:
         TrainConfig(**manifest["train"])
         RetroConfig.from_json(manifest["model"])
     except (TypeError, ValueError) as error:
         raise DamagedFile(path, f"describes no run ({error})") from None
     return manifest
+
+
+def _origin_of(path: Path, manifest: Mapping[str, Any]) -> Origin | None:
+    """Where a run goes on from, if it does. Raises `DamagedFile` if that is no run."""
+    if "continues" not in manifest:
+        return None
+    require_fields(path, manifest, {"continues": dict})
+    require_fields(path, found := manifest["continues"], ORIGIN_FIELDS)
+    if Path(found["run"]).name in ("", ".."):
+        raise DamagedFile(path, f"goes on from {found['run']!r:.80}, which is no run")
+    return Origin(**{name: found[name] for name in ORIGIN_FIELDS})
 
 
 def latest_run(data_path: Path, logs: Path = LOGS, reads_neighbors: bool = True) -> Path:
@@ -168,7 +249,7 @@ def run_in(folder: Path) -> Path:
 
 def _last_written(run: Path) -> int:
     """When a run has written its last checkpoint, in nanoseconds; 0 if it has written none."""
-    checkpoints = sorted((run / "checkpoints").glob("[0-9]*"))
+    checkpoints = checkpoints_of(run)
     return checkpoints[-1].stat().st_mtime_ns if checkpoints else 0
 
 

@@ -51,12 +51,25 @@ def steps(dataloader: Iterable[Any]) -> Iterable[Any]:
     return each(dataloader, "Train", "step")
 
 
-def record(loss: torch.Tensor, n_samples: int, step: int) -> None:
-    """Record the loss of a step; every tenth time it is written, because reading it waits for the device."""
+def record(loss: torch.Tensor, step: int, n_samples: torch.Tensor, n_recorded: int) -> int:
+    """Record the loss of a step; every tenth time it is written, because reading it waits for the device.
+
+    * `n_samples` are those of the trainer's call so far, of which `n_recorded` are counted in labml's step
+
+    Returns how many are counted now.
+    """
     tracker.add("loss.train", loss)
-    tracker.add_global_step(n_samples)
     if step % 10 == 0:
+        n_recorded = record_samples(n_samples, n_recorded)
         tracker.save()
+    return n_recorded
+
+
+def record_samples(n_samples: torch.Tensor, n_recorded: int) -> int:
+    """Count those of `n_samples` in labml's step that are not yet; returns how many are counted now."""
+    n = int(n_samples)
+    tracker.add_global_step(n - n_recorded)
+    return n
 
 
 class InterruptedInStep(KeyboardInterrupt):
@@ -87,6 +100,15 @@ def interrupted_afterwards() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if pressed:
         raise KeyboardInterrupt
+
+
+def report_origin(run: Run, last: float, first: float) -> None:
+    """Say where a run goes on from, and how far its learning rate is from the `last` of the other one."""
+    if run.continues is None or parallel.rank():
+        return
+    note(f"{run.folder} goes on from step {run.continues.step:,} of {run.origin}, which stays as it is")
+    if last != first:
+        note(f"note: the learning rate was {last:.3g} there, and is {first:.3g} in a run of {run.n_steps:,} steps")
 
 
 def report_progress(

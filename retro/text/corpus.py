@@ -135,6 +135,7 @@ class Corpus:
         self.groups = np.arange(len(documents)) if groups is None else np.array(groups)
         self._signatures = signatures
         self.file: Path | None = None  # where the tokens are mapped from
+        self._byte_scales: dict[int, float] = {}  # of documents: bytes of the text over bytes of the tokens
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process is sent: not the tokens, if they lie in a file, which it maps itself."""
@@ -288,10 +289,19 @@ class Corpus:
         """Numbers of the documents that can be retrieved: for training, or added, and not removed."""
         return [number for part in self.parts for number in part if number not in self.removed]
 
-    def bytes_per_token(self, split: str) -> float:
-        """Mean UTF-8 bytes of a token of the split, which makes nats per token comparable as bits per byte."""
-        documents = [self.documents[i] for i in self.split(split)]
-        return sum(d.n_bytes for d in documents) / sum(d.n_tokens for d in documents)
+    def n_bytes_of(self, start: int, end: int) -> float:
+        """UTF-8 bytes of the text that the tokens from `start` to `end`, of one document, stand for.
+
+        If a tokenizer does not keep a text exactly, the bytes of a document's tokens are scaled to sum to those of its
+        text.
+        """
+        n_bytes, number = self.tokenizer.n_bytes, int(self.document_of(start))
+        if number not in self._byte_scales:
+            first, last = int(self.starts[number]), int(self.starts[number + 1])
+            parts = (self.tokens[i : min(i + (1 << 22), last)] for i in range(first, last, 1 << 22))
+            total = sum(int(n_bytes[part].sum()) for part in parts)
+            self._byte_scales[number] = self.documents[number].n_bytes / total if total else 1.0
+        return float(n_bytes[self.tokens[start:end]].sum()) * self._byte_scales[number]
 
     def text(self, offset: int, length: int) -> str:
         """Decoded text of `length` tokens from `offset`, as it stands in its document, or documents."""

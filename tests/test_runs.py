@@ -1,0 +1,474 @@
+"""Runs are what they say: one folder has one run of one length, its numbers are of what it did, and nothing is lost."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHUNK_LEN, refused
+from labml import tracker
+from labml_nn.optimizers.noam import Noam
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
+
+from retro.cli import main
+from retro.config import CorpusConfig, DatabaseConfig, DatasetConfig, EvaluateConfig, RetroConfig, SampleConfig
+from retro.database import RetroIndex, build_database
+from retro.dataset import DATASET_FILE, Dataset, build_dataset
+from retro.errors import DamagedFile, InvalidOption, MissingArtifact
+from retro.evaluate import evaluate
+from retro.model import RetroModel
+from retro.runs import loop
+from retro.runs.checkpoints import load_model, newest_checkpoint, save_model
+from retro.runs.data import Batches, TrainingData
+from retro.runs.run import find_run, read_run, write_run
+from retro.sample import Sampler
+from retro.storage.manifests import read_manifest, write_manifest
+from retro.text.build import build_corpus
+from retro.text.corpus import Corpus
+from retro.train import TrainConfig, Trainer, learning_rate, train
+
+SHAPE = {"d_model": 16, "n_layers": 2, "ca_layers": (1,), "n_heads": 2, "d_k": 8, "d_ff": 32}
+SHAPE |= {"n_encoder_layers": 1, "encoder_ca_layers": (0,)}
+CONFIG = TrainConfig(
+    batch_size=8, steps=6, interval=3, lr=1e-2, schedule="cosine", warmup=2, clip=1.0, n_valid_batches=1
+)
+
+
+@pytest.fixture
+def workplace(data, tmp_path, monkeypatch):
+    shutil.copytree(data, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Sampler, "sample", lambda *_: "")  # the tests that need one say so
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run of six steps; do not write into it."""
+    place = tmp_path_factory.mktemp("finished")
+    shutil.copytree(data, place / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr(Sampler, "sample", lambda *_: "")
+        run, _ = train(config=CONFIG, model_shape=SHAPE, device="cpu", name="a")
+    return place / run
+
+
+@pytest.fixture
+def run(workplace, finished):
+    """A copy of it, in the current folder."""
+    return shutil.copytree(finished, workplace / "logs" / "a" / finished.name).relative_to(workplace)
+
+
+def content(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def spoil(checkpoint):
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+
+
+def watched(monkeypatch, at=None):
+    """The step, the learning rate and the first weight of each step that is made; `at` one, Ctrl-C is pressed."""
+    made, train_step = [], Trainer.train_step
+
+    def step(self, *batch):
+        if self.progress.step == at:
+            raise KeyboardInterrupt
+        number, before = self.progress.step, self.model.emb.weight.detach().clone()
+        sums = train_step(self, *batch)
+        made.append((number, self.optimizer.param_groups[0]["lr"], before))
+        return sums
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    return made
+
+
+def a_model(index, **options):
+    torch.manual_seed(3)
+    return RetroModel.from_config(RetroConfig(index.corpus.n_tokens, chunk_len=CHUNK_LEN, **SHAPE | options))
+
+
+# What lies in a run's folder.
+
+
+def test_a_config_in_a_runs_folder_does_not_make_it_a_checkpoint(run, index):
+    config = RetroConfig(index.corpus.n_tokens, chunk_len=CHUNK_LEN, **SHAPE)
+    save_model(run, a_model(index), config)
+    assert newest_checkpoint(run) == run / "checkpoints" / "00000006"
+    assert load_model(run).emb.weight.equal(load_model(run / "checkpoints" / "00000006").emb.weight)
+    (run / "summary.json").unlink()
+    before = content(run)
+    assert train(resume=run, device="cpu")[1]["steps"] == 6
+    assert content(run).keys() >= before.keys(), "something was deleted"
+    shutil.copytree(run / "checkpoints" / "00000003", "model")  # the folder of a model, which is no run's
+    assert newest_checkpoint(run / ".." / ".." / ".." / "model").name == "model"
+
+
+def test_a_damaged_checkpoint_is_renamed_and_nothing_is_lost(run, capsys):
+    newest, older = (run / "checkpoints" / name for name in ("00000006", "00000003"))
+    whole = (newest / "model.safetensors").read_bytes()
+    spoil(newest)
+    spoiled = content(newest)
+    (run / "checkpoints" / "00000009").mkdir()
+    (run / "checkpoints" / "2024-notes").mkdir()
+    for _ in range(2):
+        (run / "summary.json").unlink()
+        train(resume=run, device="cpu")
+        assert content(newest)[(newest / "model.safetensors").relative_to(newest)] == whole
+    assert content(newest.with_name("00000006.damaged")) == spoiled and older.exists()
+    names = {p.name for p in (run / "checkpoints").iterdir()}
+    assert names == {"00000003", "00000006", "00000006.damaged", "00000009.damaged", "2024-notes"}
+    assert "00000006 is renamed to 00000006.damaged" in capsys.readouterr().out
+    spoil(newest)  # a second one of the same step does not take the first one's place
+    (run / "summary.json").unlink()
+    train(resume=run, device="cpu")
+    assert content(newest.with_name("00000006.damaged")) == spoiled
+    assert newest.with_name("00000006.damaged1").exists()
+
+
+# One folder, one length, one schedule.
+
+
+def test_another_length_makes_a_run_of_its_own_that_goes_on_from_the_first(run, monkeypatch, capsys):
+    before, weights = content(run), load_model(run).emb.weight
+    made = watched(monkeypatch)
+    longer, summary = train(resume=run, config=TrainConfig(steps=10), device="cpu")
+    assert content(run) == before, "the first run was written into"
+    assert longer.parent == run.parent and longer != run and summary["steps"] == 10
+    assert read_manifest(longer / "run.json")["continues"] == {"run": f"a/{run.name}", "step": 6, "n_steps": 6}
+    # Peak .01, warm-up 2: step 6 has t = 7, is 5/8 down, .01 * (.55 + .45 cos(5/8 pi)) = .00377793; the last is .001.
+    assert [step for step, *_ in made] == [6, 7, 8, 9]
+    assert made[0][1] == pytest.approx(0.00377793, rel=1e-5) and made[-1][1] == pytest.approx(0.001)
+    assert made[0][2].equal(weights)
+    said = capsys.readouterr().out
+    assert f"{longer} goes on from step 6 of {run}" in said and "was 0.001 there, and is 0.00378 in a run of 10" in said
+    # The commands find their runs again: the longer one by what it goes on from, the first by what made it.
+    assert train(resume=run, config=TrainConfig(steps=10), device="cpu") == (longer, summary)
+    assert train(resume=longer, device="cpu") == (longer, summary)
+    again, first = train(config=CONFIG, model_shape=SHAPE, device="cpu", name="a")
+    assert again == run and first["steps"] == 6 and len(made) == 4
+    assert first["tokens_per_second"] != summary["tokens_per_second"]
+    state = read_manifest(longer / "checkpoints" / "00000010" / "state.json")
+    assert 0 < state["tokens"] < read_manifest(run / "checkpoints" / "00000006" / "state.json")["tokens"]
+    assert summary["tokens_per_second"] == pytest.approx(state["tokens"] / state["seconds"], abs=0.06), "its own steps"
+
+
+def test_a_longer_run_that_is_stopped_ends_as_if_it_had_not_been(run, monkeypatch):
+    longer, summary = train(resume=run, config=TrainConfig(steps=10), device="cpu")
+    expected = load_model(longer).state_dict()
+    shutil.rmtree(longer)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        watched(patch, at=8)
+        train(resume=run, config=TrainConfig(steps=10), device="cpu")
+    assert read_manifest(run / "summary.json")["steps"] == 6 and newest_checkpoint(run).name == "00000006"
+    made = watched(monkeypatch)
+    again, resumed = train(resume=run, config=TrainConfig(steps=10), device="cpu")
+    assert again == longer and [step for step, *_ in made] == [8, 9]
+    assert {k: v for k, v in resumed.items() if k != "tokens_per_second"}.items() <= summary.items()
+    assert all(weight.equal(expected[name]) for name, weight in load_model(again).state_dict().items())
+
+
+def test_a_longer_run_without_a_whole_checkpoint_begins_where_it_began(run, monkeypatch):
+    longer, summary = train(resume=run, config=TrainConfig(steps=8), device="cpu")
+    for checkpoint in (longer / "checkpoints").iterdir():
+        spoil(checkpoint)
+    (longer / "summary.json").unlink()
+    made = watched(monkeypatch)
+    assert train(resume=longer, device="cpu")[1]["valid_bpb"] == summary["valid_bpb"]
+    assert [step for step, *_ in made] == [6, 7]
+    for checkpoint in (longer / "checkpoints").iterdir():
+        shutil.rmtree(checkpoint)
+    (longer / "summary.json").unlink()
+    (run / "checkpoints" / "00000006").rename(run / "elsewhere")
+    with refused(MissingArtifact, r"00000006, from which \S+ goes on, does not exist\. Make it: retro train"):
+        train(resume=longer, device="cpu")
+
+
+def test_fewer_steps_than_were_made_are_refused_and_a_run_that_made_none_goes_nowhere(run):
+    before = content(run.parent)
+    with refused(InvalidOption, rf"--steps 4 makes 4 steps, but {run} has made 6"):
+        train(resume=run, config=TrainConfig(steps=4), device="cpu")
+    assert content(run.parent) == before
+    shutil.rmtree(run / "checkpoints")
+    with refused(MissingArtifact, "holds no whole checkpoint to go on from"):
+        train(resume=run, config=TrainConfig(steps=8), device="cpu")
+
+
+def test_the_same_length_goes_on_in_the_same_folder_however_it_is_said(run, workplace):
+    data = TrainingData(workplace / "data")
+    per_epoch = data.n_batches("train", CONFIG.batch_size)
+
+    def resumed(**length):
+        return find_run(data, None, TrainConfig(**length), {}, run)
+
+    assert resumed(steps=6, epochs=3) == find_run(data, None, None, {}, run) and resumed(steps=6).folder == run
+    assert resumed(epochs=1).folder != run and resumed(epochs=1).n_steps == per_epoch > 6
+    assert resumed(steps=9, epochs=3) == resumed(steps=9), "where steps are given, epochs say nothing"
+    write_run(longer := resumed(epochs=1), data, "")
+    assert find_run(data, None, TrainConfig(steps=per_epoch), {}, longer.folder) == longer
+
+
+def test_the_file_of_a_longer_run_repeats_it_and_its_prompt(run, monkeypatch, capsys):
+    assert main(["train", "--resume", str(run), "--steps", "8", "--device", "cpu"]) == 0
+    (longer,) = set(run.parent.iterdir()) - {run}
+    said = [(r / "run.yaml").read_text().partition("prompt:")[2].partition("\n")[0] for r in (run, longer)]
+    assert said[0] == said[1]
+    made = watched(monkeypatch)
+    shutil.rmtree(longer / "checkpoints")
+    (longer / "summary.json").unlink()
+    assert main(["train", "--config", str(longer / "run.yaml"), "--device", "cpu"]) == 0
+    assert len(list(run.parent.iterdir())) == 2 and [step for step, *_ in made] == [6, 7]
+
+
+@pytest.mark.parametrize("origin", [7, {}, {"run": "a/..", "step": 6, "n_steps": 6}, {"run": "a/b", "step": -1}])
+def test_a_run_that_goes_on_from_nothing_that_could_be_is_damaged(run, origin):
+    manifest = json.loads((run / "run.json").read_text())
+    write_manifest(run / "run.json", {k: v for k, v in manifest.items() if k != "checksum"} | {"continues": origin})
+    with pytest.raises(DamagedFile):
+        read_run(run)
+
+
+# Numbers of a run.
+
+
+def test_tokens_per_second_are_of_tokens_that_were_predicted(run, data, index, monkeypatch):
+    dataset = Dataset(data / DATASET_FILE["train"], index.corpus)
+    targets, samples = [int((dataset[i][1] >= 0).sum()) for i in range(len(dataset))], len(dataset)
+    config = replace(CONFIG, batch_size=16, steps=math.ceil(samples / 16) + 2, interval=5)
+    assert samples % 16 and sum(targets) < samples * len(dataset[0][0]), "partial batches, padding"
+    lines, steps = [], {"add": 0}
+    monkeypatch.setattr(loop, "report_progress", lambda *line: lines.append(line))
+    monkeypatch.setattr(tracker, "set_global_step", lambda n: steps.update(set=n))
+    monkeypatch.setattr(tracker, "add_global_step", lambda n=1: steps.update(add=steps["add"] + n))
+    folder, summary = train(config=config, model_shape=SHAPE, device="cpu", name="speed")
+    state = read_manifest(newest_checkpoint(folder) / "state.json")
+    batches = list(Batches(samples, 16, config.seed, 0, config.steps))
+    assert state["tokens"] == sum(targets[i] for batch in batches for i in batch)
+    assert summary["tokens_per_second"] == pytest.approx(state["tokens"] / state["seconds"], abs=0.06)
+    assert steps == {"set": 0, "add": samples + 32}, "an epoch and two batches"
+    step, n_steps, _, speed, left = lines[0]
+    assert (step, n_steps) == (5, config.steps)
+    # 5 steps have been made in the time in which `state['tokens']` of 5 steps were predicted.
+    first = sum(targets[i] for batch in batches[:5] for i in batch)
+    assert left == pytest.approx((n_steps - 5) * (first / speed) / 5)
+    assert TrainingData(data).n_samples_before(config.steps, 16) == samples + 32
+
+
+def test_samples_and_tokens_of_all_processes_are_counted(index, monkeypatch):
+    class Two:
+        """An accelerator of two processes, of which the other has a batch of 3 samples and 9 targets at 2 nats."""
+
+        num_processes = 2
+        backward = staticmethod(lambda loss: loss.backward())
+        reduce = staticmethod(lambda sums: sums + torch.tensor([18.0, 9.0, 3.0]))
+
+    model = a_model(index)
+    trainer = Trainer("cpu", model, None, torch.optim.SGD(model.parameters(), lr=0.0))
+    trainer.accelerator = Two()
+    src, tgt = torch.zeros(2, CHUNK_LEN, dtype=torch.long), torch.full((2, CHUNK_LEN), -100)
+    tgt[0, :7] = 1  # the second sample is blank
+    trainer.dataloader, steps = [(src, tgt, None)] * 3, []
+    monkeypatch.setattr(tracker, "add_global_step", steps.append)
+    own = trainer.loss(src, tgt, None).item()
+    assert trainer() == pytest.approx((7 * own + 18) / 16) and trainer.progress.tokens == 3 * 16
+    assert sum(steps) == 3 * 4
+
+
+def test_the_loss_is_a_mean_over_predicted_tokens_and_not_over_steps(index):
+    """The tutorial's call: nothing but device, model, batches and optimizer; its schedule is the optimizer's."""
+    model = a_model(index)
+    src = torch.arange(2 * CHUNK_LEN).view(2, CHUNK_LEN) % index.corpus.n_tokens
+    few = torch.full_like(src, -100)
+    few[0, 3] = 5
+    batches = [(src, src + 1, None), (src, few, None)]
+    with torch.no_grad():
+        log_p = model(src, None).log_softmax(-1)
+    one = -log_p.gather(2, (src + 1)[..., None])
+    expected = (one.sum() - log_p[0, 3, 5]) / (2 * CHUNK_LEN + 1)
+    trainer = Trainer("cpu", model, batches, torch.optim.SGD(model.parameters(), lr=0.0))
+    assert trainer() == pytest.approx(expected.item(), rel=1e-5)
+    optimizer = Noam(model.parameters(), lr=1.0, d_model=16, warmup=4)
+    trainer = Trainer("cpu", model, [(src, src + 1, None)] * 20, optimizer)
+    first = trainer()
+    assert trainer() < 0.7 * first and trainer.progress.step == 40 and optimizer.param_groups[0]["lr"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["train", "valid"])
+def test_bits_per_byte_are_of_the_bytes_of_predicted_tokens(data, name):
+    found = TrainingData(data)
+    corpus, dataset = found.corpus, found.datasets[name]
+    n_bytes = n = 0
+    for batch in list(Batches(len(dataset), 2, 0, 1, 3)):
+        targets = [t for i in batch for t in dataset[i][1].tolist() if t >= 0]
+        n += len(targets)
+        n_bytes += sum(int(corpus.tokenizer.n_bytes[t]) for t in targets)  # this tokenizer keeps every byte
+    assert found.bits_per_nat(name, replace(CONFIG, batch_size=2), 1, 3) == pytest.approx(n / n_bytes / math.log(2))
+
+
+def test_bytes_of_tokens_sum_to_their_documents_though_a_tokenizer_drops_some(index):
+    corpus = index.corpus
+    half = Corpus(corpus.tokens, [replace(d, n_bytes=2 * d.n_bytes) for d in corpus.documents], 2, corpus.tokenizer)
+    for number, document in enumerate(corpus.documents):
+        start, end = (int(offset) for offset in corpus.starts[number : number + 2])
+        assert corpus.n_bytes_of(start, end) == document.n_bytes
+        assert half.n_bytes_of(start + 5, end) == pytest.approx(2 * corpus.n_bytes_of(start + 5, end))
+
+
+def test_the_run_and_the_evaluation_measure_the_same_text_alike(plays, bert, tmp_path, monkeypatch):
+    (tmp_path / "texts").mkdir()
+    for play in plays.iterdir():
+        (tmp_path / "texts" / play.name).write_text(play.read_text()[:500])
+    monkeypatch.chdir(tmp_path)
+    corpus = build_corpus([tmp_path / "texts"], tmp_path / "data" / "corpus", "bpe:300")
+    build_database(CHUNK_LEN, corpus=corpus, data_path="data", config=DatabaseConfig(index="Flat"), bert=bert)
+    index = RetroIndex(CHUNK_LEN, corpus=corpus, data_path="data", bert=bert)
+    config = DatasetConfig(chunks_per_sample=30, skip_range=1)
+    build_dataset(corpus=corpus, data_path="data", index=index, config=config)
+    monkeypatch.setattr(Sampler, "sample", lambda *_: "")
+    run, summary = train(config=replace(CONFIG, steps=4), model_shape=SHAPE, device="cpu")
+    assert len(Dataset(tmp_path / "data" / DATASET_FILE["valid"], corpus)) == 1
+    model = load_model(run)
+    evaluation = evaluate(model, corpus, index, config=EvaluateConfig(window=30 * CHUNK_LEN), others=("off",))
+    for name, figure in (("on", "valid_bpb"), ("off", "valid_bpb_without_retrieval")):
+        bits = evaluation.nats[name].sum() / math.log(2)
+        assert bits / evaluation.n_bytes.sum() == pytest.approx(summary[figure], abs=1e-4)
+
+
+# What ends a run, and what does not.
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), IndexError("token 700 of 512"), FileNotFoundError()])
+def test_a_sample_that_cannot_be_written_ends_no_run(workplace, monkeypatch, capsys, error):
+    there = []
+
+    def fail(*_):
+        there.append(sorted(p.name for p in workplace.glob("logs/*/*/checkpoints/*")))
+        raise error
+
+    monkeypatch.setattr(Sampler, "sample", fail)
+    assert train(config=CONFIG, model_shape=SHAPE, device="cpu", name="b")[1]["steps"] == 6
+    assert there == [["00000003"], ["00000003", "00000006"]], "the checkpoint comes first"
+    assert capsys.readouterr().out.count(f"no sample: {error}") == 2
+
+
+def test_ctrl_c_while_a_sample_is_written_ends_training(workplace, monkeypatch):
+    def press(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sampler, "sample", press)
+    with pytest.raises(KeyboardInterrupt):
+        train(config=CONFIG, model_shape=SHAPE, device="cpu", name="b")
+
+
+def test_neighbors_are_shown_and_suggested_only_where_the_model_reads_them(workplace, capsys):
+    options = [f"--{name.replace('_', '-')}={list(v) if isinstance(v, tuple) else v}" for name, v in SHAPE.items()]
+    options += ["--steps=2", "--batch-size=2", "--device=cpu"]
+    assert main(["train", *options]) == 0
+    said = capsys.readouterr().out
+    assert "--show-neighbors" in said and "neighbors of chunk 1" in said
+    assert main(["train", *options, "--no-retrieval"]) == 0
+    said = capsys.readouterr().out
+    assert "--show-neighbors" not in said and "neighbors of chunk" not in said and "  retro sample --run logs/" in said
+
+
+# Options.
+
+
+@pytest.mark.parametrize(
+    ("of", "name", "value", "reason"),
+    [
+        (TrainConfig, "lr", float("nan"), "is not a finite number"),
+        (TrainConfig, "lr", float("inf"), "is not a finite number"),
+        (TrainConfig, "lr", -1.0, "is negative"),
+        (TrainConfig, "lr", 0.0, "would leave the weights"),
+        (TrainConfig, "clip", -1.0, "is negative"),
+        (TrainConfig, "clip", 0, "would leave the weights"),
+        (TrainConfig, "clip", float("nan"), "is not a finite number"),
+        (TrainConfig, "n_valid_batches", 0, "is not at least 1"),
+        (TrainConfig, "seed", -1, "is negative"),
+        (TrainConfig, "steps", 2.5, "is not a whole number"),
+        (TrainConfig, "steps", True, "is not a whole number"),
+        (TrainConfig, "epochs", None, "is not a whole number"),
+        (TrainConfig, "compile", 1, "is neither true nor false"),
+        (CorpusConfig, "valid_fraction", float("nan"), "is not a"),
+        (CorpusConfig, "seed", -2, "is negative"),
+        (DatabaseConfig, "recall", float("nan"), "is not a"),
+        (DatabaseConfig, "n_train", 1.5, "is not a whole number"),
+        (DatabaseConfig, "seed", -1, "is negative"),
+        (DatasetConfig, "chunks_per_sample", 2.0, "is not a whole number"),
+        (DatasetConfig, "seed", -1, "is negative"),
+        (SampleConfig, "temperature", float("nan"), "is not a finite number"),
+        (SampleConfig, "top_p", float("nan"), "is not a"),
+        (SampleConfig, "top_k", 2.5, "is not a whole number"),
+        (SampleConfig, "seed", -1, "is negative"),
+        (EvaluateConfig, "stride", 16.0, "is not a whole number"),
+        (EvaluateConfig, "batch_size", True, "is not a whole number"),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_refused(of, name, value, reason):
+    with pytest.raises(InvalidOption, match=f"{name}=.* {reason}"):
+        of(**{name: value})
+
+
+def test_numbers_that_make_sense_are_taken():
+    assert (TrainConfig(lr=1, clip=2, steps=None, interval=None).lr, SampleConfig(temperature=0).top_k) == (1, None)
+
+
+# Steps.
+
+
+def test_learning_rates_at_the_first_step_at_the_end_of_the_warm_up_and_at_the_end():
+    cosine = TrainConfig(lr=2e-3, schedule="cosine", warmup=10)
+    rates = [learning_rate(step, 110, cosine, 64) for step in (0, 4, 9, 59, 109, 500)]
+    # A tenth of the peak after 1 of 10 steps, half after 5, the peak after 10; half-way down (.1 + 1) / 2; a tenth.
+    assert rates == pytest.approx([2e-4, 1e-3, 2e-3, 1.1e-3, 2e-4, 2e-4])
+    noam = TrainConfig(lr=0.5, warmup=4)
+    # .5 / 8 times t / 8 up to t = 4, where that is 1/2 = 4 ** -.5; then t ** -.5: 1/4 at t = 16.
+    assert [learning_rate(t - 1, 0, noam, 64) for t in (1, 2, 4, 16)] == [0.0078125, 0.015625, 0.03125, 0.015625]
+
+
+def test_a_gradient_is_clipped_to_its_largest_norm_and_not_stretched(index):
+    src = torch.arange(2 * CHUNK_LEN).view(2, CHUNK_LEN) % index.corpus.n_tokens
+    norms = {}
+    for clip in (None, 0.01, 1e6):
+        model = a_model(index)
+        optimizer = torch.optim.Adam(model.parameters())
+        Trainer("cpu", model, None, optimizer, config=TrainConfig(clip=clip)).train_step(src, src + 1, None)
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        norms[clip] = math.sqrt(sum(float(grad.double().square().sum()) for grad in grads))
+    assert norms[None] > 0.5 and norms[0.01] == pytest.approx(0.01, rel=1e-3) and norms[1e6] == norms[None]
+
+
+def test_each_epoch_has_every_sample_once_in_an_order_of_its_own():
+    def samples(seed, start, stop):
+        return [i for batch in Batches(23, 4, seed, start, stop) for i in batch]
+
+    epochs = [samples(0, 0, 6), samples(0, 6, 12), samples(1, 0, 6)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(23))] * 3
+    assert all(epoch != list(range(23)) for epoch in epochs)
+    assert epochs[0] != epochs[1] and epochs[0] != epochs[2] and epochs[1] != epochs[2]
+    assert [len(batch) for batch in Batches(23, 4, 0, 4, 8)] == [4, 3, 4, 4]
+    assert samples(0, 2, 6) == epochs[0][8:], "begun anywhere, it goes on alike"
+
+
+def test_nothing_of_a_trainer_needs_a_device_with_float64(index, data):
+    class NoFloat64(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            assert not (isinstance(result, torch.Tensor) and result.dtype == torch.float64), function
+            return result
+
+    batches = list(DataLoader(Dataset(data / DATASET_FILE["train"], index.corpus), batch_size=2))[:3]
+    model = a_model(index)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    trainer = Trainer("cpu", model, batches, optimizer, config=TrainConfig(clip=1.0))
+    with NoFloat64():
+        loss = trainer()
+        held_out = trainer.validate(batches)
+    assert np.isfinite(loss) and held_out < loss
