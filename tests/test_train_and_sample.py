@@ -314,7 +314,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint(workplace):
 def test_a_file_that_cannot_be_written_leaves_the_old_one(workplace):
     before = (workplace / "data" / "retro.index").read_bytes()
     # A limit on the size of a file makes real writes fail, as a full disk does.
-    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (350_000, 350_000))\n"
     code += "from retro.cli import main\n"
     code += "sys.exit(main(['database', '--index', 'SQ8', '--chunk-len', '16']))"
     result = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True)
