@@ -190,7 +190,7 @@ def curve(s: Setting, note: Note) -> None:
         model = new_model(config).to(device)
         optimizer = torch.optim.Adam(model.parameters(), lr=training.lr, eps=1e-9, fused=True)
         trainer = Trainer(device, model, batches, optimizer, config=training, n_steps=n_steps)
-        losses[name] = [trainer.train_step(*batch).item() for batch in batches]
+        losses[name] = [loss_of_step(trainer, batch) for batch in batches]
         note(f"losses, {name}", losses[name])
     apart = [abs(a - b) for a, b in zip(*losses.values(), strict=True)]
     note("largest difference", {"nats": max(apart), "at step": apart.index(max(apart)) + 1})
@@ -201,7 +201,13 @@ def devices(s: Setting, note: Note) -> None:
     """A trainer on the device and after it one on the CPU, in the same process."""
     for device in (s.device, "cpu"):
         trainer, batch = trainer_of(s, model_config(s), 2, 3, "fp32", device=device)
-        note(f"loss on {device}", trainer.train_step(*batch).item())
+        note(f"loss on {device}", loss_of_step(trainer, batch))
+
+
+def loss_of_step(trainer: Any, batch: tuple[Tensor, ...]) -> float:
+    """Make a step; its loss, in nats per token."""
+    nats, n_tokens, _ = trainer.train_step(*batch).tolist()
+    return nats / n_tokens
 
 
 def trainer_of(

@@ -353,7 +353,8 @@ def curve(variant: str, folder: Path) -> Result:
 
     trainer = Trainer("cpu", model, batches, optimizer, config=config, n_steps=CURVE_STEPS)
     steps = range(CURVE_STEPS)
-    seconds, losses = timed(lambda: [trainer.train_step(*b).item() for b, _ in zip(batches, steps, strict=False)])
+    seconds, sums = timed(lambda: [trainer.train_step(*b).tolist() for b, _ in zip(batches, steps, strict=False)])
+    losses = [nats / n_tokens for nats, n_tokens, _ in sums]
     valid = DataLoader(Dataset(place / DATASET_FILE["valid"], corpus), batch_size=BATCH)
     return {"seconds": seconds, "units": CURVE_STEPS, "losses": losses, "valid_loss": trainer.validate(valid)}
 
