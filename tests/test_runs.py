@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ from retro.model import RetroModel
 from retro.runs import loop
 from retro.runs.checkpoints import load_model, newest_checkpoint, save_model
 from retro.runs.data import Batches, TrainingData
-from retro.runs.run import find_run, read_run, write_run
+from retro.runs.run import find_run, latest_run, read_run, write_run
+from retro.runs.tracking import InterruptedInStep
 from retro.sample import Sampler
 from retro.storage.manifests import read_manifest, write_manifest
 from retro.text.build import build_corpus
@@ -54,7 +56,7 @@ def finished(data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setattr(Sampler, "sample", lambda *_: "")
-        run, _ = train(config=CONFIG, model_shape=SHAPE, device="cpu", name="a")
+        run, _ = train(config=CONFIG, model_shape=SHAPE, device="cpu", name="a", prompt="To be, or")
     return place / run
 
 
@@ -162,6 +164,7 @@ def test_another_length_makes_a_run_of_its_own_that_goes_on_from_the_first(run, 
 def test_a_longer_run_that_is_stopped_ends_as_if_it_had_not_been(run, monkeypatch):
     longer, summary = train(resume=run, config=TrainConfig(steps=10), device="cpu")
     expected = load_model(longer).state_dict()
+    tokens = read_manifest(longer / "checkpoints" / "00000010" / "state.json")["tokens"]
     shutil.rmtree(longer)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         watched(patch, at=8)
@@ -171,7 +174,20 @@ def test_a_longer_run_that_is_stopped_ends_as_if_it_had_not_been(run, monkeypatc
     again, resumed = train(resume=run, config=TrainConfig(steps=10), device="cpu")
     assert again == longer and [step for step, *_ in made] == [8, 9]
     assert {k: v for k, v in resumed.items() if k != "tokens_per_second"}.items() <= summary.items()
+    assert read_manifest(longer / "checkpoints" / "00000010" / "state.json")["tokens"] == tokens
     assert all(weight.equal(expected[name]) for name, weight in load_model(again).state_dict().items())
+
+
+def test_a_longer_run_is_the_latest_one_as_soon_as_it_is_there(run, monkeypatch):
+    def killed(*_):
+        raise InterruptedInStep  # which saves nothing
+
+    monkeypatch.setattr(Trainer, "train_step", killed)
+    with pytest.raises(InterruptedInStep):
+        train(resume=run, config=TrainConfig(steps=10), device="cpu")
+    (longer,) = set(run.parent.iterdir()) - {run}
+    assert [p.name for p in (longer / "checkpoints").iterdir()] == ["00000006"]
+    assert latest_run(Path("data")) == longer
 
 
 def test_a_longer_run_without_a_whole_checkpoint_begins_where_it_began(run, monkeypatch):
@@ -218,7 +234,7 @@ def test_the_file_of_a_longer_run_repeats_it_and_its_prompt(run, monkeypatch, ca
     assert main(["train", "--resume", str(run), "--steps", "8", "--device", "cpu"]) == 0
     (longer,) = set(run.parent.iterdir()) - {run}
     said = [(r / "run.yaml").read_text().partition("prompt:")[2].partition("\n")[0] for r in (run, longer)]
-    assert said[0] == said[1]
+    assert said[0] == said[1] == " To be, or"
     made = watched(monkeypatch)
     shutil.rmtree(longer / "checkpoints")
     (longer / "summary.json").unlink()

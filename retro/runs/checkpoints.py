@@ -144,6 +144,7 @@ def copy_checkpoint(source: Path, run: Path) -> Path:
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.copytree(source, temporary)
             os.replace(temporary, folder)
+            os.utime(folder)  # the latest run is the one whose checkpoint was written last
 
     parallel.on_rank_zero(copy)
     return folder

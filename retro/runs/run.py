@@ -120,10 +120,10 @@ def find_run(
     config = config or TrainConfig()
     shape = RetroConfig(**{"n_vocab": data.corpus.n_tokens, "chunk_len": data.chunk_len, **model_shape})
     name = name or data.corpus.name + "_no_retrieval" * (not shape.ca_layers)
-    return _run_in(LOGS / name / _hash_of(data, config, shape, {}), data, config, shape, None)
+    return _run_of(LOGS / name / _hash_of(data, config, shape, {}), data, config, shape, None)
 
 
-def _run_in(folder: Path, data: TrainingData, config: TrainConfig, shape: RetroConfig, continues: Origin | None) -> Run:
+def _run_of(folder: Path, data: TrainingData, config: TrainConfig, shape: RetroConfig, continues: Origin | None) -> Run:
     per_epoch = data.n_batches("train", config.batch_size)
     n_steps = config.steps or config.epochs * per_epoch
     return Run(folder, config, shape, n_steps, config.interval or per_epoch, continues)
@@ -142,11 +142,11 @@ def _resumed(data: TrainingData, wanted: TrainConfig | None, resume: Path) -> Ru
     manifest = read_run(resume)
     require_match(resume / RUN_FILE, manifest["dataset"], data.manifest)
     saved, shape = TrainConfig(**manifest["train"]), RetroConfig.from_json(manifest["model"])
-    run = _run_in(resume, data, saved, shape, _origin_of(resume / RUN_FILE, manifest))
+    run = _run_of(resume, data, saved, shape, _origin_of(resume / RUN_FILE, manifest))
     if wanted is None:
         return run
     config = replace(saved, steps=wanted.steps, epochs=saved.epochs if wanted.steps else wanted.epochs)
-    longer = _run_in(resume, data, config, shape, None)
+    longer = _run_of(resume, data, config, shape, None)
     if longer.n_steps == run.n_steps:
         return run
     if (checkpoint := newest_whole_checkpoint(resume)) is None:
