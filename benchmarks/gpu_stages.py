@@ -186,7 +186,7 @@ def curve(s: Setting, note: Note) -> None:
     batches = [(tokens[:, :-1], tokens[:, 1:], neighbors) for tokens, neighbors in texts]
     training = TrainConfig(schedule="cosine", lr=3e-3, warmup=5, clip=1.0)
     losses = {}
-    for name, device in (("cpu", "cpu"), ("device", s.device)):  # in this order: see the stage `devices`
+    for name, device in (("cpu", "cpu"), ("device", s.device)):
         model = new_model(config).to(device)
         optimizer = torch.optim.Adam(model.parameters(), lr=training.lr, eps=1e-9, fused=True)
         trainer = Trainer(device, model, batches, optimizer, config=training, n_steps=n_steps)

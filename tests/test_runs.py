@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from conftest import CHUNK_LEN, refused
 from labml import tracker
 from labml_nn.optimizers.noam import Noam
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
+from retro import parallel
 from retro.cli import main
 from retro.config import CorpusConfig, DatabaseConfig, DatasetConfig, EvaluateConfig, RetroConfig, SampleConfig
 from retro.database import RetroIndex, build_database
@@ -488,3 +491,23 @@ def test_nothing_of_a_trainer_needs_a_device_with_float64(index, data):
         loss = trainer()
         held_out = trainer.validate(batches)
     assert np.isfinite(loss) and held_out < loss
+
+
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_a_trainer_on_the_cpu_can_follow_one_on_a_gpu_in_the_same_process(index, monkeypatch, n_processes):
+    model = a_model(index)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    src = torch.arange(CHUNK_LEN)[None]
+    earlier = Trainer("cpu", model, [(src, src + 1, None)], optimizer)
+    assert PartialState().device.type == "cpu"
+    for state in (PartialState, AcceleratorState):  # as a GPU would have left them
+        monkeypatch.setitem(state._shared_state, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(parallel, "n_processes", lambda: n_processes)
+    if n_processes > 1:  # the group that they joined is of one kind of device
+        with pytest.raises(ValueError, match="AcceleratorState has already been initialized"):
+            Trainer("cpu", model, None, optimizer)
+        return
+    later = Trainer("cpu", model, [(src, src + 1, None)], optimizer)
+    assert PartialState().device.type == later.accelerator.device.type == "cpu"
+    before = later()
+    assert earlier() < before, "the earlier one goes on as well"

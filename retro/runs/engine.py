@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from retro import parallel
@@ -76,9 +77,21 @@ def _checkpoint_to_go_on_from(run: Run) -> Path | None:
 
 def new_accelerator(device: torch.device, model: RetroModel) -> Accelerator:
     """accelerate's engine for a model; a model without cross-attention has weights that no step uses."""
+    forget_other_device(device)
     unused = DistributedDataParallelKwargs(find_unused_parameters=not model.ca_layers)
     handlers = [unused, InitProcessGroupKwargs(timeout=parallel.PATIENCE)]
     return Accelerator(cpu=device.type == "cpu", kwargs_handlers=handlers)
+
+
+def forget_other_device(device: torch.device) -> None:
+    """Let accelerate begin anew in a process that has trained on another kind of device, which it would not leave.
+
+    It keeps one state for all of a process. Of several processes that is the group that they have joined, and it stays;
+    in a single one nothing that an earlier trainer asks of it depends on the device.
+    """
+    known = PartialState._shared_state.get("device")
+    if parallel.n_processes() == 1 and known is not None and known.type != device.type:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def shard_model(model: RetroModel, device: torch.device) -> None:
