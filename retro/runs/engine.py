@@ -41,8 +41,6 @@ def new_engine(device: torch.device, model: RetroModel, optimizer: Any) -> Engin
 
 def start_engine(run: Run, device: torch.device, fsdp: bool) -> Engine:
     """A new model, or that of the run's last checkpoint, on its device."""
-    if parallel.n_processes() > 1:
-        parallel.join_group(device)
     config = run.config
     torch.manual_seed(config.seed)
     if device.type == "cuda":
