@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from retro.model import RetroModel
     from retro.text.corpus import Corpus
 
+RUN_HELP = "folder of a run, or logs/NAME for its latest; null for the latest of the data that reads neighbors"
+
 
 def find_run(options: Namespace) -> tuple[Path, dict[str, Any], Path, Corpus]:
     """The run that is named, or the latest of the data; its manifest, the folder of its data, and their corpus."""
@@ -38,7 +40,7 @@ def sample_command(argv: Sequence[str]) -> None:
     """Text from a trained model."""
     parser = new_parser("sample", "Write text with a trained model that retrieves as it writes.", of_a_run=True)
     parser.add_argument("prompt", type=str, help="text to continue")
-    parser.add_argument("--run", type=str, default=None, help="folder of a run; null for the latest of the data")
+    parser.add_argument("--run", type=str, default=None, help=RUN_HELP)
     parser.add_argument("--length", type=int, default=256, help="tokens to write")
     parser.add_argument("--show-neighbors", action="store_true", help="print what each chunk retrieved")
     add_config(parser, SampleConfig, SampleConfig())
@@ -101,9 +103,8 @@ def evaluate_command(argv: Sequence[str]) -> None:
         texts=TEXTS,
         of_a_run=True,
     )
-    run_help = "folder of a run, or logs/NAME for its latest; null for the latest of the data"
     baseline_help = "a run of retro train --no-retrieval, or logs/NAME for its latest"
-    parser.add_argument("--run", type=str, default=None, help=run_help)
+    parser.add_argument("--run", type=str, default=None, help=RUN_HELP)
     parser.add_argument("--baseline", metavar="RUN", type=str, default=None, help=baseline_help)
     parser.add_argument(
         "--database", metavar="DIR", type=str, default=None, help="data to retrieve from; null for the run's"
