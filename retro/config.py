@@ -210,9 +210,11 @@ def require_at_least_one(config: Any, *names: str) -> None:
 
 
 def require_layers(name: str, layers: Collection[int], n_layers: int) -> None:
-    """Raise `InvalidOption` for layers that a model of `n_layers` does not have."""
+    """Raise `InvalidOption` for layers that a model of `n_layers` does not have, or that are named twice."""
     if missing := [p for p in layers if not 0 <= p < n_layers]:
         raise InvalidOption(name, missing, f"do not exist; use 0..{n_layers - 1}")
+    if len(set(layers)) < len(layers):
+        raise InvalidOption(name, list(layers), "names a layer twice")
 
 
 @dataclass(frozen=True)

@@ -248,6 +248,8 @@ def test_wrong_shapes_are_refused(model, tokens, neighbors):
         model(tokens[:, :15], neighbors)
     with pytest.raises(ValueError, match=r"ca_layers=\[6\] do not exist; use 0\.\.5"):
         RetroConfig(10, ca_layers=(6,))
+    with pytest.raises(ValueError, match=r"encoder_ca_layers=\[1, 1\] names a layer twice"):
+        RetroConfig(10, encoder_ca_layers=(1, 1))
     with pytest.raises(ValueError, match="pass an encoder"):
         RetroModel(*SHAPE, encoder=None)
     with pytest.raises(ValueError, match=r"ca_layers=\[2\] do not exist"):
