@@ -95,9 +95,10 @@ class Trainer:
         if self.schedules:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.progress.step, self.n_steps, self.config, self.model.emb.embedding_dim)
+        tgt = tgt.to(self.device, non_blocking=True)
         loss = self.loss(src, tgt, neighbors)
         self.optimizer.zero_grad()
-        predicted = (tgt >= 0).to(self.device)
+        predicted = tgt >= 0
         n, n_samples = predicted.sum(), predicted.any(dim=-1).sum()  # a blank sample has nothing to predict
         sums = torch.stack([loss.detach() * n, n.to(loss), n_samples.to(loss)])
         if self.accelerator.num_processes > 1:
