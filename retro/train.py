@@ -114,10 +114,12 @@ class Trainer:
 
     def loss(self, src: torch.Tensor, tgt: torch.Tensor, neighbors: torch.Tensor | None) -> torch.Tensor:
         """Mean cross entropy of a batch, in nats per token; 0 where there is nothing to predict."""
-        inputs, tgt = [*data.split_stretches(src), neighbors], tgt.to(self.device, non_blocking=True)
-        tokens, stretches, neighbors = (x if x is None else x.to(self.device, non_blocking=True) for x in inputs)
+        tokens, stretches = data.split_stretches(src)
+        inputs = [tokens, neighbors] if stretches is None else [tokens, neighbors, stretches]
+        inputs = [x if x is None else x.to(self.device, non_blocking=True) for x in inputs]
+        tgt = tgt.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            logits = self.net(tokens, neighbors, stretches)
+            logits = self.net(*inputs)
         total = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tgt.flatten(), reduction="sum")
         return total / (tgt >= 0).sum().clamp(min=1)
 

@@ -318,6 +318,27 @@ def test_the_loss_is_a_mean_over_predicted_tokens_and_not_over_steps(index):
     assert trainer() < 0.7 * first and trainer.progress.step == 40 and optimizer.param_groups[0]["lr"] == 1.0
 
 
+def test_a_model_that_is_called_with_tokens_and_neighbors_alone_can_be_trained(index):
+    class Other(torch.nn.Module):
+        """A model of anyone's; every chunk of it reads the same."""
+
+        ca_layers, chunk_len = (0,), CHUNK_LEN
+
+        def __init__(self):
+            super().__init__()
+            self.emb = torch.nn.Embedding(index.corpus.n_tokens, index.corpus.n_tokens)
+
+        def forward(self, x, ret):
+            return self.emb(x) + self.emb(ret.clamp(min=0)).mean((1, 2, 3))[:, None]
+
+    model = Other()
+    src = torch.arange(CHUNK_LEN)[None]
+    batches = [(src, src + 1, torch.zeros(1, 1, 2, 2 * CHUNK_LEN, dtype=torch.long))]
+    trainer = Trainer("cpu", model, batches, torch.optim.Adam(model.parameters(), lr=0.1), config=TrainConfig())
+    first = trainer()
+    assert trainer() < first
+
+
 @pytest.mark.parametrize("name", ["train", "valid"])
 def test_bits_per_byte_are_of_the_bytes_of_predicted_tokens(data, name):
     found = TrainingData(data)
