@@ -189,11 +189,8 @@ def train(
     with tracking.tracked(run, found.path):
         write_run(run, found, beginning)
         engine = start_engine(run, device, fsdp)
-        if run.continues and engine.progress.step == (step := run.first_step):
-            n_steps, config, d_model = run.continues.n_steps, run.config, run.shape.d_model
-            before, after = (learning_rate(step, n, config, d_model) for n in (n_steps, run.n_steps))
-            last = after if before == after else learning_rate(step - 1, n_steps, config, d_model)
-            tracking.report_origin(run, last, after)
+        if engine.progress.step == run.first_step:
+            tracking.report_origin(run, learning_rate)
         trainer = Trainer(
             device, engine.model, None, engine.optimizer, config=run.config, n_steps=run.n_steps, engine=engine
         )

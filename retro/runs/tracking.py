@@ -6,7 +6,7 @@ import contextlib
 import io
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from labml import experiment, lab, tracker
 
 from retro import parallel
+from retro.config import TrainConfig
 from retro.progress import each, note
 from retro.runs.run import Run
 from retro.storage.files import exclusive_lock
@@ -102,12 +103,18 @@ def interrupted_afterwards() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def report_origin(run: Run, last: float, first: float) -> None:
-    """Say where a run goes on from, and how far its learning rate is from the `last` of the other one."""
+def report_origin(run: Run, learning_rate: Callable[[int, int, TrainConfig, int], float]) -> None:
+    """Say which run this one goes on from, if any, and the learning rates of both where the length changes them.
+
+    * `learning_rate` is that of a step in a run of so many steps
+    """
     if run.continues is None or parallel.rank():
         return
-    note(f"{run.folder} goes on from step {run.continues.step:,} of {run.origin}, which stays as it is")
-    if last != first:
+    step, before, config, d_model = run.first_step, run.continues.n_steps, run.config, run.shape.d_model
+    note(f"{run.folder} goes on from step {step:,} of {run.origin}, which stays as it is")
+    first = learning_rate(step, run.n_steps, config, d_model)
+    if first != learning_rate(step, before, config, d_model):
+        last = learning_rate(step - 1, before, config, d_model)
         note(f"note: the learning rate was {last:.3g} there, and is {first:.3g} in a run of {run.n_steps:,} steps")
 
 
