@@ -353,6 +353,10 @@ def test_one_command_evaluates_a_run_on_new_text_with_another_database(runs, pla
     first = read_manifest(out / "evaluation.json")
     assert set(first["bits_per_byte"]) == {"on", "off", "random", "baseline"}
     assert (out / "filtered.png").read_bytes().startswith(b"\x89PNG")
+    assert first["baseline_differs"] == []
+    longer, _ = train(resume=baseline, config=dataclasses.replace(CONFIG, steps=CONFIG.steps + 1), device="cpu")
+    assert main(["evaluate", "--run", str(run), "--baseline", str(longer), "--out", str(tmp_path / "unlike")]) == 0
+    assert f"continues_step={CONFIG.steps}, but continues_step=None is wanted" in capsys.readouterr().out
 
     # A database of other documents, in the words of the run's tokenizer, with all of them in it.
     new = tmp_path / "new"

@@ -231,5 +231,10 @@ def _load_baseline(
         command = f"retro train --no-retrieval --data-path {data_path}"
         raise ValueError(f"{path} was trained with retrieval, so it is no baseline. Train one: {command}")
     unlike = ("ca_layers", "n_encoder_layers", "encoder_ca_layers")
-    theirs, ours = ({**r["train"], **{k: v for k, v in r["model"].items() if k not in unlike}} for r in (baseline, run))
+    theirs, ours = (
+        {**r["train"], **{k: v for k, v in r["model"].items() if k not in unlike}}
+        # Steps that were made in a run of another length had its learning rates.
+        | {f"continues_{k}": r.get("continues", {}).get(k) for k in ("step", "n_steps")}
+        for r in (baseline, run)
+    )
     return load_model(path, device), differences(theirs, ours)
