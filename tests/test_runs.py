@@ -164,6 +164,13 @@ def test_another_length_makes_a_run_of_its_own_that_goes_on_from_the_first(run, 
     assert summary["tokens_per_second"] == pytest.approx(state["tokens"] / state["seconds"], abs=0.06), "its own steps"
 
 
+def test_a_run_that_is_named_by_a_link_elsewhere_is_continued_where_it_lies(run, workplace):
+    link = workplace / "mine"
+    link.symlink_to(run.resolve(), target_is_directory=True)
+    found = find_run(TrainingData(Path("data")), None, TrainConfig(steps=10), {}, link)
+    assert found.folder.parent == run.resolve().parent and found.origin == run.resolve()
+
+
 def test_a_longer_run_that_is_stopped_ends_as_if_it_had_not_been(run, monkeypatch):
     longer, summary = train(resume=run, config=TrainConfig(steps=10), device="cpu")
     expected = load_model(longer).state_dict()

@@ -137,7 +137,7 @@ def _hash_of(data: TrainingData, config: TrainConfig, shape: RetroConfig, others
 
 def _resumed(data: TrainingData, wanted: TrainConfig | None, resume: Path) -> Run:
     """The run in a folder, or if another length is wanted the one that goes on from its newest checkpoint."""
-    if resume.name in ("", ".."):  # the current folder, or one above it
+    if resume.name in ("", "..") or resume.is_symlink():  # what lies beside it lies beside the run itself
         resume = resume.resolve()
     manifest = read_run(resume)
     require_match(resume / RUN_FILE, manifest["dataset"], data.manifest)
