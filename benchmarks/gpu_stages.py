@@ -214,7 +214,7 @@ def trainer_of(
     s: Setting, config: RetroConfig, batch_size: int, n_chunks: int, precision: Any, compiled: bool = False,
     device: str = "",
 ) -> tuple[Any, tuple[Tensor, ...]]:  # fmt: skip
-    """A trainer as `retro train` makes it, and a batch that lies on its device."""
+    """A trainer as `retro train` makes it, and a batch as its loader gives it, which a step need not wait for."""
     from retro.train import Trainer
 
     model = new_model(config).to(device or s.device)
@@ -222,7 +222,9 @@ def trainer_of(
         model.compile(backend=s.size("inductor", "eager"))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, eps=1e-9, fused=True)
     trainer = Trainer(device or s.device, model, None, optimizer, config=TrainConfig(precision=precision))
-    return trainer, tuple(x.to(device or s.device) for x in random_batch(config, batch_size, n_chunks))
+    batch = random_batch(config, batch_size, n_chunks)
+    on_gpu = (device or s.device).startswith("cuda")
+    return trainer, tuple(x.pin_memory() for x in batch) if on_gpu else batch
 
 
 def retro_step(
