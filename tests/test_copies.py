@@ -12,13 +12,16 @@ from retro.cli import main
 from retro.config import DatabaseConfig, DatasetConfig
 from retro.database import RetroIndex, build_database
 from retro.dataset import DATASET_FILE, Dataset, build_dataset
+from retro.errors import NameTaken, SeenText
 from retro.evaluation.audit import audit, can_be_copied
+from retro.evaluation.held_out import require_held_out
 from retro.evaluation.leakage import retrieve
 from retro.evaluation.windows import chunk_offsets
-from retro.search.updates import add_documents
+from retro.search.updates import add_documents, split_new_and_restored
 from retro.text.build import build_corpus
 from retro.text.copies import grams_of, groups_of, near, signature, signatures_of
 from retro.text.corpus import Corpus, DocumentEntry
+from retro.text.documents import Document
 from retro.text.tokenizer import CharTokenizer
 
 RNG = np.random.default_rng(5)
@@ -221,6 +224,60 @@ def test_an_added_copy_joins_the_group_and_is_barred_for_the_samples_of_the_othe
     )
     found = counts_of(tmp_path, corpus, RetroIndex(data_path=tmp_path, bert=bert), tmp_path)
     assert found["copied_from_own"] == 0
+
+
+@pytest.fixture(scope="module")
+def versions(tmp_path_factory) -> tuple:
+    """A text in two versions of the same words, and five others."""
+    folder = tmp_path_factory.mktemp("versions")
+    texts = {name: " ".join(words(60)) for name in ("a", "b", "c", "d", "e", "f")}
+    texts["b"] = texts["a"] + "!"
+    for name, text in texts.items():
+        (folder / name).with_suffix(".txt").write_text(text)
+    return folder, texts
+
+
+def test_a_version_of_a_document_is_told_though_another_document_has_the_same_words(versions, tmp_path):
+    folder, texts = versions
+    corpus = build_corpus([folder], tmp_path, "bpe:300", valid_fraction=0)
+    assert (corpus.signatures[0] == corpus.signatures[1]).all()
+    for name in ("a.txt", "b.txt"):
+        with pytest.raises(NameTaken, match=f"another version of {name}"):
+            split_new_and_restored(corpus, [Document(name, texts["a"] + " ?")])
+
+
+def test_held_out_text_is_not_added_though_a_copy_of_it_trains(versions, tmp_path):
+    folder, texts = versions
+    for seed in range(60):
+        corpus = build_corpus([folder], tmp_path, "bpe:300", seed=seed, keep_near_held_out=True)
+        if "a.txt" in [corpus.documents[i].name for i in corpus.split("valid")]:
+            break
+    assert "b.txt" in [corpus.documents[i].name for i in corpus.split("train")]
+    with pytest.raises(SeenText, match=r"new.txt is a.txt, or nearly"):
+        split_new_and_restored(corpus, [Document("new.txt", texts["a"])])
+
+
+def test_a_text_that_comes_twice_is_added_or_restored_once(versions, tmp_path):
+    folder, texts = versions
+    corpus = build_corpus([folder], tmp_path, "bpe:300", valid_fraction=0)
+    number = [d.name for d in corpus.documents].index("d.txt")
+    corpus.removed = frozenset([number])
+    twice = [Document(name, text) for text in (texts["d"], "a new text") for name in ("first.txt", "second.txt")]
+    assert split_new_and_restored(corpus, twice) == ([Document("first.txt", "a new text")], [number])
+
+
+def test_the_whole_of_a_text_whose_last_part_is_held_out_is_neither_added_nor_evaluated_with(plays, tmp_path):
+    one = build_corpus([plays / "hamlet.md"], tmp_path / "one", "char")
+    assert one.is_one_text
+    whole = Document("the-play.md", "A note at its beginning\n" + (plays / "hamlet.md").read_text())
+    with pytest.raises(SeenText, match=r"the-play.md is hamlet.md \[valid\], or nearly"):
+        split_new_and_restored(one, [whole])
+    other = Document("macbeth.md", (plays / "macbeth.md").read_text())
+    assert split_new_and_restored(one, [other]) == ([other], [])
+    all_plays = build_corpus([plays], tmp_path / "all", "char", valid_fraction=0)
+    with pytest.raises(SeenText, match=r"hamlet.md \[valid\] is hamlet.md, or nearly"):
+        require_held_out(one, all_plays)
+    require_held_out(all_plays, one)  # nothing is held out there
 
 
 def test_a_corpus_says_what_it_leaves_out_and_that_one_text_retrieves_from_itself(plays, tmp_path, capsys):

@@ -38,16 +38,14 @@ def require_held_out(corpus: Corpus, *seen: Corpus) -> None:
 
     A document that is near to one of those (`retro.text.copies`) is the same, whatever their names are.
     """
-    held_out = np.array(corpus.split("valid"))
+    held_out, signatures = corpus.held_out_signatures
     for other in seen:
         if other.sha256 == corpus.sha256:
             continue  # a corpus keeps its own two sides apart, even if both are parts of one document
         trained = np.array([i for part in other.parts for i in part])
         found = [
             f"{corpus.documents[i].name} is {other.documents[trained[copies[0]]].name}, or nearly"
-            for i, copies in zip(
-                held_out.tolist(), near(corpus.signatures[held_out], other.signatures[trained]), strict=True
-            )
+            for i, copies in zip(held_out, near(signatures, other.signatures[trained]), strict=True)
             if copies
         ]
         if found:

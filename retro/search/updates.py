@@ -54,7 +54,7 @@ from retro.storage.files import atomic_write, exclusive_lock, sha256_of_file
 from retro.storage.manifests import read_manifest, sha256_of_json, write_manifest
 from retro.text import corpus as corpus_files
 from retro.text.build import write_documents
-from retro.text.copies import groups_of, near, signatures_of
+from retro.text.copies import are_near, groups_of, near, signatures_of
 from retro.text.corpus import CORPUS_FOLDER, SIGNATURES_FILE, TOKENS_FILE, Corpus
 from retro.text.documents import Document, find_texts, read_documents, sha256_of_text
 
@@ -158,26 +158,28 @@ def split_new_and_restored(corpus: Corpus, documents: list[Document]) -> tuple[l
     known = {corpus.documents[i].sha256: i for part in corpus.parts for i in part}
     names = {corpus.documents[i].name: i for i in corpus.in_database}  # and -1 for those that come now
     new: dict[str, Document] = {}
-    restored = []
-    alike = near(signatures_of(d.text for d in documents), corpus.signatures)
-    for document, copies in zip(documents, alike, strict=True):
+    restored = set[int]()
+    signatures, (held_out, theirs) = signatures_of(d.text for d in documents), corpus.held_out_signatures
+    alike = near(signatures, theirs)
+    for document, signed, copies in zip(documents, signatures, alike, strict=True):
         sha256 = sha256_of_text(document.text)
-        if held_out := [i for i in copies if i in corpus.split("valid")]:
-            held_out_name = corpus.documents[held_out[0]].name
+        if copies:
+            held_out_name = corpus.documents[held_out[copies[0]]].name
             raise SeenText(f"{document.name} is {held_out_name}, or nearly, which is held out; leave it out")
         number = known.get(sha256)
-        if number is not None and number not in corpus.removed:
+        if sha256 in new or number in restored or (number is not None and number not in corpus.removed):
             continue
         name = document.name if number is None else corpus.documents[number].name
-        if name in names and (number is not None or names[name] in copies):
+        other = names.get(name, -1)
+        if name in names and (number is not None or (other >= 0 and are_near(signed, corpus.signatures[other]))):
             raise NameTaken(name)
         if number is not None:
-            restored.append(number)
+            restored.add(number)
         else:
             name = _free_name(name, names)
             new[sha256] = Document(name, document.text)
         names[name] = -1
-    return list(new.values()), restored
+    return list(new.values()), sorted(restored)
 
 
 def _free_name(name: str, names: Container[str]) -> str:

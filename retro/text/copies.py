@@ -62,6 +62,11 @@ def signatures_of(texts: Iterable[str]) -> np.ndarray:
     return np.array([signature(text) for text in texts], dtype=np.uint32).reshape(-1, N_ORDERS)
 
 
+def are_near(signatures: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Whether documents are near, each to the other one, by signatures of shape `[..., 128]`; of shape `[...]`."""
+    return (signatures == others).mean(axis=-1) >= NEAR
+
+
 def near(signatures: np.ndarray, known: np.ndarray) -> list[list[int]]:
     """For each of some documents, the numbers of the `known` ones near to it, ascending; of equal ones the first.
 
@@ -72,7 +77,7 @@ def near(signatures: np.ndarray, known: np.ndarray) -> list[list[int]]:
         lsh.insert(number, _minhash(known[number]))
     alike = (sorted(lsh.query(_minhash(row))) for row in signatures)
     return [
-        [number for number in numbers if (known[number] == row).mean() >= NEAR]
+        [number for number in numbers if are_near(known[number], row)]
         for row, numbers in zip(signatures, alike, strict=True)
     ]
 

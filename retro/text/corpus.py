@@ -155,6 +155,19 @@ class Corpus:
             self.text(start, d.n_tokens) for start, d in zip(self.starts.tolist(), self.documents, strict=False)
         )
 
+    @property
+    def held_out_signatures(self) -> tuple[list[int], np.ndarray]:
+        """Numbers `[n]` of validation documents, and signatures `[n, 128]` that no other text may be near to.
+
+        If one text was cut in two, whoever has the whole has its held-out part: the signature of the whole, which is
+        the least of both parts', is among them.
+        """
+        numbers = list(self.split("valid"))
+        signatures = self.signatures[self.n_train : self.n_train + len(numbers)]
+        if not (self.is_one_text and numbers):
+            return numbers, signatures
+        return numbers * 2, np.concatenate([signatures, self.signatures[:2].min(axis=0, keepdims=True)])
+
     @cached_property
     def sha256(self) -> str:
         """Names everything that samples depend on: the documents but for added ones, their split, the tokenizer."""
