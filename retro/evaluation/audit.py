@@ -11,6 +11,7 @@ Both counts use the written file and the text, and not the search that found the
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from retro.dataset import Dataset, stretch_lengths
 from retro.text.corpus import NO_TOKEN
 
 COPIED = 8  # tokens in a row
-CHUNKS_AT_ONCE = 1 << 12  # compared at a time: what bounds memory
+CHUNKS_AT_ONCE = 1 << 12  # read and compared at a time: what bounds memory
 
 
 def audit(dataset: Dataset) -> dict[str, int]:
@@ -29,7 +30,15 @@ def audit(dataset: Dataset) -> dict[str, int]:
     * `copied_from_own`, `copied_from_elsewhere`: chunks that can be copied from a neighbor of the same group of
       near-duplicates, or of another
     """
-    lines = [dataset.line(idx) for idx in range(len(dataset))]
+    n = max(1, CHUNKS_AT_ONCE // dataset.header["chunks_per_sample"])  # samples
+    counts: Counter[str] = Counter()
+    for first in range(0, len(dataset), n):
+        counts.update(_audit(dataset, [dataset.line(idx) for idx in range(first, min(first + n, len(dataset)))]))
+    return dict(counts)
+
+
+def _audit(dataset: Dataset, lines: list[dict[str, Any]]) -> dict[str, int]:
+    """The counts of some samples."""
     chunks, ends = _chunks_of(dataset, lines)
     samples = np.repeat(np.arange(len(lines)), [len(line["neighbors"]) for line in lines])
     corpus, m, K = dataset.corpus, dataset.header["chunk_len"], dataset.header["n_neighbors"]
@@ -38,12 +47,10 @@ def audit(dataset: Dataset) -> dict[str, int]:
     there, document_of = starts >= 0, corpus.document_of(np.maximum(starts, 0))
     value_ends = np.minimum(starts + 2 * m, corpus.starts[document_of + 1])
     leaking = there & (starts < ends[:, None]) & (value_ends > chunks[:, None] + m)
-    copied = np.zeros_like(there)
-    for part in (slice(i, i + CHUNKS_AT_ONCE) for i in range(0, len(chunks), CHUNKS_AT_ONCE)):
-        positions = chunks[part, None] + m + np.arange(m)
-        next_tokens = corpus.tokens[np.minimum(positions, len(corpus.tokens) - 1)].astype(np.int64)
-        next_tokens[positions >= ends[part, None]] = NO_TOKEN
-        copied[part] = can_be_copied(next_tokens, corpus.values(starts[part], 2 * m))
+    positions = chunks[:, None] + m + np.arange(m)
+    next_tokens = corpus.tokens[np.minimum(positions, len(corpus.tokens) - 1)].astype(np.int64)
+    next_tokens[positions >= ends[:, None]] = NO_TOKEN
+    copied = can_be_copied(next_tokens, corpus.values(starts, 2 * m))
     own = corpus.groups[document_of] == corpus.groups[corpus.document_of(chunks)][:, None]
     return {
         "samples": len(lines),
