@@ -179,6 +179,11 @@ def test_what_is_barred_is_the_tokens_of_the_whole_group_wherever_they_lie():
         group = groups[documents[offset]]
         assert barred == {int(i) for i in offsets if groups[documents[i]] == group}
         assert all(a < b or (a, b) == (0, 0) for a, b in ranges.tolist())
+    # As wide as these queries need.
+    starts = corpus.starts[:-1]
+    assert corpus.barred_ranges(starts[[10, 2]]).shape == (2, 2, 2)
+    assert corpus.barred_ranges(starts[:0]).shape == (0, 1, 2)
+    assert corpus.barred_ranges(starts[[10, 6]]).shape == (2, 1, 2)
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "IVF4,PQ16"])
@@ -278,6 +283,24 @@ def test_the_whole_of_a_text_whose_last_part_is_held_out_is_neither_added_nor_ev
     with pytest.raises(SeenText, match=r"hamlet.md \[valid\] is hamlet.md, or nearly"):
         require_held_out(one, all_plays)
     require_held_out(all_plays, one)  # nothing is held out there
+
+
+def test_near_duplicates_that_are_added_together_lie_side_by_side(copied, tmp_path, bert):
+    _, data, *_ = copied
+    shutil.copytree(data, tmp_path / "data")
+    texts = {f"{i:02}": " ".join(words(40)) for i in range(4)}
+    texts |= {f"{i:02}": texts[f"{i % 4:02}"] + "!" * i for i in range(4, 12)}
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts.values()))
+    add_documents([tmp_path / "new.jsonl"], tmp_path / "data", bert=bert)
+    corpus = Corpus.load(tmp_path / "data" / "corpus")
+    added = corpus.parts[1]
+    names = [corpus.documents[i].name for i in added]
+    assert names == [f"new.jsonl:{i + 1}" for first in range(4) for i in (first, first + 4, first + 8)]
+    for number, i in zip(added, (i for first in range(4) for i in (first, first + 4, first + 8)), strict=True):
+        assert corpus.text(corpus.starts[number], corpus.documents[number].n_tokens) == texts[f"{i:02}"]
+        assert corpus.signatures[number].tolist() == signature(texts[f"{i:02}"]).tolist()
+    assert corpus.groups[added.start :].tolist() == np.repeat(added[::3], 3).tolist()
+    assert corpus.barred_ranges(corpus.starts[added.start : -1]).shape == (12, 1, 2)
 
 
 def test_a_corpus_says_what_it_leaves_out_and_that_one_text_retrieves_from_itself(plays, tmp_path, capsys):

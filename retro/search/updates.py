@@ -54,7 +54,7 @@ from retro.storage.files import atomic_write, exclusive_lock, sha256_of_file
 from retro.storage.manifests import read_manifest, sha256_of_json, write_manifest
 from retro.text import corpus as corpus_files
 from retro.text.build import write_documents
-from retro.text.copies import are_near, groups_of, near, signatures_of
+from retro.text.copies import are_near, first_of_equals, groups_of, near, signatures_of
 from retro.text.corpus import CORPUS_FOLDER, SIGNATURES_FILE, TOKENS_FILE, Corpus
 from retro.text.documents import Document, find_texts, read_documents, sha256_of_text
 
@@ -195,19 +195,24 @@ def _rewrite(folder: Path, corpus: Corpus, new: list[Document], removed: frozens
             path, {"sha256": sha256_of_json(read_manifest(path))}, {"sha256": sha256_of_json(corpus.manifest)}
         )
         if new:
+            # Near-duplicates follow each other, as in the corpus: what a query may not retrieve is then one range.
+            signs = np.concatenate([corpus.signatures, signatures_of(document.text for document in new)])
+            n, groups = len(corpus.documents), groups_of(signs, manifest["groups"])
+            order = np.argsort(groups[n:], kind="stable").tolist()
+            in_order = ((i, new[i]) for i in order)
             tokens_file, signatures_file = folder / TOKENS_FILE, folder / SIGNATURES_FILE
             with atomic_write(tokens_file) as tokens, atomic_write(signatures_file) as signatures:
                 with _copy_to_append(tokens_file, tokens, corpus.tokens.nbytes, manifest) as file:
-                    written = write_documents(file, enumerate(new), corpus.tokenizer, corpus.tokens.dtype)
-                signs = signatures_of(new[number].text for number, _ in written)
+                    written = write_documents(file, in_order, corpus.tokenizer, corpus.tokens.dtype)
+                numbers = [*range(n), *(n + i for i, _ in written)]
                 with _copy_to_append(signatures_file, signatures, corpus.signatures.nbytes, manifest) as file:
-                    signs.tofile(file)
+                    signs[numbers[n:]].tofile(file)
             manifest |= {
                 f"{TOKENS_FILE}_sha256": sha256_of_file(tokens_file),
                 f"{SIGNATURES_FILE}_sha256": sha256_of_file(signatures_file),
                 "additions": [*corpus.additions, *([len(written)] if written else [])],
                 "documents": manifest["documents"] + [list(astuple(entry)) for _, entry in written],
-                "groups": groups_of(np.concatenate([corpus.signatures, signs]), manifest["groups"]).tolist(),
+                "groups": first_of_equals(groups[numbers]).tolist(),
             }
         write_manifest(path, manifest)
 

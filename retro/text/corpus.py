@@ -351,19 +351,25 @@ class Corpus:
 
         They hold the document of the query and all its near-duplicates; `(0, 0)` is no range.
         """
-        return self._ranges_of_groups[self.groups[self.document_of(offsets)]]
+        firsts, ranges = self._ranges_of_groups
+        groups = self.groups[self.document_of(offsets)]
+        first, n = firsts[groups], firsts[groups + 1] - firsts[groups]
+        nth = np.arange(n.max(initial=1))
+        there = nth < n[:, None]
+        return np.where(there[..., None], ranges[np.where(there, first[:, None] + nth, 0)], 0)
 
     @cached_property
-    def _ranges_of_groups(self) -> np.ndarray:
-        """The ranges of each group, under the number of its first document, of shape `[documents, r, 2]`."""
+    def _ranges_of_groups(self) -> tuple[np.ndarray, np.ndarray]:
+        """The ranges of all groups, of shape `[n, 2]`; those of the group `g` are from `firsts[g]` to `firsts[g + 1]`.
+
+        (A table with a row for each group would be as wide as the group with the most ranges needs.)
+        """
         order = np.argsort(self.groups, kind="stable")
         groups, follows = self.groups[order], np.diff(order, prepend=-2) == 1
         first = np.flatnonzero(~follows | (np.diff(groups, prepend=-1) != 0))  # of documents that follow each other
         last = np.append(first[1:], len(order)) - 1
-        nth = np.arange(len(first)) - np.searchsorted(groups[first], groups[first])
-        ranges = np.zeros((len(order), int(nth.max()) + 1, 2), dtype=np.int64)
-        ranges[groups[first], nth] = np.stack([self.starts[order[first]], self.starts[order[last] + 1]], axis=1)
-        return ranges
+        firsts = np.searchsorted(groups[first], np.arange(len(order) + 1))
+        return firsts, np.stack([self.starts[order[first]], self.starts[order[last] + 1]], axis=1)
 
     def values(self, offsets: np.ndarray, length: int) -> np.ndarray:
         """Tokens from each offset on, up to the end of its document.
