@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,12 +15,14 @@ from conftest import CHUNK_LEN
 
 import retro
 from retro import config as configs
+from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.cli import COMMANDS, main
 from retro.cli.building import database_config
 from retro.cli.options import add_config, comments_of, config_from, new_parser, parse_with_preset, the_other_of
 from retro.cli.repair import explain
 from retro.cli.training import _parser
 from retro.config import CorpusConfig, DatabaseConfig, DatasetConfig, EvaluateConfig, RetroConfig, SampleConfig
+from retro.dataset import DATASET_FILE, Dataset
 from retro.errors import (
     ArtifactError,
     CannotWrite,
@@ -34,6 +37,7 @@ from retro.runs.run import latest_run, read_run
 from retro.text.corpus import Corpus
 from retro.train import TrainConfig, train
 
+ROOT = Path(__file__).parent.parent
 SHAPE = ["--d-model", "16", "--n-layers", "2", "--ca-layers", "[1]", "--n-heads", "2", "--d-k", "8", "--d-ff", "32"]
 SHAPE += ["--n-encoder-layers", "1", "--encoder-ca-layers", "[0]"]
 OPTIONS = [*SHAPE, "--steps", "4", "--batch-size", "2", "--interval", "2", "--device", "cpu"]
@@ -284,3 +288,29 @@ def test_a_library_call_without_options_is_the_tutorials(data, monkeypatch, tmp_
     run, summary = train(config=TrainConfig(steps=1), model_shape=shape, device="cpu")
     assert run.parent.name == Corpus.load("data/corpus").name and summary["steps"] == 1
     assert train(config=TrainConfig(steps=1), model_shape=shape, device="cpu") == (run, summary)
+
+
+def test_a_stage_says_what_to_run_next_and_finds_what_is_there(plays, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    database = ["database", str(plays), "--tokenizer", "bpe:400", "--data-path", "mine", "--device", "cpu"]
+    dataset = ["dataset", "--chunks-per-sample", "4", "--data-path", "mine", "--device", "cpu"]
+    for command, following in ((database, "retro dataset"), (dataset, "retro train")):
+        assert main(command) == 0
+        said = capsys.readouterr().out
+        assert f"next: {following} --data-path mine\n" in said
+    share = re.search(r"samples predict ([\d.]+)% of ([\d,]+) tokens", said)
+    corpus = Corpus.load("mine/corpus")
+    n_targets = Dataset(tmp_path / "mine" / DATASET_FILE["train"], corpus).header["n_targets"]
+    assert float(share[1]) == pytest.approx(100 * n_targets / corpus.n_train_tokens, abs=0.051) and n_targets > 1000
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"}
+    monkeypatch.setattr(BERTChunkEmbeddings, "__call__", lambda *_: pytest.fail("something was embedded"))
+    assert main(database) == main(dataset) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_a_traceback_is_shown_to_who_asks_for_one():
+    command = ["-m", "retro", "train", "--epochs", "3", "--steps", "9"]
+    for options, wanted in (([], False), (["-X", "dev", "-W", "ignore"], True)):
+        result = subprocess.run([sys.executable, *options, *command], capture_output=True, text=True, cwd=ROOT)
+        assert result.returncode == 1 and "exclude each other" in result.stderr
+        assert ("Traceback" in result.stderr) == wanted

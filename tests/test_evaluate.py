@@ -21,8 +21,9 @@ from retro.errors import SeenText
 from retro.evaluate import Evaluation, evaluate, held_out_texts
 from retro.evaluation.figures import table
 from retro.evaluation.held_out import require_held_out
+from retro.evaluation.intervals import judged
 from retro.evaluation.leakage import longest_common_run
-from retro.evaluation.result import joined
+from retro.evaluation.result import joined, saved_bits
 from retro.evaluation.windows import losses, predicted_bytes, shuffled_neighbors, windows
 from retro.model import RetroConfig, RetroModel
 from retro.storage.manifests import read_manifest
@@ -219,6 +220,18 @@ def test_the_figures_are_those_worked_out_by_hand():
     assert json.loads(json.dumps(summary)) == summary
 
 
+def test_a_verdict_counts_the_gains_of_its_table():
+    one, evaluation = by_hand().summary(), by_hand()
+    on, off = evaluation.nats["on"], evaluation.nats["off"]
+    three = dataclasses.replace(evaluation, nats=evaluation.nats | {"random": off, "baseline": off}).summary()
+    alone = one["gain"]["over off"]["p"]
+    assert 0 < alone < 1 and alone == judged({"": saved_bits(one, "off", one)})[""]["p"]
+    assert {gain["p"] for gain in three["gain"].values()} == {min(1, 3 * alone)}
+    # A gain of 1 bit for each byte, in both documents alike.
+    sure = dataclasses.replace(evaluation, nats={"on": on, "off": on + evaluation.n_bytes * math.log(2)}).summary()
+    assert sure["gain"]["over off"]["verdict"] == "yes"
+
+
 def test_the_evaluations_of_two_seeds_are_joined_into_one():
     first, other = by_hand(), by_hand()
     # The other model gains 1 bit more in each document: 4 and -1 instead of 3 and -2, so 3/8 over 8 bytes, not 1/8.
@@ -347,7 +360,8 @@ def runs(data, tmp_path_factory):
 def test_one_command_evaluates_a_run_on_new_text_with_another_database(runs, plays, tmp_path, monkeypatch, capsys):
     place, run, baseline = runs
     monkeypatch.chdir(place)
-    assert main(["evaluate", "--run", str(run), "--baseline", str(baseline)]) == 0
+    latest = [str(folder.parent.relative_to(place)) for folder in (run, baseline)]  # logs/NAME stands for its run
+    assert main(["evaluate", "--run", latest[0], "--baseline", latest[1]]) == 0
     assert "retrieval on" in capsys.readouterr().out
     out = run / "evaluation"
     first = read_manifest(out / "evaluation.json")

@@ -1,6 +1,9 @@
 """The house: the tutorial's five modules in front, plain; data flow one way."""
 
 import ast
+import importlib
+import importlib.util
+import inspect
 import re
 import shutil
 import subprocess
@@ -47,3 +50,27 @@ def test_imports_point_down_and_a_step_up_is_noticed(tmp_path):
         env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"},
     )
     assert result.returncode == 1 and "retro.storage is not allowed to import retro.text" in result.stdout
+
+
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
+def test_each_call_of_the_tutorial_has_its_names_in_their_order_and_needs_no_more():
+    folder = Path(importlib.util.find_spec("labml_nn").origin).parent / "transformers" / "retro"
+    compared = 0
+    for room in FIRST:
+        for node in ast.parse((folder / f"{room}.py").read_text()).body:
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            ours = getattr(importlib.import_module(f"retro.{room}"), node.name)
+            for function in [node] if isinstance(node, ast.FunctionDef) else node.body:
+                if not isinstance(function, ast.FunctionDef) or function.name == "mask_attention":
+                    continue  # a step of SelfAttention, which nobody else calls
+                called = ours if function is node else getattr(ours, function.name)
+                given = [p for p in inspect.signature(called).parameters.values() if p.name != "self"]
+                theirs = [argument.arg for argument in function.args.args if argument.arg != "self"]
+                where = f"{room}.{node.name}.{function.name}"
+                assert [p.name for p in given[: len(theirs)]] == theirs, where
+                assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in given[: len(theirs)]), where
+                n_needed = len(theirs) - len(function.args.defaults)
+                assert all(p.default is not p.empty for p in given[n_needed:]), where
+                compared += len(theirs)
+    assert compared > 60

@@ -6,9 +6,11 @@ import shutil
 import faiss
 import numpy as np
 import pytest
+import torch
 from conftest import CHUNK_LEN, CHUNKS_PER_SAMPLE, refused
 from labml_helpers.datasets.text import TextFileDataset
 
+from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.config import DatabaseConfig, DatasetConfig
 from retro.database import RetroIndex, build_database, chunk_offsets
 from retro.dataset import DATASET_FILE, Dataset, build_dataset
@@ -315,3 +317,23 @@ def test_a_database_remembers_the_config_that_builds_it_again(data, bert, tmp_pa
     config = DatabaseConfig(chunk_len=CHUNK_LEN, index="IVF8,PQ16", n_train=300, seed=2, **search)
     manifest = build_database(config=config, corpus=Corpus.load(data / "corpus"), data_path=tmp_path, bert=bert)
     assert config_of_database(manifest) == config and manifest["n_train"] == 300
+
+
+def test_an_index_of_whole_keys_is_searched_without_the_keys_beside_it(data, index, bert, tmp_path):
+    for name in ("retro.index", "retro.index.json"):
+        shutil.copy(data / name, tmp_path / name)
+    alone = RetroIndex(corpus=Corpus.load(data / "corpus"), data_path=tmp_path, bert=bert)
+    queries = index.embed([index.corpus.text(40 * i, CHUNK_LEN) for i in range(9)])
+    for found, expected in zip(alone.search(queries, 3), index.search(queries, 3), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_queries_are_embedded_in_the_precision_of_the_keys(tmp_path, precision):
+    (tmp_path / "a.txt").write_text("Full fathom five thy father lies;\nOf his bones are coral made;\n" * 5)
+    build_corpus([tmp_path / "a.txt"], tmp_path / "corpus")
+    bert = BERTChunkEmbeddings("cpu", precision=precision)
+    manifest = build_database(data_path=tmp_path, bert=bert, config=DatabaseConfig(index="Flat"))
+    index = RetroIndex(data_path=tmp_path)
+    assert manifest["precision"] == index.bert.precision == precision
+    assert next(index.bert.model.parameters()).dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

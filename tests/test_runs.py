@@ -1,5 +1,6 @@
 """Runs are what they say: one folder has one run of one length, its numbers are of what it did, and nothing is lost."""
 
+import copy
 import json
 import math
 import shutil
@@ -28,6 +29,7 @@ from retro.model import RetroModel
 from retro.runs import loop
 from retro.runs.checkpoints import load_model, newest_checkpoint, save_model
 from retro.runs.data import Batches, TrainingData
+from retro.runs.engine import start_engine
 from retro.runs.run import find_run, latest_run, read_run, write_run
 from retro.runs.tracking import InterruptedInStep
 from retro.sample import Sampler
@@ -539,3 +541,26 @@ def test_a_trainer_on_the_cpu_can_follow_one_on_a_gpu_in_the_same_process(index,
     assert PartialState().device.type == later.accelerator.device.type == "cpu"
     before = later()
     assert earlier() < before, "the earlier one goes on as well"
+
+
+def test_a_step_of_the_optimizer_is_the_tutorials(data):
+    """torch's Adam with an eps of 1e-9 against labml's, whose own is 1e-16: the same update."""
+    run = find_run(TrainingData(data), "none", TrainConfig(warmup=4), SHAPE, None)
+    engine = start_engine(run, torch.device("cpu"), fsdp=False)
+    model = copy.deepcopy(engine.model)
+    theirs = Noam(model.parameters(), lr=1.0, d_model=SHAPE["d_model"], warmup=4)
+    torch.manual_seed(0)
+    for step in range(6):
+        for ours, other in zip(engine.model.parameters(), model.parameters(), strict=True):
+            ours.grad = torch.randn_like(ours) if ours.requires_grad else None
+            other.grad = None if ours.grad is None else ours.grad.clone()
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate(step, 0, run.config, SHAPE["d_model"])
+            assert group["eps"] == 1e-9
+        engine.optimizer.step()
+        theirs.step()
+    beginning = RetroModel.from_config(run.shape)
+    moved = [(a - b).abs().max() for a, b in zip(engine.model.parameters(), beginning.parameters(), strict=True)]
+    assert max(moved) > 0.1
+    for ours, other in zip(engine.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
