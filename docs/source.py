@@ -112,12 +112,17 @@ class Module:
         return "", ""
 
     def _implemented(self, name: str) -> list[str]:
-        """Classes of this module that a class derives from, and protocols all of whose methods it has."""
+        """Classes of this module that a class derives from, and protocols of which it has all methods and properties.
+
+        A property may be an attribute of the class.
+        """
         bases = [base.id for base in self.classes[name].bases if isinstance(base, ast.Name) and base.id in self.classes]
         for other, node in self.classes.items():
             asked = {f.name for f in node.body if isinstance(f, FUNCTION)}
             is_protocol = any(isinstance(base, ast.Name) and base.id == "Protocol" for base in node.bases)
             has = {f.name for f in self.classes[name].body if isinstance(f, FUNCTION)}
+            assigned = [target for n in self.classes[name].body if isinstance(n, ast.Assign) for target in n.targets]
+            has |= {target.id for target in assigned if isinstance(target, ast.Name)}
             if other != name and is_protocol and asked and asked <= has:
                 bases.append(other)
         return bases

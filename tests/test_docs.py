@@ -268,6 +268,14 @@ def test_a_link_to_a_file_of_prose_leads_to_its_page():
     assert '<a href="glossary.html#x">it</a> and <a href="https://a.org/b.md">that</a>' in html
 
 
+def test_the_tutorials_five_come_first_and_each_has_a_link_to_its_own(tmp_path):
+    assert next(iter(docs.READING_ORDER.values())) == tuple(FIRST)
+    found = pages(tmp_path, **dict.fromkeys((*FIRST, "sample"), '"""M."""'))
+    for name in (*FIRST, "sample"):
+        link = f'<a href="https://nn.labml.ai/transformers/retro/{name}.html">'
+        assert (link in found[f"{name}.html"]) == (name in FIRST), name
+
+
 def test_literal_blocks_are_preformatted():
     prose = "So::\n\n    a  *b*\n\n      c\n\nand $x$\n* i::\n\n      d\n"
     html, _ = rendered(prose)
@@ -554,9 +562,15 @@ def test_a_method_that_implements_a_documented_one_has_its_prose(tmp_path):
             def speak(self) -> str:
                 """What it says."""
 
+            @property
+            def legs(self) -> int:
+                """How many it has."""
+
 
         class Dog:
             """A dog."""
+
+            legs = 4
 
             def speak(self) -> str:
                 return "woof"
@@ -564,7 +578,7 @@ def test_a_method_that_implements_a_documented_one_has_its_prose(tmp_path):
     html = pages(tmp_path, a=source)["a.html"]
     assert html.count("<p>What it says.</p>") == 2
     assert '<a href="a.html#Speaks.speak"><code>Speaks.speak</code></a>' in html
-    with pytest.raises(DocsError, match=r"retro/a.py:15: Dog.speak is public and has no docstring"):
+    with pytest.raises(DocsError, match=r"retro/a.py:21: Dog.speak is public and has no docstring"):
         pages(tmp_path / "other", a=source.replace('"""What it says."""', "..."))
 
 
@@ -779,7 +793,9 @@ def test_a_browser_shows_formulas_and_anchors_and_never_scrolls_sideways(site, t
     out, n_formulas = site
     found, errors = seen(tmp_path, [(out / page).as_uri() for page in n_formulas], [(390, 800), (1440, 800)], SHOWN)
     numbers = [list(map(int, row)) for row in found]
-    without_definitions = ("index.html", "__main__.html", "own_text.html", "at_scale.html", "glossary.html")
+    without_definitions = {"index.html", "__main__.html", "own_text.html"} | {
+        p.stem + ".html" for p in DOCS.glob("*.md")
+    }
     for i, page in enumerate(n_formulas):
         for scroll_width, width, n_set, n_links, n_lost, n_failed in numbers[2 * i : 2 * i + 2]:
             assert scroll_width <= width, f"{page} is {scroll_width} wide in {width}"

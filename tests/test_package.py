@@ -2,6 +2,7 @@
 
 import ast
 import email
+import re
 import shutil
 import subprocess
 import sys
@@ -136,6 +137,19 @@ def test_every_requirement_is_pinned_within_its_bounds():
     for requirement in (*CORE, *EXTRAS):
         assert {s.operator for s in requirement.specifier} == {">="}, f"{requirement}: plain lower bounds only"
         assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
+
+
+def test_every_test_that_the_claims_name_is_there():
+    page = (ROOT / "docs" / "claims.md").read_text()
+    named = set(re.findall(r"`(tests/test_\w+\.py)::(test_\w+)`", page))
+    for file, name in named:
+        assert f"\ndef {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
+    rows = [
+        line
+        for line in page.partition("## Figures")[0].splitlines()
+        if line.startswith("| ") and "| tests |" not in line
+    ]
+    assert len(rows) > 50 and all("::test_" in row for row in rows)
 
 
 # What its files may import. `make layers` checks the layers; this is what it takes no notice of.

@@ -13,7 +13,7 @@ from labml_helpers.datasets.text import TextFileDataset
 from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.config import DatabaseConfig, DatasetConfig
 from retro.database import RetroIndex, build_database, chunk_offsets
-from retro.dataset import DATASET_FILE, Dataset, build_dataset
+from retro.dataset import DATASET_FILE, Dataset, build_dataset, excluded_ranges
 from retro.errors import DamagedFile, InvalidOption, MissingArtifact, StaleArtifact, TextTooShort
 from retro.evaluation.audit import audit
 from retro.search.building import config_of_database
@@ -220,6 +220,14 @@ def test_no_neighbor_holds_what_its_sample_has_yet_to_predict_but_with_the_tutor
                 assert len(row) == 2, "two neighbors exist for every chunk"
     assert audit(dataset)["leaking_neighbors"] == leaks
     assert (leaks > 0) == (exclude == "span")
+
+
+def test_the_range_that_span_excludes_is_the_tutorials(index):
+    header = {"split": "train", "exclude": "span", "chunk_len": CHUNK_LEN, "chunks_per_sample": CHUNKS_PER_SAMPLE}
+    chunks, found = np.array([100, 131]), np.arange(300)
+    for chunk, ((first, end),) in zip(chunks, excluded_ranges(chunks, chunks, header, index).tolist(), strict=True):
+        kept = found[(found < first) | (found >= end)]
+        assert kept.tolist() == index.filter_neighbors(int(chunk), found.tolist()) and len(kept) < 300
 
 
 def test_unless_told_otherwise_a_neighbor_is_of_another_document_or_where_one_trains_outside_of_the_sample(
