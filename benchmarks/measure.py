@@ -212,10 +212,12 @@ def train(variant: str, folder: Path) -> Result:
 def sample(variant: str, folder: Path, length: int) -> Result:
     """Characters a second, greedily, from a model of random weights, with live retrieval from one index."""
     torch.manual_seed(0)
-    model: Any = RetroModel.from_config(RetroConfig(n_vocab=65)).eval()
+    corpus = Corpus.load(folder / "corpus")
+    model: Any = RetroModel.from_config(RetroConfig(n_vocab=corpus.n_tokens)).eval()
     if variant == "retro":
-        index = RetroIndex(16, data_path=folder)
-        sampler: Any = Sampler("cpu", model, index.corpus, 16, index=index)
+        index = RetroIndex(16, data_path=folder, corpus=corpus)
+        # The peer's model reads the whole text, however long it is.
+        sampler: Any = Sampler("cpu", model, corpus, 16, index=index, max_chunks=1 << 20)
     else:
         import peers
 
