@@ -273,7 +273,7 @@ def _train_bpe(name: str, texts: Iterable[str]) -> SubwordTokenizer:
 
     size = name.removeprefix("bpe:")
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if not size.isdigit() or int(size) < len(alphabet):
+    if not size.isdecimal() or int(size) < len(alphabet):
         raise InvalidOption("tokenizer", name, f"is not bpe:SIZE: SIZE is a number of at least {len(alphabet)}")
     backend = Backend(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
