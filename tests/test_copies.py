@@ -1,6 +1,7 @@
 """Near-duplicates: one group, one side of the split, and no neighbor of a query's group."""
 
 import json
+import pickle
 import shutil
 from itertools import pairwise
 
@@ -301,6 +302,15 @@ def test_near_duplicates_that_are_added_together_lie_side_by_side(copied, tmp_pa
         assert corpus.signatures[number].tolist() == signature(texts[f"{i:02}"]).tolist()
     assert corpus.groups[added.start :].tolist() == np.repeat(added[::3], 3).tolist()
     assert corpus.barred_ranges(corpus.starts[added.start : -1]).shape == (12, 1, 2)
+
+
+def test_another_process_maps_the_signatures_itself(copied):
+    _, data, *_ = copied
+    corpus = Corpus.load(data / "corpus")
+    sent = pickle.dumps(corpus)
+    assert corpus.signatures[3].tobytes() not in sent
+    assert np.array_equal(pickle.loads(sent).signatures, corpus.signatures)
+    assert corpus.signatures.shape == (len(corpus.documents), 128)
 
 
 def test_a_corpus_says_what_it_leaves_out_and_that_one_text_retrieves_from_itself(plays, tmp_path, capsys):

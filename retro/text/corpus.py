@@ -96,6 +96,10 @@ def largest_token(tokens: np.ndarray) -> int:
     return max((int(part.max()) for part in parts), default=-1)
 
 
+def _map_signatures(folder: Path, n_documents: int) -> np.ndarray:
+    return np.memmap(folder / SIGNATURES_FILE, np.uint32, mode="r")[: n_documents * N_ORDERS].reshape(-1, N_ORDERS)
+
+
 class Corpus:
     """Documents as one array of tokens, training documents first.
 
@@ -133,24 +137,24 @@ class Corpus:
         self.additions = tuple(additions)
         self.removed = frozenset(removed)
         self.groups = np.arange(len(documents)) if groups is None else np.array(groups)
-        self._signatures = signatures
+        if signatures is not None:
+            self.signatures = signatures
         self.file: Path | None = None  # where the tokens are mapped from
         self._byte_scales: dict[int, float] = {}  # of documents: bytes of the text over bytes of the tokens
 
     def __getstate__(self) -> dict[str, Any]:
-        """What another process is sent: not the tokens, if they lie in a file, which it maps itself."""
-        return self.__dict__ | ({"tokens": None} if self.file else {})
+        """What another process is sent: not the tokens and signatures, if they lie in files, which it maps itself."""
+        return self.__dict__ | ({"tokens": None, "signatures": None} if self.file else {})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self.file:
             self.tokens = np.memmap(self.file, dtype=self.manifest["dtype"], mode="r")[: self.starts[-1]]
+            self.signatures = _map_signatures(self.file.parent, len(self.documents))
 
     @cached_property
     def signatures(self) -> np.ndarray:
         """What near-duplicates are told by: uint32, of shape `[documents, 128]`."""
-        if self._signatures is not None:
-            return self._signatures
         return signatures_of(
             self.text(start, d.n_tokens) for start, d in zip(self.starts.tolist(), self.documents, strict=False)
         )
@@ -206,7 +210,7 @@ class Corpus:
             manifest["additions"],
             manifest["removed"],
             manifest["groups"],
-            np.fromfile(folder / SIGNATURES_FILE, np.uint32, len(documents) * N_ORDERS).reshape(-1, N_ORDERS),
+            _map_signatures(folder, len(documents)),
         )
         corpus.file = folder / TOKENS_FILE
         if len(corpus.tokens) != n_tokens:
