@@ -108,7 +108,7 @@ def test_no_chunk_finds_what_follows_it_in_a_copy_of_its_document(copied, tmp_pa
     assert blind["leaking_neighbors"] == 0 and blind["copied_from_own"] > 0.3 * blind["chunks"] / 5
 
 
-def test_the_audit_by_content_counts_what_a_search_by_hand_finds(copied, tmp_path):
+def test_the_audit_by_content_counts_what_a_search_by_hand_finds(copied, tmp_path, monkeypatch):
     _, data, corpus, index = copied
     found = counts_of(data, corpus, index, tmp_path)
     dataset, by_hand = Dataset(tmp_path / DATASET_FILE["train"], corpus), 0
@@ -122,6 +122,8 @@ def test_the_audit_by_content_counts_what_a_search_by_hand_finds(copied, tmp_pat
             values = [v.tolist() for v in neighbors[u]]
             by_hand += any(tuple(v[i : i + 8]) in runs for v in values for i in range(len(v) - 7))
     assert found["copied_from_elsewhere"] == by_hand > 0
+    monkeypatch.setattr("retro.evaluation.audit.CHUNKS_AT_ONCE", 5 * CHUNKS_PER_SAMPLE)
+    assert audit(dataset) == found and len(dataset) % 5
 
 
 def test_eight_tokens_in_a_row_can_be_copied_and_seven_cannot():
