@@ -69,6 +69,31 @@ def test_what_is_near_is_a_group_and_what_is_near_to_that_belongs_to_it():
     assert near(bridge, apart) == [[0]]
 
 
+def test_groups_and_what_is_near_are_those_of_a_comparison_of_all_pairs():
+    signs = RNG.integers(1 << 32, size=(300, 128), dtype=np.uint32)
+    for i in range(100, 300):  # a version of an earlier one, of which 0 to 12 numbers are others, or 60
+        signs[i] = signs[RNG.integers(i)]
+        changed = RNG.permutation(128)[: RNG.choice([0, 5, 12, 60])]
+        signs[i, changed] = RNG.integers(1 << 32, size=len(changed))
+    alike = (signs[:, None] == signs).mean(axis=-1) >= 0.8
+    first = np.arange(300)
+    while (joined := np.array([first[row].min() for row in alike])).tolist() != first.tolist():
+        first = joined
+    assert groups_of(signs).tolist() == first.tolist() and 100 < len(set(first.tolist())) < 200
+    assert groups_of(signs, groups_of(signs[:150]).tolist()).tolist() == first.tolist()
+    distinct = np.unique(signs[:200], axis=0)
+    assert near(signs[200:], distinct) == [
+        np.flatnonzero((row == distinct).mean(axis=-1) >= 0.8).tolist() for row in signs[200:]
+    ]
+    assert near(signs[:0], signs) == [] and near(signs[:2], signs[:0]) == [[], []]
+
+
+def test_many_versions_of_a_text_are_one_group():
+    signs = np.repeat(signatures_of(["one text for all of them"]), 1500, axis=0)
+    signs[np.arange(1500), np.arange(1500) % 128] = np.arange(1500)
+    assert not groups_of(signs).any()
+
+
 def test_many_equal_texts_are_no_more_work_than_one(monkeypatch):
     signs = np.repeat(signatures_of(["one text for all of them"]), 50_000, axis=0)
     assert not groups_of(signs).any()  # in pairs, these would be a billion

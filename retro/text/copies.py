@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-from datasketch import MinHash, MinHashLSH
+from datasketch import MinHash
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -29,7 +29,7 @@ GRAM = 13  # words
 N_ORDERS = 128  # numbers of a signature
 BANDS = (20, 6)  # bands, numbers of each
 SCHEME = "affine32"  # of datasketch's orders: what signatures on disk are made with
-GRAMS_AT_ONCE = 1 << 14  # what bounds memory
+GRAMS_AT_ONCE, PAIRS_AT_ONCE = 1 << 14, 1 << 16  # what bounds memory
 # Scripts without blanks: Thai and Lao, Burmese, Khmer, Japanese and Chinese. Each letter is taken for a word.
 _UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
@@ -72,14 +72,13 @@ def near(signatures: np.ndarray, known: np.ndarray) -> list[list[int]]:
 
     * `signatures`, `known` are of shape `[n, 128]`
     """
-    lsh = MinHashLSH(NEAR, N_ORDERS, params=BANDS)
-    for number in np.unique(known, axis=0, return_index=True)[1].tolist():
-        lsh.insert(number, _minhash(known[number]))
-    alike = (sorted(lsh.query(_minhash(row))) for row in signatures)
-    return [
-        [number for number in numbers if are_near(known[number], row)]
-        for row, numbers in zip(signatures, alike, strict=True)
-    ]
+    first = np.sort(np.unique(known, axis=0, return_index=True)[1])
+    found = [set[int]() for _ in signatures]
+    for rows, numbers in _in_a_common_band(signatures, known[first]):
+        is_near = are_near(signatures[rows], known[first[numbers]])
+        for row, number in zip(rows[is_near].tolist(), first[numbers[is_near]].tolist(), strict=True):
+            found[row].add(number)
+    return [sorted(numbers) for numbers in found]
 
 
 def groups_of(signatures: np.ndarray, groups: Sequence[int] = ()) -> np.ndarray:
@@ -87,22 +86,48 @@ def groups_of(signatures: np.ndarray, groups: Sequence[int] = ()) -> np.ndarray:
 
     * `groups` are those of the first documents, if they are known; one that comes later can make one group of two
     """
-    n = len(signatures)
+    every = np.arange(len(signatures))
     _, first, number_of = np.unique(signatures, axis=0, return_index=True, return_inverse=True)
-    new = np.sort(first[first >= len(groups)])
-    pairs = [*enumerate(groups), *enumerate(first[number_of].tolist())]  # of the group, of the same signature
-    for number, others in zip(new.tolist(), near(signatures[new], signatures), strict=True):
-        pairs += [(number, other) for other in others]
-    rows, columns = np.array(pairs).T
-    graph = coo_array((np.ones(len(pairs)), (rows, columns)), shape=(n, n))
-    return first_of_equals(connected_components(graph, directed=False)[1])
+    joined = _joined(every, np.arange(len(groups)), np.array(groups, dtype=np.int64))
+    joined = _joined(joined, every, first[number_of])
+    distinct = np.sort(first)
+    new = distinct[distinct >= len(groups)]
+    for rows, numbers in _in_a_common_band(signatures[new], signatures[distinct]):
+        a, b = new[rows], distinct[numbers]
+        apart = joined[a] != joined[b]
+        a, b = a[apart], b[apart]
+        is_near = are_near(signatures[a], signatures[b])
+        if is_near.any():
+            joined = _joined(joined, a[is_near], b[is_near])
+    return first_of_equals(joined)
+
+
+def _in_a_common_band(signatures: np.ndarray, known: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Numbers of documents and of `known` ones that agree in all numbers of a band, in pairs; a part at a time.
+
+    A pair comes once for each of its bands. A few may come that do not agree.
+    """
+    n_bands, width = BANDS
+    factors = np.random.default_rng(0).integers(1, 1 << 62, size=width, dtype=np.uint64) | np.uint64(1)
+    for band in range(n_bands):
+        columns = slice(band * width, (band + 1) * width)
+        ours, theirs = ((part[:, columns] * factors).sum(axis=1) for part in (signatures, known))  # modulo 2**64
+        order = np.argsort(theirs, kind="stable")
+        first, end = (np.searchsorted(theirs[order], ours, side) for side in ("left", "right"))
+        ends = np.cumsum(end - first)  # of the pairs of each document, among all pairs
+        for start in range(0, int(ends[-1]) if len(ends) else 0, PAIRS_AT_ONCE):
+            pairs = np.arange(start, min(start + PAIRS_AT_ONCE, ends[-1]))
+            rows = np.searchsorted(ends, pairs, side="right")
+            yield rows, order[end[rows] - ends[rows] + pairs]
+
+
+def _joined(groups: np.ndarray, some: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Numbers of the groups, once those of the documents `some` are one with those of the `others`."""
+    graph = coo_array((np.ones(len(some)), (groups[some], groups[others])), shape=(len(groups), len(groups)))
+    return connected_components(graph, directed=False)[1][groups]
 
 
 def first_of_equals(groups: Sequence[int] | np.ndarray) -> np.ndarray:
     """For each group, where the same one comes first, of shape `[n]`."""
     _, first, number_of = np.unique(groups, return_index=True, return_inverse=True)
     return first[number_of]
-
-
-def _minhash(row: np.ndarray) -> MinHash:
-    return MinHash(N_ORDERS, hashvalues=row, permutations=_ORDERS, scheme=SCHEME)
