@@ -48,12 +48,14 @@ def build_corpus(
     split = split_texts(texts, valid_fraction, seed, keep_near_held_out)
 
     def documents(side: str) -> Iterator[tuple[int, Document]]:
-        found = split_single(read_documents(texts), split.single, valid_fraction)
-        for number, (document, its_side, sha256) in enumerate(zip(found, split.sides, split.texts, strict=True)):
-            if sha256_of_text(document.text) != sha256:
+        number = -1
+        for number, document in enumerate(split_single(read_documents(texts), split.single, valid_fraction)):
+            if split.texts[number : number + 1] != (sha256_of_text(document.text),):
                 raise ValueError(f"{document.name} changed while it was read; give the same command again")
-            if its_side == side:
+            if split.sides[number] == side:
                 yield number, document
+        if number + 1 < len(split.texts):
+            raise ValueError("a text vanished while the texts were read; give the same command again")
 
     # As in the tutorial, every character of either part is in the vocabulary. A subword
     # vocabulary is learnt from the training documents alone.
