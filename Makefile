@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format lint layers types wheel chaos fuzz bench scale gpu results docs clean
+.PHONY: demo test check format lint layers types wheel chaos fuzz mutants bench scale gpu results docs clean
 
 # From text to samples, on eight plays. QUICK=1 takes three plays and ten steps, twice, in a folder of its own.
 demo: .venv/installed
@@ -36,6 +36,10 @@ chaos: .venv/installed
 
 fuzz: .venv/installed
 	RETRO_FUZZ=550 $(BIN)/python -m pytest tests/test_hostile.py
+
+# Mistakes put into the code on purpose, each of which a test has to notice: docs/mutants.md.
+mutants: .venv/installed
+	$(BIN)/python tests/mutants.py
 
 # All stages, or one: make bench STAGE=train
 bench: .venv-bench/installed

@@ -5,12 +5,14 @@ breaks and the tests that should fail. Every mistake is made alone, in a copy of
 a mistake is *killed* if they fail, and *survives* if they pass.
 
     python tests/mutants.py                 all of them, on all cores
-    python tests/mutants.py clip shuffl     those whose line holds one of these words
+    python tests/mutants.py clip shuffl     those whose file or `breaks` holds one of these words
+    python tests/mutants.py --page docs/mutants.md     all of them, and the page that tells what came of it
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import queue
 import shutil
@@ -26,6 +28,24 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 COPIED = ("retro", "tests", "docs", "examples", "benchmarks", "results", "pyproject.toml", "README.md", "Makefile")
 SECONDS = 300  # for the tests of one mistake; one that takes longer is noticed too
+OTHERS = "\n## "  # in the page, from the first such heading on, is what others wrote
+PAGE = """\
+# Mistakes put into the code on purpose
+
+That tests pass says little if they would pass for wrong code as well. So mistakes that somebody could make are made on
+purpose, one at a time: the gradient is not clipped, a token reads the token after it, held-out text is in the database.
+Each is a changed line in a copy of the project, and tests that are named beforehand have to fail. A mistake that no
+test notices means that one is missing; it is then written.
+
+**{noticed} of {total} are noticed**, in {minutes:.0f} minutes on {cores} cores, {day.day} {day:%B %Y}.
+
+`make mutants` makes them all again. The list is `tests/mutants.toml`; this table is written by
+`tests/mutants.py --page docs/mutants.md`. Files are below `retro/`, tests below `tests/`.
+
+| file | what the mistake breaks | the test that notices it |
+|---|---|---|
+{rows}
+"""
 
 
 @dataclass(frozen=True)
@@ -65,8 +85,23 @@ def tests_fail(tree: Path, tests: str) -> bool:
     return result.returncode == 1
 
 
+def page_of(killed: dict[Mutant, bool], minutes: float, cores: int) -> str:
+    """The page: how many mistakes are noticed, and by which tests."""
+
+    def in_words(name: str) -> str:
+        file, _, test = name.partition("::")
+        return f"{file}: {test.removeprefix('test_').partition('[')[0].replace('_', ' ')}"
+
+    rows = [
+        f"| {m.file} | {m.breaks} | {'; '.join(map(in_words, m.tests.split())) if noticed else 'none'} |"
+        for m, noticed in killed.items()
+    ]
+    noticed, day = sum(killed.values()), datetime.date.today()
+    return PAGE.format(noticed=noticed, total=len(killed), minutes=minutes, cores=cores, day=day, rows="\n".join(rows))
+
+
 def try_all(mutants: list[Mutant], n_workers: int) -> dict[Mutant, bool]:
-    """Whether each mistake is killed."""
+    """Whether each mistake is killed, in the order of the list."""
     waiting: queue.SimpleQueue[Mutant] = queue.SimpleQueue()
     for mutant in mutants:
         waiting.put(mutant)
@@ -82,7 +117,7 @@ def try_all(mutants: list[Mutant], n_workers: int) -> dict[Mutant, bool]:
                 mutant = waiting.get_nowait()
             except queue.Empty:
                 return
-            path = tree / "retro" / mutant.file
+            path, started = tree / "retro" / mutant.file, time.perf_counter()
             whole = path.read_text()
             try:
                 path.write_text(mutant.made(whole))
@@ -93,7 +128,8 @@ def try_all(mutants: list[Mutant], n_workers: int) -> dict[Mutant, bool]:
                 path.write_text(whole)
             if mutant in killed:
                 what = "killed  " if killed[mutant] else "SURVIVES"
-                print(f"{len(killed):3}/{len(mutants)} {what} {mutant.file}: {mutant.breaks}", flush=True)
+                took = f"{len(killed):3}/{len(mutants)} {what} {time.perf_counter() - started:3.0f} s"
+                print(f"{took}  {mutant.file}: {mutant.breaks}", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
         trees = [Path(folder) / str(number) for number in range(n_workers)]
@@ -106,14 +142,17 @@ def try_all(mutants: list[Mutant], n_workers: int) -> dict[Mutant, bool]:
             thread.join()
     if errors:
         raise errors[0]
-    return killed
+    return {mutant: killed[mutant] for mutant in mutants}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Put mistakes into the code and see whether the tests notice.")
     parser.add_argument("words", nargs="*", help="only mistakes whose line holds one of these")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="how many are tried at once")
+    parser.add_argument("--page", type=Path, help="write what came of all of them into this file")
     options = parser.parse_args()
+    if options.page and options.words:
+        parser.error("--page is about all of them: name no words")
     mutants = listed(options.words)
     for mutant in mutants:  # all of them, before the first test
         mutant.made((ROOT / "retro" / mutant.file).read_text())
@@ -125,6 +164,9 @@ def main() -> int:
     survivors = [mutant for mutant in mutants if not killed[mutant]]
     minutes = (time.perf_counter() - started) / 60
     print(f"\n{len(mutants) - len(survivors)} of {len(mutants)} mistakes are noticed; {minutes:.0f} minutes")
+    if options.page:
+        others = options.page.read_text().partition(OTHERS)[1:] if options.page.exists() else ()
+        options.page.write_text("".join((page_of(killed, minutes, options.workers), *others)))
     return 1 if survivors else 0
 
 

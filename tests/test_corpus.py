@@ -42,6 +42,16 @@ def test_documents_come_back_whole_and_on_one_side_of_the_split(tmp_path, tokeni
     assert side["copy.txt"] == side.get("twin.txt", False) and set(left_out) <= {"twin.txt"}
 
 
+def test_subwords_are_learnt_from_the_training_documents_alone(tmp_path):
+    words = ["amaranth", "belvedere", "cormorant", "dulcimer", "eglantine", "filigree", "gossamer", "halcyon"]
+    for word in words:
+        (tmp_path / f"{word}.txt").write_text(f" {word}" * 40)
+    corpus = build_corpus([tmp_path], tmp_path / "corpus", "bpe:400", valid_fraction=0.3)
+    n_tokens = {word: len(corpus.tokenizer.encode(f" {word}")) for word in words}
+    trained = {corpus.documents[i].name.removesuffix(".txt") for i in corpus.split("train")}
+    assert {word for word in words if n_tokens[word] == 1} == trained and 0 < len(trained) < len(words)
+
+
 @pytest.mark.parametrize("fraction", [0.001, 0.3, 0.7])
 def test_no_more_is_held_out_than_the_share_in_whole_documents(tmp_path, fraction):
     texts = {f"{i}.txt": f"Document {i}" + "." * (i * i % 37) for i in range(200)}

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+from difflib import SequenceMatcher
 
 import faiss
 import numpy as np
@@ -171,6 +172,42 @@ def test_leakage_and_copyable_tokens_of_text_that_was_planted(plays, index):
     entry = DocumentEntry("new", "0", len(stolen.encode()), len(tokens) - 5)
     shorter = Corpus(tokens[:-5], [entry], 0, corpus.tokenizer)
     assert evaluate(model_of(index), shorter, index, config=IN_WINDOWS).overlap.tolist()[:2] == [1, 1]
+
+
+def test_overlap_is_that_with_ten_neighbors_over_the_length_of_the_chunk(index, evaluation):
+    corpus, ends = index.corpus, [*evaluation.offsets[1:].tolist(), index.corpus.end_of_valid]
+    chunks = [corpus.tokens[a:b].tolist() for a, b in zip(evaluation.offsets.tolist(), ends, strict=True)]
+
+    def overlap(chunk, neighbors):
+        values = (value[value >= 0].tolist() for value in index.values(neighbors))
+        runs = (SequenceMatcher(None, chunk, value, autojunk=False).find_longest_match().size for value in values)
+        return max(runs) / len(chunk)
+
+    of_ten, of_two = (
+        [overlap(chunk, row[:k]) for chunk, row in zip(chunks, evaluation.neighbors, strict=True)] for k in (10, 2)
+    )
+    assert evaluation.overlap.tolist() == of_ten != of_two
+    assert len(chunks[-1]) < CHUNK_LEN and of_ten[-1] > 0
+
+
+def test_a_held_out_document_is_measured_as_if_it_were_the_only_one(plays, index):
+    entries = [DocumentEntry(str(n), str(n), n, n) for n in (4, 6, 2, 9)]
+    corpus = Corpus(np.zeros(21, dtype=np.int32), entries, 1, CharTokenizer("a"))
+    # Tokens 4 to 9, 10 and 11, and 12 to 20 are held out; the last of each is predicted, but not read.
+    assert windows(corpus, 4, 2) == [(4, 8, 5), (6, 9, 9), (10, 11, 11), (12, 16, 13), (14, 18, 17), (16, 20, 19)]
+    spans, tokens = [(3000, 3150), (100, 117), (5000, 5077)], index.corpus.tokens
+    texts = [tokens[a:b].astype(np.int32) for a, b in spans]
+    entries = [DocumentEntry(str(i), str(i), 3 * len(text), len(text)) for i, text in enumerate(texts)]
+    model = model_of(index)
+
+    def nats(*some):
+        chosen = Corpus(np.concatenate([texts[i] for i in some]), [entries[i] for i in some], 0, index.corpus.tokenizer)
+        return evaluate(model, chosen, index, config=IN_WINDOWS, others=("off",)).nats
+
+    together, alone = nats(0, 1, 2), [nats(i) for i in range(3)]
+    for name in ("on", "off"):
+        expected = np.concatenate([one[name] for one in alone])
+        np.testing.assert_allclose(together[name], expected, rtol=1e-4, atol=1e-5)
 
 
 def by_hand() -> Evaluation:

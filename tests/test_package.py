@@ -186,3 +186,19 @@ def test_importing_the_package_loads_nothing_heavy():
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert not {"torch", "faiss", "transformers", "numpy", "jsonargparse"} & set(loaded)
     assert "retro" in loaded
+
+
+# The mistakes that the tests have to notice (`make mutants`).
+
+
+def test_each_mistake_of_the_list_can_be_made_and_names_tests_that_there_are():
+    listed = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text())["mutants"]
+    assert len(listed) > 60 and len({(m["file"], m["old"], m["new"]) for m in listed}) == len(listed)
+    for mistake in listed:
+        source = (ROOT / "retro" / mistake["file"]).read_text()
+        assert source.count(mistake["old"]) == 1, mistake
+        ast.parse(source.replace(mistake["old"], mistake["new"]))
+        for test in mistake["tests"].split():
+            file, _, name = test.partition("::")
+            there = re.findall(r"^def (test_\w+)\(", (ROOT / "tests" / file).read_text(), re.MULTILINE)
+            assert name.partition("[")[0] in there, test

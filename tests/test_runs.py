@@ -306,6 +306,12 @@ def test_samples_and_tokens_of_all_processes_are_counted(index, monkeypatch):
     own = trainer.loss(src, tgt, None).item()
     assert trainer() == pytest.approx((7 * own + 18) / 16) and trainer.progress.tokens == 3 * 16
     assert sum(steps) == 3 * 4
+    # The gradient is averaged over both: that of a mean over 16 targets, 7 of them here, has to be twice as large here.
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    trainer.loss(src, tgt, None).backward()
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, dict(model.named_parameters())[name].grad * 2 * 7 / 16)
 
 
 def test_the_loss_is_a_mean_over_predicted_tokens_and_not_over_steps(index):
@@ -320,7 +326,7 @@ def test_the_loss_is_a_mean_over_predicted_tokens_and_not_over_steps(index):
     one = -log_p.gather(2, (src + 1)[..., None])
     expected = (one.sum() - log_p[0, 3, 5]) / (2 * CHUNK_LEN + 1)
     trainer = Trainer("cpu", model, batches, torch.optim.SGD(model.parameters(), lr=0.0))
-    assert trainer() == pytest.approx(expected.item(), rel=1e-5)
+    assert [trainer(), trainer.validate(batches)] == pytest.approx([expected.item()] * 2, rel=1e-5)
     optimizer = Noam(model.parameters(), lr=1.0, d_model=16, warmup=4)
     trainer = Trainer("cpu", model, [(src, src + 1, None)] * 20, optimizer)
     first = trainer()
@@ -492,6 +498,25 @@ def test_a_gradient_is_clipped_to_its_largest_norm_and_not_stretched(index):
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         norms[clip] = math.sqrt(sum(float(grad.double().square().sum()) for grad in grads))
     assert norms[None] > 0.5 and norms[0.01] == pytest.approx(0.01, rel=1e-3) and norms[1e6] == norms[None]
+
+
+def test_a_step_has_a_gradient_of_its_own(index):
+    model, src = a_model(index), torch.arange(2 * CHUNK_LEN).view(2, CHUNK_LEN) % index.corpus.n_tokens
+    trainer, norms = Trainer("cpu", model, None, torch.optim.SGD(model.parameters(), lr=0.0)), []
+    for _ in range(3):
+        trainer.train_step(src, src + 1, None)
+        norms.append(sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None))
+    assert norms[0] > 0 and norms == pytest.approx([norms[0]] * 3)
+
+
+def test_processes_share_each_batch_out(monkeypatch):
+    whole, shares = list(Batches(23, 4, 0, 0, 6)), []
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        shares.append(list(Batches(23, 4, 0, 0, 6)))
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert sorted(batch) == sorted(i for part in parts for i in part) and max(map(len, parts)) <= 2
 
 
 def test_each_epoch_has_every_sample_once_in_an_order_of_its_own():

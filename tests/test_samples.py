@@ -103,6 +103,22 @@ def test_short_documents_share_samples_and_each_begins_a_chunk_behind_a_missing_
     assert n_short / (len(short) * C * CHUNK_LEN) > 0.6 > 0.5 > n_short / (len(np.concatenate(short)) * C * CHUNK_LEN)
 
 
+def test_a_chunk_has_the_neighbors_that_its_own_text_retrieves(records, bert):
+    corpus, _, datasets = records
+    dataset = datasets["train"]
+    index = RetroIndex(data_path=dataset.path.parent, corpus=corpus, bert=bert)
+    for line in map(dataset.line, range(0, len(dataset), 4)):
+        rows = iter(line["distances"])
+        for offset in line["offsets"]:
+            n = int(stretch_lengths(corpus, offset, C * CHUNK_LEN))
+            chunks = range(offset, offset + n - CHUNK_LEN + 1, CHUNK_LEN)
+            queries = index.embed([corpus.text(start, CHUNK_LEN) for start in chunks])
+            for query in queries:
+                expected, _ = index.search(query[None], K, corpus.barred_ranges(np.array([offset])))
+                assert next(rows) == pytest.approx(expected[0].tolist(), abs=1e-3)
+        assert not list(rows)
+
+
 def test_a_sample_of_several_texts_gives_each_the_logits_that_it_has_alone(records):
     corpus, _, datasets = records
     dataset = datasets["train"]
