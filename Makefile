@@ -37,9 +37,12 @@ chaos: .venv/installed
 fuzz: .venv/installed
 	RETRO_FUZZ=550 $(BIN)/python -m pytest tests/test_hostile.py
 
-# Mistakes put into the code on purpose, each of which a test has to notice: docs/mutants.md.
+# Mistakes put into the code on purpose, each of which a test has to notice: docs/mutants.md. QUICK=1 takes those that are
+# listed; without it a tool makes 200 more, for hours.
 mutants: .venv/installed
 	$(BIN)/python tests/mutants.py
+	$(if $(QUICK),,$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[mutants]')
+	$(if $(QUICK),,$(BIN)/python tests/mutants_by_tool.py)
 
 # All stages, or one: make bench STAGE=train
 bench: .venv-bench/installed

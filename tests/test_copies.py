@@ -151,6 +151,22 @@ def test_the_audit_by_content_counts_what_a_search_by_hand_finds(copied, tmp_pat
     assert audit(dataset) == found and len(dataset) % 5
 
 
+def test_the_audit_by_offsets_counts_every_value_that_reaches_into_the_text_to_come(data, monkeypatch):
+    corpus, m = Corpus.load(data / "corpus"), CHUNK_LEN
+    dataset = Dataset(data / DATASET_FILE["train"], corpus)
+    (offset,) = dataset.line(2)["offsets"]
+    end = offset + CHUNKS_PER_SAMPLE * m + 1  # of what the sample predicts
+    to_come = [offset + (u + 1) * m for u in range(CHUNKS_PER_SAMPLE)]  # not read yet by who reads the neighbors
+    # A value ends where the text to come begins, or one token in it; begins at the end of the sample, or one before.
+    rows = [[start - 2 * m, start - 2 * m + 1] for start in to_come[:2]] + [[end, end - 1], [end + 5, to_come[3]]]
+    assert int(corpus.document_of(end + 5)) == int(corpus.document_of(offset - m))
+    line = {"offsets": [offset], "neighbors": rows, "distances": []}
+    monkeypatch.setattr(dataset, "line", lambda idx: line)
+    monkeypatch.setattr(Dataset, "__len__", lambda self: 1)
+    found = audit(dataset)
+    assert (found["neighbors"], found["leaking_neighbors"], found["leaking_samples"]) == (8, 4, 1)
+
+
 def test_eight_tokens_in_a_row_can_be_copied_and_seven_cannot():
     chunk, other = np.arange(16)[None], np.arange(100, 132)
     values = np.stack([other, other, other])[None]
