@@ -25,6 +25,8 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 COPIED = ("retro", "tests", "docs", "examples", "benchmarks", "results", "pyproject.toml", "README.md", "Makefile")
 SECONDS = 300  # for the tests of one mistake; one that takes longer is noticed too
@@ -72,7 +74,7 @@ def listed(words: list[str]) -> list[Mutant]:
 
 
 def tests_fail(tree: Path, tests: str) -> bool:
-    """Whether these tests fail in a copy of the project."""
+    """Whether these tests fail in a copy of the project, or cannot even begin, or end with a crash."""
     names = [str(tree / "tests" / name) for name in tests.split()]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *names]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
@@ -80,9 +82,9 @@ def tests_fail(tree: Path, tests: str) -> bool:
         result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
         return True
-    if result.returncode > 1:  # not a failed test, but no test at all
-        raise RuntimeError(f"pytest {tests} ended with status {result.returncode}:\n{result.stdout[-2000:]}")
-    return result.returncode == 1
+    if result.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
+        raise RuntimeError(f"there is no test in {tests}:\n{result.stdout[-2000:]}")
+    return result.returncode != 0
 
 
 def page_of(killed: dict[Mutant, bool], minutes: float, cores: int) -> str:
@@ -102,6 +104,9 @@ def page_of(killed: dict[Mutant, bool], minutes: float, cores: int) -> str:
 
 def try_all(mutants: list[Mutant], n_workers: int) -> dict[Mutant, bool]:
     """Whether each mistake is killed, in the order of the list."""
+    files = {name.partition("::")[0] for mutant in mutants for name in mutant.tests.split()}
+    if missing := [file for file in sorted(files) if not (ROOT / "tests" / file).exists()]:
+        raise FileNotFoundError(f"there are no tests {', '.join(missing)}")  # whose failure would be taken for notice
     waiting: queue.SimpleQueue[Mutant] = queue.SimpleQueue()
     for mutant in mutants:
         waiting.put(mutant)
