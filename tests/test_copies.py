@@ -99,13 +99,16 @@ def test_many_equal_texts_are_no_more_work_than_one(monkeypatch):
     assert not groups_of(signs).any()  # in pairs, these would be a billion
 
 
+QUOTED = " A prologue that every one of them ends with, word for word, goes on for longer than a chunk or two of it."
+
+
 @pytest.fixture(scope="module")
 def copied(plays, bert, tmp_path_factory):
-    """Five plays, one of them twice, the second time with some words more; and another one's exact copy."""
+    """Beginnings of five plays, one of them twice, the second time with some words more; and another's exact copy."""
     folder, data = tmp_path_factory.mktemp("copied"), tmp_path_factory.mktemp("data")
     for file in plays.iterdir():
-        (folder / file.name).write_text(file.read_text())
-    macbeth, john = (plays / name for name in ("macbeth.md", "king-john.md"))
+        (folder / file.name).write_text(file.read_text()[:2500] + QUOTED)
+    macbeth, john = (folder / name for name in ("macbeth.md", "king-john.md"))
     (folder / "a-macbeth.md").write_text("A second edition of it\n" + macbeth.read_text())
     (folder / "z-john.md").write_text(john.read_text())
     corpus = build_corpus([folder], data / "corpus", "bpe:512")
