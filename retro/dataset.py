@@ -133,14 +133,19 @@ def stretch_lengths(corpus: Corpus, offsets: Any, most: int) -> np.ndarray:
     return np.minimum(most, corpus.ends_of(offsets) - 1 - offsets)
 
 
+def chunks_of_stretches(stretches: np.ndarray, lengths: np.ndarray, chunk_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the whole chunks of stretches of these starts and lengths start, and how many each stretch has."""
+    n_chunks = lengths // chunk_len
+    first = np.repeat(np.cumsum(n_chunks) - n_chunks, n_chunks)  # number of the first chunk of each one's stretch
+    return np.repeat(stretches, n_chunks) + chunk_len * (np.arange(n_chunks.sum()) - first), n_chunks
+
+
 def retrieve_samples(offsets: Offsets, header: dict[str, Any], index: RetroIndex) -> Iterator[dict[str, Any]]:
     """The samples at `offsets`, with neighbors and distances of each whole chunk; all are retrieved at once."""
     corpus, m, C = index.corpus, header["chunk_len"], header["chunks_per_sample"]
     starts = np.concatenate(offsets)
-    n_chunks = stretch_lengths(corpus, starts, C * m) // m
-    stretches = np.repeat(starts, n_chunks)  # start of the stretch of each chunk
-    ends = np.cumsum(n_chunks)
-    chunks = stretches + m * (np.arange(len(stretches)) - np.repeat(ends - n_chunks, n_chunks))  # start of each chunk
+    chunks, n_chunks = chunks_of_stretches(starts, stretch_lengths(corpus, starts, C * m), m)
+    stretches, ends = np.repeat(starts, n_chunks), np.cumsum(n_chunks)  # start of the stretch of each chunk
     excluded = excluded_ranges(chunks, stretches, header, index)
     distances, found = index.search(index.embed(corpus.texts(chunks, m)), header["n_neighbors"], excluded)
     last = ends[np.cumsum([len(sample) for sample in offsets]) - 1]  # behind the chunks of each sample

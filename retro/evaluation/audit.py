@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from retro.dataset import Dataset, stretch_lengths
+from retro.dataset import Dataset, chunks_of_stretches, stretch_lengths
 from retro.text.corpus import NO_TOKEN
 
 COPIED = 8  # tokens in a row
@@ -68,9 +68,7 @@ def _chunks_of(dataset: Dataset, lines: list[dict[str, Any]]) -> tuple[np.ndarra
     corpus, m, C = dataset.corpus, dataset.header["chunk_len"], dataset.header["chunks_per_sample"]
     stretches = np.array([offset for line in lines for offset in line["offsets"]], dtype=np.int64)
     lengths = stretch_lengths(corpus, stretches, C * m)
-    n_chunks = lengths // m
-    first = np.repeat(np.cumsum(n_chunks) - n_chunks, n_chunks)
-    chunks = np.repeat(stretches, n_chunks) + m * (np.arange(n_chunks.sum()) - first)
+    chunks, n_chunks = chunks_of_stretches(stretches, lengths, m)
     return chunks, np.repeat(stretches + lengths + 1, n_chunks)
 
 
