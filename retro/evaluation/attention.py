@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from retro.evaluation.result import Evaluation
 from retro.evaluation.windows import windows
-from retro.model import ChunkedCrossAttention, RetroModel, padding_mask, written_out_attention
+from retro.model import ChunkedCrossAttention, RetroModel, chunks_of_readers, padding_mask, written_out_attention
 
 
 @torch.inference_mode()
@@ -42,9 +41,8 @@ def attention_shares(model: RetroModel, x: Tensor, ret: Tensor) -> Tensor:
 
 def _shares(cca: ChunkedCrossAttention, h: Tensor, e: Tensor, present: Tensor) -> Tensor:
     """Shares (B, C, K) in one layer, from the arguments of its `forward`."""
-    (B, T, D), (C, K, R), m = h.shape, e.shape[1:4], cca.chunk_len
-    shifted = F.pad(h, (0, 0, -(m - 1), C * m - (T - (m - 1)))).reshape(B * C, m, D)
-    queries = cca.split_heads(cca.query(cca.norm(shifted))).transpose(1, 2).float()  # (B*C, H, m, d_k)
+    (B, T, _), (C, K, R), m = h.shape, e.shape[1:4], cca.chunk_len
+    queries = cca.queries(chunks_of_readers(h, C, m)).transpose(1, 2).float()  # (B*C, H, m, d_k)
     keys, _ = cca.keys_values(e.flatten(2, 3).flatten(0, 1))  # (B*C, H, K*R, d_k)
     mask, has_neighbor = padding_mask(present.flatten(2).flatten(0, 1))
     assert has_neighbor is not None

@@ -1,0 +1,1 @@
+"""Pretrained language models: where they come from, what they are made of, and how they can read more."""
