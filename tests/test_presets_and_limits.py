@@ -1,10 +1,15 @@
 """The set-ups are what they say, and small corpora, other tokenizers and bf16 work through the pipeline."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
 from conftest import CHUNK_LEN
 from torch.utils.data import DataLoader
 
+from retro.cli.presets import copy_of_models, texts_of
 from retro.config import PRESETS, DatabaseConfig, DatasetConfig, SampleConfig
 from retro.database import RetroIndex, build_database
 from retro.dataset import DATASET_FILE, Dataset, build_dataset
@@ -12,6 +17,7 @@ from retro.model import RetroConfig, RetroModel
 from retro.runs.checkpoints import load_model, save_model
 from retro.sample import Sampler
 from retro.text.build import build_corpus
+from retro.text.documents import find_texts
 from retro.text.pretrained import find_embedder
 from retro.train import TrainConfig, Trainer
 
@@ -104,3 +110,32 @@ def test_a_call_of_the_trainer_gives_the_mean_loss_of_its_own_steps(index, monke
     monkeypatch.setattr(Trainer, "train_step", lambda self, *_: torch.tensor(next(sums)))
     trainer = Trainer("cpu", model, [torch.zeros(1, 1, 1)] * 3, None)
     assert (trainer(), trainer()) == (12 / 6, 18 / 12)
+
+
+SIZES = {  # in the order of the first digits of sha256: elk 2f60, bee 62cb, ant 67a3, cat 77af, dog cd63
+    "elk/modeling_elk.py": 4, "elk/modeling_flax_elk.py": 6,  # 25 of the 100 bytes are wanted, and these are 10 of them
+    "bee/modeling_bee.py": 16, "bee/modeling_tf_bee.py": 4,  # 26, and what else is in the folder
+    "ant/modeling_ant.py": 30, "cat/modeling_cat.py": 20, "dog/modeling_dog.py": 20,
+    "elk/configuration_elk.py": 90, "modeling_utils.py": 90,  # neither counts
+}  # fmt: skip
+
+
+def test_the_retrofit_presets_text_is_a_share_of_whole_folders(tmp_path):
+    for name, size in SIZES.items():
+        (tmp_path / "models" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "models" / name).write_text("#" * size)
+    (tmp_path / "data" / ".transformers_models.tmp" / "dog").mkdir(parents=True)  # by a killed process
+    (tmp_path / "data" / ".transformers_models.tmp" / "dog" / "modeling_dog.py").write_text("half")
+    for _ in range(2):
+        folder = copy_of_models(tmp_path / "models", tmp_path / "data")
+        texts = find_texts([folder])
+        assert [name for name, _ in texts] == sorted(name for name in SIZES if re.match("(elk|bee)/modeling", name))
+        assert all(len(path.read_text()) == SIZES[name] for name, path in texts)
+        (tmp_path / "models" / "bee" / "modeling_bee.py").write_text("of another version")
+
+
+def test_the_retrofit_presets_text_is_code_that_the_library_needs_anyway(tmp_path):
+    texts = find_texts(texts_of("retrofit", tmp_path))
+    whole = sum(file.stat().st_size for file in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"))
+    assert 0.25 <= sum(path.stat().st_size for _, path in texts) / whole < 0.3
+    assert len(texts) > 50 and all(re.fullmatch(r"(\w+)/modeling_\w+\.py", name) for name, _ in texts)

