@@ -87,7 +87,7 @@ class DatasetConfig:
             raise InvalidOption("exclude", self.exclude, "is not one of document, sample, span")
 
 
-FROM_DATA = ("n_vocab", "chunk_len")  # fields of `RetroConfig` that a run takes from its data
+FROM_DATA = ("n_vocab", "chunk_len", "base_sha256")  # fields of a model's config that a run takes from data and base
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,6 @@ class RetroConfig:
         if self.d_k % 2:
             raise InvalidOption("d_k", self.d_k, "is odd, but rotary embeddings turn pairs of features")
 
-    @staticmethod
-    def from_json(values: dict[str, Any]) -> RetroConfig:
-        """A config from what JSON made of it: lists become tuples again. Raises `ValueError` or `TypeError`."""
-        tuples: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return RetroConfig(**tuples)
-
 
 @dataclass(frozen=True)
 class RetrofitConfig:
@@ -145,6 +139,15 @@ class RetrofitConfig:
             raise InvalidOption("ca_layers", self.ca_layers, "names no layer; a base that reads nothing stays as it is")
 
 
+ModelConfig = RetroConfig | RetrofitConfig
+
+
+def model_config(values: Mapping[str, Any]) -> ModelConfig:
+    """The config of a model from values of JSON: lists become tuples again. Raises `ValueError` or `TypeError`."""
+    tuples: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return RetrofitConfig(**tuples) if "base" in tuples else RetroConfig(**tuples)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How a model is trained."""
@@ -159,6 +162,8 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast
     compile: bool = False  # by torch.compile, which takes a minute or two to begin with
     interval: int | None = None  # steps between validations and checkpoints; null for an epoch
+    missing_neighbors: float = 0.0  # share of neighbors that are kept back in training, so that any number can be read
+    random_neighbors: float = 0.0  # share of chunks that get another text's in training, so that bad ones do no harm
     n_valid_batches: int = 16  # of an interim validation; the last one takes all
     seed: int = 0  # start of everything random
 
@@ -168,6 +173,9 @@ class TrainConfig:
                 raise InvalidOption(name, value, f"is not one of {', '.join(known)}")
         require_numbers(self)
         require_at_least_one(self, "batch_size", "epochs", "steps", "warmup", "interval", "n_valid_batches")
+        for name in ("missing_neighbors", "random_neighbors"):
+            if (share := getattr(self, name)) >= 1:
+                raise InvalidOption(name, share, "would leave no neighbor to learn from; it is a share below 1")
         for name in ("lr", "clip"):
             if getattr(self, name) == 0:
                 raise InvalidOption(name, 0, "would leave the weights as they are")
@@ -241,7 +249,7 @@ def require_layers(name: str, layers: Collection[int], n_layers: int) -> None:
 
 @dataclass(frozen=True)
 class Preset:
-    """Everything that a pipeline is made with; `model` are values of `RetroConfig`."""
+    """Everything that a pipeline is made with; `model` are values of `RetroConfig` or `RetrofitConfig`."""
 
     corpus: CorpusConfig = CorpusConfig()
     database: DatabaseConfig = DatabaseConfig()
@@ -271,5 +279,24 @@ PRESETS = {
             "encoder_ca_layers": (1,),
         },
         train=TrainConfig(batch_size=8, steps=300, lr=3e-3, schedule="cosine", warmup=30, clip=1.0, interval=100),
+    ),
+    # Also the defaults of whatever base is named.
+    "retrofit": Preset(
+        corpus=CorpusConfig(tokenizer=PACKAGED_BASE),
+        database=DatabaseConfig(chunk_len=64, index="auto", n_probe=None),
+        dataset=DatasetConfig(chunks_per_sample=16, skip_range=1),
+        model={"base": PACKAGED_BASE},
+        train=TrainConfig(
+            batch_size=1,
+            steps=150,
+            lr=2e-3,
+            schedule="cosine",
+            warmup=20,
+            clip=1.0,
+            interval=50,
+            n_valid_batches=4,
+            missing_neighbors=0.5,
+            random_neighbors=0.1,
+        ),
     ),
 }

@@ -45,19 +45,19 @@ from retro.evaluation.held_out import held_out_texts, require_held_out
 from retro.evaluation.leakage import N_LEAKAGE_NEIGHBORS, copyable, overlaps, retrieve
 from retro.evaluation.result import Evaluation
 from retro.evaluation.windows import chunk_offsets, losses, predicted_bytes, shuffled_neighbors, windows
-from retro.model import RetroModel
+from retro.retrofit import Model
 from retro.text.corpus import Corpus
 
 __all__ = ["Evaluation", "evaluate", "held_out_texts"]
 
 
 def evaluate(
-    model: RetroModel,
+    model: Model,
     corpus: Corpus,
     index: RetroIndex,
     *,
     config: EvaluateConfig | None = None,
-    baseline: RetroModel | None = None,
+    baseline: Model | None = None,
     others: Sequence[str] = ("off", "random"),
     n_shuffles: int = 3,
     device: torch.device | str = "cpu",
@@ -112,7 +112,7 @@ def evaluate(
     )  # fmt: skip
 
 
-def _require_comparable(model: RetroModel, corpus: Corpus, index: RetroIndex, baseline: RetroModel | None) -> None:
+def _require_comparable(model: Model, corpus: Corpus, index: RetroIndex, baseline: Model | None) -> None:
     """Raise `ValueError` if there is nothing to measure, or if model, text and database do not fit together."""
     if not corpus.split("valid"):
         raise ValueError(

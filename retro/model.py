@@ -397,6 +397,9 @@ class RetroModel(nn.Module):
         require_layers("ca_layers", ca_layers, n_layers)
         if ca_layers and encoder is None:
             raise ValueError(f"ca_layers={sorted(ca_layers)} read neighbors, but encoder is None; pass an encoder")
+        self.max_chunks: int | None = None  # as many as the samples that it is trained on have: positions are learnt
+        self.n_vocab: int = n_vocab
+        self.d_model: int = d_model
         self.chunk_len = chunk_len
         self.ca_layers = tuple(sorted(ca_layers))
         self.encoder = encoder

@@ -50,6 +50,7 @@ from retro.bases.readers import CopiedReader, NewReader, in_precision_of, size_o
 from retro.config import RetrofitConfig, require_layers
 from retro.model import (
     NearestNeighborEncoder,
+    RetroModel,
     back_in_place,
     chunks_of_readers,
     padding_mask,
@@ -78,7 +79,9 @@ class Retrofit(nn.Module):
         self.config, self.ca_layers, self.chunk_len = replace(config, ca_layers=chosen), chosen, config.chunk_len
         self.base = base.requires_grad_(False).eval()
         shape = base.config.get_text_config()
-        self.n_vocab, self.d_model = base.get_input_embeddings().num_embeddings, shape.hidden_size
+        self.n_vocab: int = base.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+        self.d_model: int = shape.hidden_size
+        self.max_chunks: int = shape.max_position_embeddings // config.chunk_len  # that it was pretrained to read
         H, m = shape.num_attention_heads, config.chunk_len
         attentions = [layers[p] for p in chosen]
         self.encoder: NearestNeighborEncoder | None = None
@@ -117,8 +120,11 @@ class Retrofit(nn.Module):
             places = torch.arange(x.shape[1], device=x.device).expand_as(x)
             begins = F.pad(stretches[:, 1:] != stretches[:, :-1], (1, 0), value=True)
             positions = places - (places * begins).cummax(dim=1).values
-        with self.reads(x, ret):
-            return self.base(input_ids=x, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        with self.reads(x, ret) as reading:
+            logits = self.base(input_ids=x, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        if torch.is_grad_enabled() and not (reading and reading.contexts):
+            logits = logits + 0 * sum(weight.sum() for weight in self.added().values())  # a gradient of zero, not none
+        return logits
 
     @contextmanager
     def reads(
@@ -174,6 +180,13 @@ class Retrofit(nn.Module):
             return None
         return (added, *others) if isinstance(output, tuple) else added
 
+    def train(self, mode: bool = True) -> Retrofit:
+        """Only a new encoder is trained as such: what was pretrained, and copies of it, drop out nothing."""
+        super().train(mode)
+        for module in (self.base, *(self.cca if self.encoder is None else ())):
+            module.eval()
+        return self
+
     def added(self) -> dict[str, nn.Parameter]:
         """What is trained: everything that gets a gradient."""
         return {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
@@ -199,6 +212,9 @@ class Retrofit(nn.Module):
         others = [w for name, w in self.added().items() if not name.endswith((".gate", ".sink"))]
         groups = [{"params": others, "factor": 1.0}, {"params": vectors, "factor": GATE_FACTOR}]
         return [group for group in groups if group["params"]]
+
+
+Model = RetroModel | Retrofit  # what training, evaluation and sampling take
 
 
 class Reading:
@@ -334,10 +350,12 @@ class Decoding:
     def goes_on(self, n: int, ret: Tensor | None = None, texts: Tensor | None = None) -> Iterator[None]:
         """A pass over the next `n` tokens of each text, of which only the first one may complete a chunk.
 
-        * `ret` (n, K, R) are the neighbors of the chunks that are completed, and `texts` (n) the numbers of these texts
+        * `ret` (n, K, R) are the neighbors of the chunks that are completed
+        * `texts` (n) are the numbers of these texts; left out, all
         """
         reading = Reading(self.model, decoding=self)
-        if ret is not None and texts is not None:
+        if ret is not None:
+            texts = torch.arange(len(ret), device=ret.device) if texts is None else texts
             if self.model.encoder is None:
                 self.take_up(ret, texts, self.model.encode(ret))
             else:
@@ -356,6 +374,10 @@ class Decoding:
             before = self.contexts.get(p) or tuple(x.new_zeros(B, *x.shape[1:]) for x in pair)
             keys, values = (old.index_copy(0, texts, new) for old, new in zip(before, pair, strict=True))
             self.contexts[p] = keys, values
+
+    def forget(self) -> None:
+        """Read nothing until other neighbors are taken up."""
+        self.present = torch.zeros_like(self.present)
 
     def keep(self, h: Tensor) -> None:
         """Keep the states `h` (B, L, D) of the next tokens; those that complete a chunk have its neighbors encoded."""

@@ -3,7 +3,7 @@
 Whenever a chunk is complete, its neighbors are retrieved from the database and encoded, once; from
 the chunk's last token on, the decoder reads them. Each decoder state is computed once as well: the
 keys and values of self-attention are kept for all positions, those of chunked cross-attention for
-the last chunk's neighbors. What comes out is the same as recomputing everything for each token.
+the last chunk's neighbors (`retro.decoding`). What comes out is the same as recomputing everything for each token.
 
 A model has learnt positions up to the length of a training sample. A text that grows beyond it is read
 through a window of at most `max_chunks` chunks: when the next token does not fit, the oldest chunks are
@@ -22,14 +22,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from retro.config import DatasetConfig, SampleConfig
 from retro.database import RetroIndex
 from retro.dataset import DATASET_FILE
+from retro.decoding import Decoder, decoder_of
 from retro.errors import InvalidOption, differences
-from retro.model import RetroModel, RotaryPositionalEmbeddings
+from retro.model import RetroModel
+from retro.retrofit import Model
 from retro.storage.sample_file import read_header
 from retro.text.corpus import Corpus
 
@@ -42,158 +43,6 @@ class Neighbor:
     offset: int  # tokens from the start of the document
     distance: float  # squared L2 distance of the embeddings
     text: str
-
-
-class CachedDecoder:
-    """Runs a model over one growing sequence, computing each state once.
-
-    Positions read the same neighbors from the last token of a chunk up to the next chunk's last but
-    one. `feed` takes tokens of one such stretch at a time. For a single token a layer's products
-    take microseconds, so what could be done in advance is: projections joined, weights transposed,
-    rotations made. Changes of the model after that are not seen.
-
-    Shapes as in `retro.model`; n are the tokens of a call, `length` all tokens so far.
-    """
-
-    def __init__(self, model: RetroModel) -> None:
-        self.model = model
-        attention: Any = model.attn[0]
-        self.n_heads, self.d_k = attention.n_heads, attention.d_k
-        self.layers = [_Layer(attn, ffw) for attn, ffw in zip(model.attn, model.ffw, strict=True)]
-        self.readers = {p: _Reader(cca) for p, cca in zip(model.ca_layers, model.cca, strict=True)}
-        self.restart()
-        self._reserve(256)
-
-    def restart(self) -> None:
-        """Forget all tokens; the next one is the first of a sequence."""
-        self.length = 0
-        self.chunk: list[Tensor] = []  # states (n, D) of the unfinished chunk, where the encoder reads them
-        self.contexts: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of the neighbors, by layer
-        self.mask: Tensor | None = None  # of the neighbors' tokens, where some are missing
-
-    @property
-    def completes_chunk(self) -> bool:
-        """Whether the next token is the last of a chunk, so that its neighbors are due."""
-        return (self.length + 1) % self.model.chunk_len == 0
-
-    def n_next(self) -> int:
-        """How many tokens the next call of `feed` can take."""
-        m = self.model.chunk_len
-        return m if self.completes_chunk else m - 1 - self.length % m
-
-    def feed(self, tokens: Tensor, ret: Tensor | None = None) -> Tensor:
-        """Take in tokens (n); returns the logits (n_vocab) for the token after them.
-
-        * `ret` (K, R) are the neighbors of the chunk that the first token completes; None to read nothing
-        """
-        n = len(tokens)
-        assert 0 < n <= self.n_next(), "tokens of two stretches in one call"
-        self._reserve(self.length + n)
-        h = self.model.emb(tokens)  # (n, D)
-        for p, layer in enumerate(self.layers):
-            h = h + self._attend(layer, h)
-            if p in self.readers:
-                if p == self.model.ca_layers[0]:
-                    self._take_up(h, ret)
-                if self.contexts:
-                    reader = self.readers[p]
-                    queries = reader.query(reader.norm(h)).view(n, self.n_heads, self.d_k).transpose(0, 1)
-                    h = h + reader.output(self._read(queries, *self.contexts[p], self.mask))
-            h = h + layer.lin2(layer.lin1(layer.norm_ffw(h)).relu_())
-        self.length += n
-        return self.model.read(h[-1])
-
-    def _attend(self, layer: _Layer, h: Tensor) -> Tensor:
-        """Causal self-attention of the new states (n, D), whose keys and values are kept."""
-        start, end, H, d = self.length, self.length + len(h), self.n_heads, self.d_k
-        qkv = layer.project(layer.norm(h)).view(len(h), 3 * H, d)
-        rotated = RotaryPositionalEmbeddings.rotate(qkv[:, : 2 * H], self.rotations[start:end]).transpose(
-            0, 1
-        )  # (2H, n, d_k)
-        layer.kept[0, :, start:end] = rotated[H:]
-        layer.kept[1, :, start:end] = qkv[:, 2 * H :].transpose(0, 1)
-        mask = None
-        if len(h) > 1:  # row i of the new positions reads all before them and the new ones up to itself
-            mask = torch.ones(len(h), end, dtype=torch.bool, device=h.device).tril(start)
-        return layer.output(self._read(rotated[:H], layer.kept[0, :, :end], layer.kept[1, :, :end], mask))
-
-    @staticmethod
-    def _read(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """Queries (H, n, d_k) read keys and values (H, S, d_k) -> (n, H*d_k)."""
-        scores = torch.bmm(queries, keys.mT).mul_(queries.shape[-1] ** -0.5)  # (H, n, S)
-        if mask is not None:
-            scores.masked_fill_(~mask, -torch.inf)
-        return torch.bmm(scores.softmax(dim=-1), values).transpose(0, 1).flatten(1)
-
-    def _take_up(self, h: Tensor, ret: Tensor | None) -> None:
-        """Keep the states of the current chunk; if the first one completes it, encode its neighbors."""
-        if not self.completes_chunk:
-            self.chunk.append(h)
-            return
-        chunk = torch.cat([*self.chunk, h[:1]])  # (m, D)
-        self.chunk = [h[1:]]
-        self.contexts = {}
-        if ret is None or not (present := ret >= 0).any():
-            return
-        whole = bool(present.all())
-        e = self.model.encode(ret[None, None], chunk[None], None if whole else present[None, None])  # (1, 1, K, R, D)
-        self.mask = None if whole else present.flatten()
-        for p, cca in zip(self.model.ca_layers, self.model.cca, strict=True):
-            keys, values = cca.keys_values(e.flatten(1, 3))  # type: ignore[operator]
-            self.contexts[p] = keys[0], values[0]
-
-    def _reserve(self, length: int) -> None:
-        """Make room for keys and values of `length` positions; it doubles, so that adding one costs the same always."""
-        room = self.layers[0].kept.shape[2]
-        if length > room:
-            room = max(length, 2 * room)
-            attention: Any = self.model.attn[0]
-            self.rotations = attention.rotary_pe.rotations(0, room)  # (room, 1, d_k/2)
-            for layer in self.layers:
-                kept = layer.kept.new_empty(2, self.n_heads, room, self.d_k)
-                kept[:, :, : self.length] = layer.kept[:, :, : self.length]
-                layer.kept = kept
-
-
-class _Linear:
-    """A linear layer for few rows: its weight (in, out) lies in the order in which they read it."""
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        self.weight, self.bias = weight.t().contiguous(), bias
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x, self.weight)
-
-
-class _Norm:
-    """A layer norm, without the overhead of a module."""
-
-    def __init__(self, norm: Any) -> None:
-        self.shape, self.weight, self.bias, self.eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
-
-
-class _Layer:
-    """Self-attention and feed-forward of one layer, and the keys and values (2, H, room, d_k) kept so far."""
-
-    def __init__(self, attn: Any, ffw: Any) -> None:
-        self.norm, self.norm_ffw = _Norm(attn.norm), _Norm(ffw.norm)
-        self.project = _Linear(*attn.projection())
-        self.output = _Linear(attn.output.weight, attn.output.bias)
-        self.lin1 = _Linear(ffw.lin1.weight, ffw.lin1.bias)
-        self.lin2 = _Linear(ffw.lin2.weight, ffw.lin2.bias)
-        self.kept = attn.output.weight.new_empty(2, attn.n_heads, 0, attn.d_k)
-
-
-class _Reader:
-    """Chunked cross-attention of one layer, on the side of the decoder."""
-
-    def __init__(self, cca: Any) -> None:
-        self.norm = _Norm(cca.norm)
-        self.query = _Linear(cca.query.weight, cca.query.bias)
-        self.output = _Linear(cca.output.weight, cca.output.bias)
 
 
 def start_of_window(n_tokens: int, chunk_len: int, max_chunks: int | None) -> int:
@@ -218,8 +67,8 @@ class Sampler:
     * `data_path` is the folder of the data
     * `n_neighbors` is the number of neighbors of a chunk; left out, the index's, or, without an `index`, as many as in
       the dataset, if there is one
-    * `max_chunks` is the most chunks that the model reads at once; left out, as many as a sample of the dataset has, or
-      without a dataset any number
+    * `max_chunks` is the most chunks that the model reads at once; left out, as many as it was pretrained on, else as a
+      sample of the dataset has, or without a dataset any number
 
     The dataset is the one beside the database, if it is of the same text and `chunk_len`. A model without `ca_layers`
     reads no neighbors, so nothing is retrieved for it.
@@ -233,7 +82,7 @@ class Sampler:
     def __init__(
         self,
         device: torch.device | str,
-        model: RetroModel,
+        model: Model,
         tds: Any,
         chunk_len: int,
         *,
@@ -257,7 +106,7 @@ class Sampler:
             or (trained_with("n_neighbors") if index is None else index.n_neighbors)
             or DatasetConfig.n_neighbors
         )
-        self.max_chunks: int | None = max_chunks or trained_with("chunks_per_sample")
+        self.max_chunks: int | None = max_chunks or model.max_chunks or trained_with("chunks_per_sample")
         self._index, self._folder = index, folder
         self.neighbors: list[list[Neighbor]] = []
 
@@ -330,7 +179,7 @@ class Sampler:
         generator = torch.Generator().manual_seed(config.seed)
         self.model.eval()
         m, n_written = self.chunk_len, len(ids)
-        decoder, start = CachedDecoder(self.model), start_of_window(len(ids), m, self.max_chunks)
+        decoder, start = decoder_of(self.model), start_of_window(len(ids), m, self.max_chunks)
         self.neighbors = [[] for _ in range(start // m)]
         values: dict[int, Tensor] = {}  # tokens (K, 2m) of the neighbors of each chunk of the text
         for n_left in reversed(range(sample_len)):
@@ -350,7 +199,7 @@ class Sampler:
         tokenizer = self.corpus.tokenizer
         return tokenizer.decode_after(ids[max(0, start - tokenizer.context) : start], ids[start:end])
 
-    def _read(self, decoder: CachedDecoder, ids: list[int], start: int, values: dict[int, Tensor]) -> Tensor:
+    def _read(self, decoder: Decoder, ids: list[int], start: int, values: dict[int, Tensor]) -> Tensor:
         """Logits (n_vocab) for the token after `ids`, of which the window from `start` on is read.
 
         The decoder takes in what it does not have yet; `values` has what was retrieved, and gets what is missing.
@@ -371,9 +220,11 @@ class Sampler:
                 return logits
 
 
-def _require_fit(model: RetroModel, corpus: Corpus, chunk_len: int, index: RetroIndex | None) -> None:
+def _require_fit(model: Model, corpus: Corpus, chunk_len: int, index: RetroIndex | None) -> None:
     """Raise `ValueError` for what a model would read as something else than it was trained on."""
-    if (n_vocab := model.emb.num_embeddings) != corpus.n_tokens:
+    n_vocab = model.n_vocab
+    # The embeddings of a pretrained model may be more than its tokenizer has tokens, for the hardware's sake.
+    if corpus.n_tokens > n_vocab or (corpus.n_tokens < n_vocab and isinstance(model, RetroModel)):
         raise ValueError(
             f"the model has a vocabulary of {n_vocab} tokens, but the corpus has {corpus.n_tokens}; open the corpus "
             "that it was trained on"

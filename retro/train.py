@@ -24,7 +24,7 @@ import torch
 
 from retro.config import TrainConfig
 from retro.device import pick_device
-from retro.model import RetroModel
+from retro.retrofit import Model
 from retro.runs import data, loop, tracking
 from retro.runs.engine import Engine, new_engine, start_engine
 from retro.runs.run import find_run, saved_prompt, write_run
@@ -46,7 +46,7 @@ class Trainer:
     def __init__(
         self,
         device: torch.device | str,
-        model: RetroModel,
+        model: Model,
         dataloader: Any,
         optimizer: Any,
         *,
@@ -93,8 +93,9 @@ class Trainer:
     def train_step(self, src: torch.Tensor, tgt: torch.Tensor, neighbors: torch.Tensor) -> torch.Tensor:
         """One step of the optimizer; returns nats, predicted tokens and samples (3) of all processes, on the device."""
         if self.schedules:
+            lr = learning_rate(self.progress.step, self.n_steps, self.config, self.model.d_model)
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.progress.step, self.n_steps, self.config, self.model.emb.embedding_dim)
+                group["lr"] = lr * group.get("factor", 1.0)
         tgt = tgt.to(self.device, non_blocking=True)
         loss = self.loss(src, tgt, neighbors)
         self.optimizer.zero_grad()
@@ -190,7 +191,7 @@ def train(
         write_run(run, found, beginning)
         engine = start_engine(run, device, fsdp)
         if engine.progress.step == run.first_step:
-            tracking.report_origin(run, learning_rate)
+            tracking.report_origin(run, engine.model.d_model, learning_rate)
         trainer = Trainer(
             device, engine.model, None, engine.optimizer, config=run.config, n_steps=run.n_steps, engine=engine
         )

@@ -80,19 +80,21 @@ def parse_with_preset(
     argv = config_first(argv)
     on_command_line = {arg.partition("=")[0].removeprefix("--").replace("-", "_") for arg in argv if arg[:2] == "--"}
     named = list(argv[argv.index("--preset") + 1 :][:1]) if "--preset" in argv else []
-    name = named[0] if named and named[0] in PRESETS else None
+    name = named[0] if named and named[0] in PRESETS else "retrofit" if "base" in on_command_line else "demo"
     while True:
-        parser = build(PRESETS[name or "demo"])
+        parser = build(PRESETS[name])
         parser.add_argument(
             "--preset",
-            type=Literal["tutorial", "demo"] | None,
+            type=Literal["tutorial", "demo", "retrofit"] | None,
             default=None,
-            help=f"a complete set-up, with text of its own; the defaults shown here are those of {name or 'demo'}",
+            help=f"a complete set-up, with text of its own; the defaults shown here are those of {name}",
         )
         options = parser.parse_args(argv)
-        if options.preset == name:
-            return options, set(parser.parse_args(argv, defaults=False).keys()), on_command_line
-        name = options.preset
+        given = set(parser.parse_args(argv, defaults=False).keys())
+        wanted = options.preset or ("retrofit" if "base" in given else "demo")
+        if wanted == name:
+            return options, given, on_command_line
+        name = wanted
 
 
 def config_first(argv: Sequence[str]) -> list[str]:

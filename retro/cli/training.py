@@ -15,12 +15,14 @@ from retro.cli.options import add_config, config_from, data_path_of, new_parser,
 from retro.cli.repair import explain
 from retro.config import (
     FROM_DATA,
+    PACKAGED_BASE,
     PRESETS,
     CorpusConfig,
     DatabaseConfig,
     DatasetConfig,
     Preset,
     RetroConfig,
+    RetrofitConfig,
     SampleConfig,
     TrainConfig,
 )
@@ -33,12 +35,13 @@ def train_command(argv: Sequence[str]) -> None:
     options, given, named = parse_with_preset(_parser, argv)
     changed = {"steps": None} if the_other_of(("steps", "epochs"), given, named) == "steps" else {}
     config = config_from(TrainConfig, options, changed)
+    own_tokenizer = {"tokenizer": options.base} if options.base and "tokenizer" not in given else {}
     configs = (
-        config_from(CorpusConfig, options),
+        config_from(CorpusConfig, options, own_tokenizer),
         database_config(options, given, named),
         config_from(DatasetConfig, options),
     )
-    shape = {name: getattr(options, name) for name in RetroConfig.__dataclass_fields__ if name not in FROM_DATA}
+    shape = _shape(options, given)
     started = time.perf_counter()
     from retro.device import pick_device
 
@@ -63,7 +66,7 @@ def train_command(argv: Sequence[str]) -> None:
         data_path=data_path,
         name=options.name,
         config=config,
-        model_shape=shape | ({"ca_layers": ()} if options.no_retrieval else {}),
+        model_shape=shape,
         device=device,
         prompt=prompt,
         fsdp=options.fsdp,
@@ -73,8 +76,23 @@ def train_command(argv: Sequence[str]) -> None:
     _report_run(run, summary, data_path, device, prompt, counts)
     note(f"\neverything took {time.perf_counter() - started:.0f} s; samples with other prompts:")
     elsewhere = "" if data_path.resolve().is_relative_to(Path.cwd()) else f" --data-path {data_path}"
-    show = " --show-neighbors" if not options.no_retrieval and shape["ca_layers"] else ""
+    show = " --show-neighbors" if shape.get("ca_layers", True) else ""
     note(f'  retro sample --run {run}{elsewhere}{show} "YOUR PROMPT"')
+
+
+def _shape(options: Namespace, given: set[str]) -> dict[str, Any]:
+    """What a model is made with: values of `RetrofitConfig` where a base is named, else of `RetroConfig`."""
+    if options.base is None:
+        shape = {name: getattr(options, name) for name in RetroConfig.__dataclass_fields__ if name not in FROM_DATA}
+        return shape | ({"ca_layers": ()} if options.no_retrieval else {})
+    if options.no_retrieval:
+        raise ValueError("--no-retrieval: a base that reads nothing stays as it is; retro evaluate measures it as off")
+    if not_its := sorted(given & {*RetroConfig.__dataclass_fields__} - {*RetrofitConfig.__dataclass_fields__}):
+        raise InvalidOption(not_its[0], getattr(options, not_its[0]), "is the base's own; leave it out, or --base")
+    # Those that both have show the default of `RetroConfig`.
+    of_both = {*RetroConfig.__dataclass_fields__} - given
+    fields = [name for name in RetrofitConfig.__dataclass_fields__ if name not in {*of_both, *FROM_DATA}]
+    return {name: getattr(options, name) for name in fields}
 
 
 def _parser(preset: Preset) -> ArgumentParser:
@@ -106,6 +124,14 @@ def _parser(preset: Preset) -> ArgumentParser:
     add_config(parser, CorpusConfig, preset.corpus)
     add_config(parser, DatabaseConfig, preset.database, skip=("seed",))
     add_config(parser, DatasetConfig, preset.dataset, skip=("seed",))
+    parser.add_argument(
+        "--base",
+        type=str | None,
+        default=preset.model.get("base"),
+        help=f"a pretrained causal language model that learns to read: a folder, a hub name, or {PACKAGED_BASE}",
+    )
+    of_both = [name for name in RetroConfig.__dataclass_fields__ if name in RetrofitConfig.__dataclass_fields__]
+    add_config(parser, RetrofitConfig, preset.model, skip=("base", *of_both, *FROM_DATA))
     add_config(parser, RetroConfig, preset.model, skip=FROM_DATA)
     add_config(parser, TrainConfig, preset.train, skip=("seed",))
     return parser
@@ -162,8 +188,10 @@ def _report_run(
     counts = counts or audit(Dataset(data_path / DATASET_FILE["train"], corpus))
     reads = bool(read_run(run)["model"]["ca_layers"])
     off = f"({summary['valid_bpb_without_retrieval']:.3f} with retrieval switched off)" if reads else "(no retrieval)"
+    n_trained = summary["n_trained_parameters"]
+    trained = f", {n_trained:,} of them trained" if n_trained < summary["n_parameters"] / 2 else ""
     rows = {
-        "model": f"{summary['n_parameters']:,} parameters, {summary['steps']:,} steps on {summary['device']}",
+        "model": f"{summary['n_parameters']:,} parameters{trained}, {summary['steps']:,} steps on {summary['device']}",
         "database": describe(manifest),
         "neighbors": f"{counts['neighbors']:,} for {counts['chunks']:,} chunks of {counts['samples']:,} samples; "
         f"{counts['leaking_neighbors']:,} overlap text still to be predicted",

@@ -15,7 +15,7 @@ from retro.errors import phrase
 from retro.progress import note
 
 if TYPE_CHECKING:
-    from retro.model import RetroModel
+    from retro.retrofit import Model
     from retro.text.corpus import Corpus
 
 RUN_HELP = "folder of a run, or logs/NAME for its latest; null for the latest of the data that reads neighbors"
@@ -76,7 +76,15 @@ def write_sample(
     m, K, index = dataset["chunk_len"], dataset["n_neighbors"], None
     if model.ca_layers:
         index = RetroIndex(m, corpus=corpus, data_path=data_path, device=device)
-    sampler = Sampler(device, model, corpus, m, index=index, n_neighbors=K, max_chunks=dataset["chunks_per_sample"])
+    sampler = Sampler(
+        device,
+        model,
+        corpus,
+        m,
+        index=index,
+        n_neighbors=K,
+        max_chunks=model.max_chunks or dataset["chunks_per_sample"],
+    )
     pieces = sampler.stream(prompt, length, config)
     note(f"\n--- prompt ---\n{prompt}\n--- sample ---")
     for text in pieces:
@@ -148,7 +156,7 @@ def _evaluate(
     data_path: Path,
     trained_on: Corpus,
     device: Any,
-) -> tuple[Any, RetroModel, dict[str, tuple[Any, Any]]]:
+) -> tuple[Any, Model, dict[str, tuple[Any, Any]]]:
     """The evaluation, the model, and in what the baseline differs besides retrieval."""
     from dataclasses import replace
 
@@ -219,7 +227,7 @@ def _open_database(path: Path, trained_on: Corpus, chunk_len: int, tokenizer: st
 
 def _load_baseline(
     path: Path, run: dict[str, Any], data_path: Path, device: Any
-) -> tuple[RetroModel, dict[str, tuple[Any, Any]]]:
+) -> tuple[Model, dict[str, tuple[Any, Any]]]:
     """A model without retrieval of the same data, and in what else it differs from the run."""
     from retro.errors import differences, require_match
     from retro.runs.checkpoints import load_model

@@ -37,7 +37,7 @@ from retro.evaluation.passages import (
     text_spans,
 )
 from retro.evaluation.result import VARIANTS, Evaluation
-from retro.model import RetroModel
+from retro.retrofit import Model
 from retro.storage.files import atomic_write
 from retro.text.corpus import Corpus
 
@@ -46,7 +46,7 @@ NOTABLE_BITS = 0.5  # a gain from which on a line break, which has no width to b
 N_OPEN = 2  # neighbors of a chunk; the others are folded unless they have a run in common
 
 
-def write_report(path: Path, evaluation: Evaluation, model: RetroModel, n_passages: int = 6) -> None:
+def write_report(path: Path, evaluation: Evaluation, model: Model, n_passages: int = 6) -> None:
     """Write an HTML page with passages of the evaluated text, their gains and their neighbors.
 
     * `model` is the one that was evaluated
@@ -73,7 +73,7 @@ def write_report(path: Path, evaluation: Evaluation, model: RetroModel, n_passag
         temporary.write_text(page, encoding="utf-8")
 
 
-def _passage(evaluation: Evaluation, model: RetroModel, chunks: np.ndarray, rank: int, kind: str) -> dict[str, Any]:
+def _passage(evaluation: Evaluation, model: Model, chunks: np.ndarray, rank: int, kind: str) -> dict[str, Any]:
     """A passage's figures and its chunks."""
     n_bytes = evaluation.of_chunks(evaluation.n_bytes)[chunks].sum()
     on, off = (evaluation.of_chunks(evaluation.nats[v])[chunks].sum() / math.log(2) / n_bytes for v in ("on", "off"))

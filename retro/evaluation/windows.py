@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from retro.database import RetroIndex
 from retro.dataset import IGNORED_TARGET
-from retro.model import RetroModel
 from retro.progress import each
+from retro.retrofit import Model
 from retro.text.corpus import Corpus
 
 Window = tuple[int, int, int]  # (start, end, scored): reads tokens `start:end`, scores tokens `scored` to `end`
@@ -89,7 +89,7 @@ def windows(corpus: Corpus, window: int, stride: int) -> list[Window]:
 
 @torch.inference_mode()
 def losses(
-    model: RetroModel,
+    model: Model,
     corpus: Corpus,
     index: RetroIndex,
     neighbors: np.ndarray | None,
@@ -121,8 +121,10 @@ def losses(
                 first, n_whole = int(np.searchsorted(offsets, start)), (end - start) // m
                 ret[row, :n_whole] = neighbors[first : first + n_whole]
         values = None if neighbors is None else torch.from_numpy(index.values(ret)).to(device)
-        logits = model(src.to(device), values).float()
-        loss = F.cross_entropy(logits.flatten(0, 1), tgt.to(device).flatten(), reduction="none").view(src.shape).cpu()
-        for row, (start, end, scored) in enumerate(batch):
-            nats[scored - base : end + 1 - base] = loss[row, scored - 1 - start : end - start].numpy()
+        logits = model(src.to(device), values)
+        for row, (start, end, scored) in enumerate(batch):  # one by one: a copy in float32 takes vocabulary x window
+            of_window = slice(scored - 1 - start, end - start)
+            predicted = logits[row, of_window].float()
+            loss = F.cross_entropy(predicted, tgt[row, of_window].to(device), reduction="none")
+            nats[scored - base : end + 1 - base] = loss.cpu().numpy()
     return nats

@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 
 from retro import parallel
-from retro.config import RetroConfig
+from retro.config import ModelConfig, model_config
 from retro.errors import ArtifactError, CannotWrite, DamagedFile, MissingArtifact
-from retro.model import RetroModel
 from retro.progress import note
+from retro.retrofit import Model
+from retro.runs.models import filled, require_shapes
 from retro.storage.files import TEMPORARY, naming_what_cannot_be_written, sha256_of_file
 from retro.storage.manifests import Fields, read_manifest, write_manifest
 
@@ -49,10 +50,11 @@ class Progress:
     train_bpb: float = 0.0  # bits per byte, in the last whole interval
 
 
-def load_model(folder: str | Path, device: torch.device | str = "cpu") -> RetroModel:
+def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Model:
     """The model saved in a checkpoint, or the newest checkpoint of a run's folder, which holds a `run.json`.
 
-    Raises `MissingArtifact` when there is none, `DamagedFile` when it is damaged.
+    Raises `MissingArtifact` when there is none, `DamagedFile` when it is damaged, `InvalidOption` where its base is not
+    the one that it was trained with.
     """
     folder = newest_checkpoint(Path(folder))
     if (folder / "state.json").exists():
@@ -60,21 +62,20 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu") -> RetroM
     path = folder / "config.json"
     values = read_manifest(path)
     try:
-        shape = RetroConfig.from_json(values)
+        shape = model_config(values)
     except (TypeError, ValueError) as error:
         raise DamagedFile(path, f"describes no model ({error})") from None
-    tensors = load_tensors(folder, "model")
-    with torch.device("meta"):  # takes no memory, whatever size the config claims
-        expected = {name: weight.shape for name, weight in RetroModel.from_config(shape).state_dict().items()}
-    if expected != {name: tensor.shape for name, tensor in tensors.items()}:
-        raise DamagedFile(folder / "model.safetensors", "is damaged or of another shape than its config.json")
-    model = RetroModel.from_config(shape)
+    return filled(shape, load_tensors(folder, "model"), folder).to(device)
+
+
+def load_weights(folder: Path, model: Model) -> None:
+    """Take up the weights of a whole checkpoint of this model. Raises `DamagedFile` if they do not fit it."""
+    require_shapes(model.state_dict(), tensors := load_tensors(folder, "model"), folder)
     model.load_state_dict(tensors)
-    return model.to(device)
 
 
-def save_model(folder: Path, model: RetroModel, config: RetroConfig) -> None:
-    """Write `model.safetensors` and `config.json` into a folder."""
+def save_model(folder: Path, model: Model, config: ModelConfig) -> None:
+    """Write `model.safetensors` and `config.json` into a folder; of a `Retrofit` what was added, not its base."""
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder, "model", model.state_dict())
     write_manifest(folder / "config.json", asdict(config))
@@ -82,8 +83,8 @@ def save_model(folder: Path, model: RetroModel, config: RetroConfig) -> None:
 
 def save_checkpoint(
     run: Path,
-    model: RetroModel,
-    config: RetroConfig,
+    model: Model,
+    config: ModelConfig,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     interval: int,

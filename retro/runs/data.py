@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler as TorchSampler
 
 from retro import parallel
@@ -75,10 +76,13 @@ class TrainingData:
             torch.full((C, K, 2 * m), NO_TOKEN),
         )
         order = Batches(len(dataset), config.batch_size, config.seed, start, stop)
+        items: Any = dataset
+        if split == "train" and (config.missing_neighbors or config.random_neighbors):
+            items, order.counts_on = VariedNeighbors(dataset, config), True
         # A DataLoader draws a number when it starts: from a generator of its own, so that torch's is left alone.
         own = torch.Generator().manual_seed(config.seed)
         collating = partial(collate, blank=blank)
-        return DataLoader(dataset, batch_sampler=order, pin_memory=pin_memory, collate_fn=collating, generator=own)
+        return DataLoader(items, batch_sampler=order, pin_memory=pin_memory, collate_fn=collating, generator=own)
 
 
 class Batches(TorchSampler):
@@ -87,6 +91,8 @@ class Batches(TorchSampler):
     Of several processes each gets its share of each step's samples, which may be none.
     """
 
+    counts_on = False  # whether the samples of an epoch are numbered behind those of the epoch before
+
     def __init__(self, n_samples: int, batch_size: int, seed: int, start: int, stop: int) -> None:
         self.n_samples, self.batch_size, self.seed, self.start, self.stop = n_samples, batch_size, seed, start, stop
 
@@ -94,8 +100,10 @@ class Batches(TorchSampler):
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.of_all_processes():
-            yield batch[parallel.rank() :: parallel.n_processes()]
+        per_epoch = math.ceil(self.n_samples / self.batch_size)
+        for step, batch in enumerate(self.of_all_processes(), start=self.start):
+            before = step // per_epoch * self.n_samples if self.counts_on else 0
+            yield [before + idx for idx in batch[parallel.rank() :: parallel.n_processes()]]
 
     def of_all_processes(self) -> Iterator[list[int]]:
         """The whole batches."""
@@ -105,6 +113,38 @@ class Batches(TorchSampler):
             if epoch != drawn:
                 order, drawn = np.random.default_rng([self.seed, epoch]).permutation(self.n_samples).tolist(), epoch
             yield order[i * self.batch_size : (i + 1) * self.batch_size]
+
+
+class VariedNeighbors(TorchDataset):
+    """Training samples that lack some of their neighbors, and have another text's for some chunks.
+
+    A model that learns from them can read any number of neighbors, and learns when to read nothing. What is drawn is a
+    function of seed, epoch and sample, not of how they are batched.
+
+    * `dataset` are the samples; item i of epoch e has the number e * len(dataset) + i
+    * `config` has the shares
+    """
+
+    def __init__(self, dataset: Dataset, config: TrainConfig) -> None:
+        self.dataset, self.config = dataset, config
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        epoch, idx = divmod(number, len(self.dataset))
+        src, tgt, neighbors = self.dataset[idx]
+        corpus, (C, K, R) = self.dataset.corpus, neighbors.shape
+        rng = np.random.default_rng([self.config.seed, epoch, idx])
+        others = rng.integers(0, corpus.n_train_tokens, size=(C, K))
+        # None of the sample's own documents or their near-duplicates, which may tell what it is to predict.
+        own = corpus.groups[corpus.document_of(np.array(self.dataset.line(idx)["offsets"]))]
+        others[np.isin(corpus.groups[corpus.document_of(others)], own)] = -1
+        replaced = (rng.random((C, 1)) < self.config.random_neighbors) & (neighbors >= 0).any(dim=-1).numpy()
+        values = torch.from_numpy(corpus.values(np.where(replaced, others, -1), R))
+        neighbors = torch.where(torch.from_numpy(replaced)[..., None], values, neighbors)
+        kept_back = torch.from_numpy(rng.random((C, K)) < self.config.missing_neighbors)
+        return src, tgt, neighbors.masked_fill(kept_back[..., None], NO_TOKEN)
 
 
 def collate(items: list[tuple[torch.Tensor, ...]], blank: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:

@@ -11,29 +11,31 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from retro import parallel
-from retro.model import RetroModel
+from retro.errors import InvalidOption
+from retro.retrofit import Model, Retrofit
 from retro.runs.checkpoints import (
     Progress,
     copy_checkpoint,
-    load_model,
     load_optimizer,
+    load_weights,
     newest_whole_checkpoint,
     set_aside_after,
 )
+from retro.runs.models import new_model
 from retro.runs.run import Run
 
 
 class Engine(NamedTuple):
     """A model and its optimizer, where a run begins or goes on."""
 
-    model: RetroModel
+    model: Model
     net: Any  # the model, or what averages gradients around it
     optimizer: Any
     accelerator: Accelerator
     progress: Progress
 
 
-def new_engine(device: torch.device, model: RetroModel, optimizer: Any) -> Engine:
+def new_engine(device: torch.device, model: Model, optimizer: Any) -> Engine:
     """An engine at its first step."""
     accelerator = new_accelerator(device, model)
     return Engine(model, accelerator.prepare_model(model, device_placement=False), optimizer, accelerator, Progress())
@@ -45,9 +47,11 @@ def start_engine(run: Run, device: torch.device, fsdp: bool) -> Engine:
     torch.manual_seed(config.seed)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-    model = RetroModel.from_config(run.shape)
+    model = new_model(run.shape)
+    if isinstance(model, Retrofit) and (fsdp or config.compile):
+        raise InvalidOption("base", model.config.base, "is read through hooks, which neither fsdp nor compile takes")
     if (checkpoint := _checkpoint_to_go_on_from(run)) is not None:
-        model.load_state_dict(load_model(checkpoint).state_dict())
+        load_weights(checkpoint, model)
     if not fsdp:  # which puts on the device what is its own
         model.to(device)
     accelerator = new_accelerator(device, model)
@@ -55,7 +59,8 @@ def start_engine(run: Run, device: torch.device, fsdp: bool) -> Engine:
         shard_model(model, device)
     if config.compile:
         model.compile()
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, eps=1e-9, fused=device.type in ("cuda", "cpu"))
+    trained = model.parameter_groups() if isinstance(model, Retrofit) else model.parameters()
+    optimizer = torch.optim.Adam(trained, lr=config.lr, eps=1e-9, fused=device.type in ("cuda", "cpu"))
     progress = load_optimizer(checkpoint, optimizer) if checkpoint is not None else Progress()
     if run.continues and progress.step == run.continues.step:
         progress.seconds, progress.tokens = 0.0, 0  # those of the other run
@@ -73,7 +78,7 @@ def _checkpoint_to_go_on_from(run: Run) -> Path | None:
     return found
 
 
-def new_accelerator(device: torch.device, model: RetroModel) -> Accelerator:
+def new_accelerator(device: torch.device, model: Model) -> Accelerator:
     """accelerate's engine for a model; a model without cross-attention has weights that no step uses."""
     forget_other_device(device)
     unused = DistributedDataParallelKwargs(find_unused_parameters=not model.ca_layers)
@@ -92,7 +97,7 @@ def forget_other_device(device: torch.device) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def shard_model(model: RetroModel, device: torch.device) -> None:
+def shard_model(model: Any, device: torch.device) -> None:
     """Shard the weights over the processes, rows by rows; each module gathers its own while it computes."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -71,6 +71,7 @@ def fit(trainer: Any, run: Run, data: TrainingData, sample: Callable[[], str] | 
     summary = {
         "steps": done.step,
         "n_parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "n_trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "train_bpb": round(done.train_bpb, 4),
         "valid_bpb": round(on, 4),
         "valid_bpb_without_retrieval": round(off, 4),

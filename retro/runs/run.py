@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from retro import parallel
-from retro.config import FROM_DATA, RetroConfig, TrainConfig
+from retro.config import FROM_DATA, ModelConfig, RetroConfig, TrainConfig, model_config
 from retro.errors import (
     ArtifactError,
     DamagedFile,
@@ -31,6 +31,7 @@ from retro.errors import (
 )
 from retro.runs.checkpoints import RUN_FILE, checkpoints_of, newest_whole_checkpoint
 from retro.runs.data import TrainingData
+from retro.runs.models import retrofit_config
 from retro.storage.files import atomic_write
 from retro.storage.manifests import (
     FORMAT_VERSION,
@@ -51,6 +52,7 @@ ORIGIN_FIELDS: Fields = {"run": str, "step": int, "n_steps": int}
 SUMMARY_FIELDS: Fields = {
     "steps": int,
     "n_parameters": int,
+    "n_trained_parameters": int,
     "train_bpb": float,
     "valid_bpb": float,
     "valid_bpb_without_retrieval": float,
@@ -74,7 +76,7 @@ class Run:
 
     folder: Path
     config: TrainConfig
-    shape: RetroConfig
+    shape: ModelConfig
     n_steps: int
     interval: int  # steps between validations and checkpoints
     continues: Origin | None = None
@@ -118,18 +120,22 @@ def find_run(
         return _resumed(data, config, resume)
     data.require_current()
     config = config or TrainConfig()
-    shape = RetroConfig(**{"n_vocab": data.corpus.n_tokens, "chunk_len": data.chunk_len, **model_shape})
-    name = name or data.corpus.name + "_no_retrieval" * (not shape.ca_layers)
+    if "base" in model_shape:
+        shape: ModelConfig = retrofit_config(data.corpus, data.chunk_len, dict(model_shape))
+        name = name or f"{data.corpus.name}_retrofit"
+    else:
+        shape = RetroConfig(**{"n_vocab": data.corpus.n_tokens, "chunk_len": data.chunk_len, **model_shape})
+        name = name or data.corpus.name + "_no_retrieval" * (not shape.ca_layers)
     return _run_of(LOGS / name / _hash_of(data, config, shape, {}), data, config, shape, None)
 
 
-def _run_of(folder: Path, data: TrainingData, config: TrainConfig, shape: RetroConfig, continues: Origin | None) -> Run:
+def _run_of(folder: Path, data: TrainingData, config: TrainConfig, shape: ModelConfig, continues: Origin | None) -> Run:
     per_epoch = data.n_batches("train", config.batch_size)
     n_steps = config.steps or config.epochs * per_epoch
     return Run(folder, config, shape, n_steps, config.interval or per_epoch, continues)
 
 
-def _hash_of(data: TrainingData, config: TrainConfig, shape: RetroConfig, others: Mapping[str, Any]) -> str:
+def _hash_of(data: TrainingData, config: TrainConfig, shape: ModelConfig, others: Mapping[str, Any]) -> str:
     """The name of a run's folder, which tells it from all that anything else shaped."""
     shaped_by = {"train": asdict(config), "model": asdict(shape), "dataset": data.manifest, "format": FORMAT_VERSION}
     return sha256_of_json({**shaped_by, **others})[:16]
@@ -141,7 +147,7 @@ def _resumed(data: TrainingData, wanted: TrainConfig | None, resume: Path) -> Ru
         resume = resume.resolve()
     manifest = read_run(resume)
     require_match(resume / RUN_FILE, manifest["dataset"], data.manifest)
-    saved, shape = TrainConfig(**manifest["train"]), RetroConfig.from_json(manifest["model"])
+    saved, shape = TrainConfig(**manifest["train"]), model_config(manifest["model"])
     run = _run_of(resume, data, saved, shape, _origin_of(resume / RUN_FILE, manifest))
     if wanted is None:
         return run
@@ -205,7 +211,7 @@ def read_run(run: Path) -> dict[str, Any]:
     _origin_of(path, manifest)
     try:
         TrainConfig(**manifest["train"])
-        RetroConfig.from_json(manifest["model"])
+        model_config(manifest["model"])
     except (TypeError, ValueError) as error:
         raise DamagedFile(path, f"describes no run ({error})") from None
     return manifest

@@ -103,14 +103,14 @@ def interrupted_afterwards() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def report_origin(run: Run, learning_rate: Callable[[int, int, TrainConfig, int], float]) -> None:
+def report_origin(run: Run, d_model: int, learning_rate: Callable[[int, int, TrainConfig, int], float]) -> None:
     """Say which run this one goes on from, if any, and the learning rates of both where the length changes them.
 
-    * `learning_rate` is that of a step in a run of so many steps
+    * `learning_rate` is that of a step in a run of so many steps, of a model of this width
     """
     if run.continues is None or parallel.rank():
         return
-    step, before, config, d_model = run.first_step, run.continues.n_steps, run.config, run.shape.d_model
+    step, before, config = run.first_step, run.continues.n_steps, run.config
     note(f"{run.folder} goes on from step {step:,} of {run.origin}, which stays as it is")
     first = learning_rate(step, run.n_steps, config, d_model)
     if first != learning_rate(step, before, config, d_model):

@@ -1,0 +1,249 @@
+"""Decoders: a model over one growing text, token by token, each state computed once.
+
+Positions read the same neighbors from the last token of a chunk up to the next chunk's last but one. A decoder takes
+tokens of one such stretch at a time, and gives the logits that the whole text would give.
+
+Shapes as in `retro.model`; n are the tokens of a call, `length` all tokens so far.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
+
+from retro.model import RetroModel, RotaryPositionalEmbeddings
+from retro.retrofit import Decoding, Model, Retrofit
+
+
+def decoder_of(model: Model) -> Decoder:
+    """What runs a model over a growing text; any that is called with tokens and neighbors will do."""
+    if isinstance(model, RetroModel):
+        return CachedDecoder(model)
+    return RetrofitDecoder(model) if isinstance(model, Retrofit) else RecomputingDecoder(model)
+
+
+class Decoder(ABC):
+    """A model over one growing text.
+
+    * `chunk_len` is the model's
+    """
+
+    length = 0
+
+    def __init__(self, chunk_len: int) -> None:
+        self.chunk_len = chunk_len
+
+    @abstractmethod
+    def restart(self) -> None:
+        """Forget all tokens; the next one is the first of a text."""
+
+    @property
+    def completes_chunk(self) -> bool:
+        """Whether the next token is the last of a chunk, so that its neighbors are due."""
+        return (self.length + 1) % self.chunk_len == 0
+
+    def n_next(self) -> int:
+        """How many tokens the next call of `feed` can take."""
+        m = self.chunk_len
+        return m if self.completes_chunk else m - 1 - self.length % m
+
+    @abstractmethod
+    def feed(self, tokens: Tensor, ret: Tensor | None = None) -> Tensor:
+        """Take in tokens (n); returns the logits (n_vocab) for the token after them.
+
+        * `ret` (K, R) are the neighbors of the chunk that the first token completes; None to read nothing
+        """
+
+
+class RecomputingDecoder(Decoder):
+    """A decoder of whatever model is called with tokens and neighbors: it computes everything anew for each token."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model.chunk_len)
+        self.model = model
+        self.restart()
+
+    def restart(self) -> None:
+        self.length = 0
+        self.tokens: list[Tensor] = []
+        self.ret: list[Tensor | None] = []  # of each whole chunk
+
+    def feed(self, tokens: Tensor, ret: Tensor | None = None) -> Tensor:
+        if self.completes_chunk:
+            self.ret.append(ret)
+        self.tokens.append(tokens)
+        self.length += len(tokens)
+        return self.model(torch.cat(self.tokens)[None], self._neighbors())[0, -1]
+
+    def _neighbors(self) -> Tensor | None:
+        """Neighbors (1, C, K, R) of the whole chunks; those that are missing are -1."""
+        if not (given := [ret for ret in self.ret if ret is not None]):
+            return None
+        return torch.stack([torch.full_like(given[0], -1) if ret is None else ret for ret in self.ret])[None]
+
+
+class RetrofitDecoder(Decoder):
+    """A decoder of a pretrained model, with the cache that transformers makes for it."""
+
+    def __init__(self, model: Retrofit) -> None:
+        super().__init__(model.chunk_len)
+        self.model = model
+        self.restart()
+
+    def restart(self) -> None:
+        base = self.model.base
+        self.length = 0
+        self.cache = DynamicCache(config=base.config)
+        self.decoding = Decoding(self.model, torch.zeros(1, dtype=torch.long, device=base.device))
+
+    def feed(self, tokens: Tensor, ret: Tensor | None = None) -> Tensor:
+        n = len(tokens)
+        assert 0 < n <= self.n_next(), "tokens of two stretches in one call"
+        if self.completes_chunk and ret is None:  # what was read before is read no more
+            self.decoding.forget()
+        with self.decoding.goes_on(n, ret if ret is None else ret[None]):
+            output = self.model.base(input_ids=tokens[None], past_key_values=self.cache, use_cache=True)
+        self.length += n
+        return output.logits[0, -1]
+
+
+class CachedDecoder(Decoder):
+    """Runs a `RetroModel` over one growing sequence, computing each state once.
+
+    For a single token a layer's products take microseconds, so what could be done in advance is: projections joined,
+    weights transposed, rotations made. Changes of the model after that are not seen.
+
+    Shapes as in `retro.model`; n are the tokens of a call, `length` all tokens so far.
+    """
+
+    def __init__(self, model: RetroModel) -> None:
+        super().__init__(model.chunk_len)
+        self.model = model
+        attention: Any = model.attn[0]
+        self.n_heads, self.d_k = attention.n_heads, attention.d_k
+        self.layers = [_Layer(attn, ffw) for attn, ffw in zip(model.attn, model.ffw, strict=True)]
+        self.readers = {p: _Reader(cca) for p, cca in zip(model.ca_layers, model.cca, strict=True)}
+        self.restart()
+        self._reserve(256)
+
+    def restart(self) -> None:
+        """Forget all tokens; the next one is the first of a sequence."""
+        self.length = 0
+        self.chunk: list[Tensor] = []  # states (n, D) of the unfinished chunk, where the encoder reads them
+        self.contexts: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of the neighbors, by layer
+        self.mask: Tensor | None = None  # of the neighbors' tokens, where some are missing
+
+    def feed(self, tokens: Tensor, ret: Tensor | None = None) -> Tensor:
+        n = len(tokens)
+        assert 0 < n <= self.n_next(), "tokens of two stretches in one call"
+        self._reserve(self.length + n)
+        h = self.model.emb(tokens)  # (n, D)
+        for p, layer in enumerate(self.layers):
+            h = h + self._attend(layer, h)
+            if p in self.readers:
+                if p == self.model.ca_layers[0]:
+                    self._take_up(h, ret)
+                if self.contexts:
+                    reader = self.readers[p]
+                    queries = reader.query(reader.norm(h)).view(n, self.n_heads, self.d_k).transpose(0, 1)
+                    h = h + reader.output(self._read(queries, *self.contexts[p], self.mask))
+            h = h + layer.lin2(layer.lin1(layer.norm_ffw(h)).relu_())
+        self.length += n
+        return self.model.read(h[-1])
+
+    def _attend(self, layer: _Layer, h: Tensor) -> Tensor:
+        """Causal self-attention of the new states (n, D), whose keys and values are kept."""
+        start, end, H, d = self.length, self.length + len(h), self.n_heads, self.d_k
+        qkv = layer.project(layer.norm(h)).view(len(h), 3 * H, d)
+        rotated = RotaryPositionalEmbeddings.rotate(qkv[:, : 2 * H], self.rotations[start:end]).transpose(
+            0, 1
+        )  # (2H, n, d_k)
+        layer.kept[0, :, start:end] = rotated[H:]
+        layer.kept[1, :, start:end] = qkv[:, 2 * H :].transpose(0, 1)
+        mask = None
+        if len(h) > 1:  # row i of the new positions reads all before them and the new ones up to itself
+            mask = torch.ones(len(h), end, dtype=torch.bool, device=h.device).tril(start)
+        return layer.output(self._read(rotated[:H], layer.kept[0, :, :end], layer.kept[1, :, :end], mask))
+
+    @staticmethod
+    def _read(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Queries (H, n, d_k) read keys and values (H, S, d_k) -> (n, H*d_k)."""
+        scores = torch.bmm(queries, keys.mT).mul_(queries.shape[-1] ** -0.5)  # (H, n, S)
+        if mask is not None:
+            scores.masked_fill_(~mask, -torch.inf)
+        return torch.bmm(scores.softmax(dim=-1), values).transpose(0, 1).flatten(1)
+
+    def _take_up(self, h: Tensor, ret: Tensor | None) -> None:
+        """Keep the states of the current chunk; if the first one completes it, encode its neighbors."""
+        if not self.completes_chunk:
+            self.chunk.append(h)
+            return
+        chunk = torch.cat([*self.chunk, h[:1]])  # (m, D)
+        self.chunk = [h[1:]]
+        self.contexts = {}
+        if ret is None or not (present := ret >= 0).any():
+            return
+        whole = bool(present.all())
+        e = self.model.encode(ret[None, None], chunk[None], None if whole else present[None, None])  # (1, 1, K, R, D)
+        self.mask = None if whole else present.flatten()
+        for p, cca in zip(self.model.ca_layers, self.model.cca, strict=True):
+            keys, values = cca.keys_values(e.flatten(1, 3))  # type: ignore[operator]
+            self.contexts[p] = keys[0], values[0]
+
+    def _reserve(self, length: int) -> None:
+        """Make room for keys and values of `length` positions; it doubles, so that adding one costs the same always."""
+        room = self.layers[0].kept.shape[2]
+        if length > room:
+            room = max(length, 2 * room)
+            attention: Any = self.model.attn[0]
+            self.rotations = attention.rotary_pe.rotations(0, room)  # (room, 1, d_k/2)
+            for layer in self.layers:
+                kept = layer.kept.new_empty(2, self.n_heads, room, self.d_k)
+                kept[:, :, : self.length] = layer.kept[:, :, : self.length]
+                layer.kept = kept
+
+
+class _Linear:
+    """A linear layer for few rows: its weight (in, out) lies in the order in which they read it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight, self.bias = weight.t().contiguous(), bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class _Norm:
+    """A layer norm, without the overhead of a module."""
+
+    def __init__(self, norm: Any) -> None:
+        self.shape, self.weight, self.bias, self.eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+
+
+class _Layer:
+    """Self-attention and feed-forward of one layer, and the keys and values (2, H, room, d_k) kept so far."""
+
+    def __init__(self, attn: Any, ffw: Any) -> None:
+        self.norm, self.norm_ffw = _Norm(attn.norm), _Norm(ffw.norm)
+        self.project = _Linear(*attn.projection())
+        self.output = _Linear(attn.output.weight, attn.output.bias)
+        self.lin1 = _Linear(ffw.lin1.weight, ffw.lin1.bias)
+        self.lin2 = _Linear(ffw.lin2.weight, ffw.lin2.bias)
+        self.kept = attn.output.weight.new_empty(2, attn.n_heads, 0, attn.d_k)
+
+
+class _Reader:
+    """Chunked cross-attention of one layer, on the side of the decoder."""
+
+    def __init__(self, cca: Any) -> None:
+        self.norm = _Norm(cca.norm)
+        self.query = _Linear(cca.query.weight, cca.query.bias)
+        self.output = _Linear(cca.output.weight, cca.output.bias)

@@ -1,0 +1,72 @@
+"""The model of a run, made or loaded: a `RetroModel`, or a `Retrofit` of a pretrained base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retro.config import ModelConfig, RetroConfig, RetrofitConfig
+from retro.errors import DamagedFile, InvalidOption
+from retro.model import RetroModel
+from retro.retrofit import Model, Retrofit
+from retro.text.base_model import base_sha256, load_base
+from retro.text.corpus import Corpus
+from retro.text.tokenizer import train_tokenizer
+
+
+def new_model(config: ModelConfig) -> Model:
+    """A model of this shape, with new weights, on the CPU.
+
+    Raises `InvalidOption` for a base that is not there, or has other weights than the config says.
+    """
+    if isinstance(config, RetroConfig):
+        return RetroModel.from_config(config)
+    base = load_base(config.base)
+    found = base_sha256(base)
+    if config.base_sha256 not in (None, found):
+        raise InvalidOption(
+            "base", config.base, f"has other weights (sha256 {found[:12]}) than the one that was trained with "
+            f"({str(config.base_sha256)[:12]}); name that one"
+        )  # fmt: skip
+    return Retrofit(base, replace(config, base_sha256=found))
+
+
+def retrofit_config(corpus: Corpus, chunk_len: int, shape: dict[str, Any]) -> RetrofitConfig:
+    """The config of a base that is to learn to read a corpus, with all that is chosen for it.
+
+    * `shape` are values of `RetrofitConfig`
+
+    Raises `InvalidOption` if the corpus has another tokenizer than the base.
+    """
+    config = RetrofitConfig(**{**shape, "chunk_len": chunk_len})
+    if (own := train_tokenizer(config.base, ()).sha256) != (found := corpus.tokenizer.sha256):
+        raise InvalidOption(
+            "base", config.base, f"has another tokenizer (sha256 {own[:12]}) than the corpus ({found[:12]}); build the "
+            f"corpus with it: retro database TEXT --tokenizer {config.base} --chunk-len {chunk_len}"
+        )  # fmt: skip
+    model = new_model(config)
+    assert isinstance(model, Retrofit)
+    if corpus.n_tokens > model.n_vocab:
+        raise InvalidOption("base", config.base, f"has {model.n_vocab} tokens, but its tokenizer has {corpus.n_tokens}")
+    return model.config
+
+
+def filled(config: ModelConfig, tensors: dict[str, torch.Tensor], folder: Path) -> Model:
+    """A model of this shape with the weights of a checkpoint in `folder`. Raises `DamagedFile` if they do not fit."""
+    if isinstance(config, RetroConfig):
+        with torch.device("meta"):  # takes no memory, whatever size the config claims
+            require_shapes(RetroModel.from_config(config).state_dict(), tensors, folder)
+    model = new_model(config)
+    require_shapes(model.state_dict(), tensors, folder)
+    model.load_state_dict(tensors)
+    return model
+
+
+def require_shapes(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Raise `DamagedFile` if the weights of a checkpoint in `folder` have other names or shapes than a model's."""
+    if {name: weight.shape for name, weight in expected.items()} != {name: w.shape for name, w in found.items()}:
+        raise DamagedFile(folder / "model.safetensors", "is damaged or of another shape than its config.json")
