@@ -115,11 +115,15 @@ class Retrofit(nn.Module):
         """
         mask = positions = None
         if stretches is not None:
-            same = (stretches[:, None, :, None] == stretches[:, None, None]).tril()
-            mask = torch.zeros_like(same, dtype=self.base.dtype).masked_fill(~same, torch.finfo(self.base.dtype).min)
             places = torch.arange(x.shape[1], device=x.device).expand_as(x)
             begins = F.pad(stretches[:, 1:] != stretches[:, :-1], (1, 0), value=True)
             positions = places - (places * begins).cummax(dim=1).values
+            if not getattr(self.base.config.get_text_config(), "sliding_window", None):
+                same = (stretches[:, None, :, None] == stretches[:, None, None]).tril()
+                mask = torch.zeros_like(same, dtype=self.base.dtype).masked_fill(
+                    ~same, torch.finfo(self.base.dtype).min
+                )
+            # else such a mask would stand for the window too; transformers makes both, of where positions begin again
         with self.reads(x, ret) as reading:
             logits = self.base(input_ids=x, attention_mask=mask, position_ids=positions, use_cache=False).logits
         if torch.is_grad_enabled() and not (reading and reading.contexts):
