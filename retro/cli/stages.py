@@ -99,7 +99,8 @@ def prepare_corpus(config: CorpusConfig, preset: str, texts: Sequence[str], data
         cache_key = corpus_cache_key(texts_sha256(documents), config)
         path, reason = folder / MANIFEST_FILE, ""
         try:
-            current = is_current(path, read_manifest, cache_key, rebuild)
+            # Corpora that were built before there was a choice do not say that they hold out documents.
+            current = is_current(path, lambda p: {"hold_out": "documents"} | read_manifest(p), cache_key, rebuild)
         except StaleArtifact as error:
             raise with_names_of_texts(error, documents) from None
         try:

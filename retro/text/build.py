@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -29,6 +29,7 @@ def build_corpus(
     seed: int = CorpusConfig.seed,
     name: str | None = None,
     keep_near_held_out: bool = CorpusConfig.keep_near_held_out,
+    hold_out: Literal["documents", "folders"] = CorpusConfig.hold_out,
 ) -> Corpus:
     """Read texts into a corpus folder: `tokens.bin`, `tokenizer.json`, `signatures.bin`, `manifest.json`.
 
@@ -39,13 +40,15 @@ def build_corpus(
       there is only one document, as in the tutorial; 0 holds nothing out
     * `name` is what runs on this text are called; left out, the name of the file, or of the folder of all of them
     * `keep_near_held_out` trains on documents that are near-duplicates of held-out ones; they are left out otherwise
+    * `hold_out` is what is held out as a whole: `documents`, or the `folders` that their names tell
 
     The texts are read once for each pass and one document at a time. Raises `ValueError` for text that cannot be used
     and leaves an existing corpus as it was.
     """
-    folder, config = Path(folder), CorpusConfig(tokenizer, valid_fraction, keep_near_held_out, seed)
+    folder = Path(folder)
+    config = CorpusConfig(tokenizer, valid_fraction, hold_out, keep_near_held_out, seed)
     texts = find_texts(paths)
-    split = split_texts(texts, valid_fraction, seed, keep_near_held_out)
+    split = split_texts(texts, valid_fraction, seed, keep_near_held_out, hold_out)
 
     def documents(side: str) -> Iterator[tuple[int, Document]]:
         number = -1

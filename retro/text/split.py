@@ -1,13 +1,17 @@
-"""Which documents are held out: whole ones, drawn by a seeded hash of their text, and no copy of one trains."""
+"""Which documents are held out: whole ones, drawn by a seeded hash of their text, and no copy of one trains.
+
+Documents can also be drawn by whole folders, whose files are kin: those of a project, a series, an author.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from retro.errors import InvalidOption
 from retro.storage.manifests import sha256_of_json
 from retro.text.copies import groups_of, signature
 from retro.text.documents import Document, read_documents, sha256_of_text
@@ -48,7 +52,11 @@ def _found(texts: list[tuple[str, Path]], documents: Iterable[tuple[Document, st
 
 
 def split_texts(
-    texts: list[tuple[str, Path]], valid_fraction: float = 0.1, seed: int = 0, keep_near_held_out: bool = False
+    texts: list[tuple[str, Path]],
+    valid_fraction: float = 0.1,
+    seed: int = 0,
+    keep_near_held_out: bool = False,
+    hold_out: str = "documents",
 ) -> Split:
     """Draw the held-out documents, in one pass over the texts.
 
@@ -57,6 +65,10 @@ def split_texts(
     them or retrieves them.
 
     * `keep_near_held_out` leaves them in the training text all the same
+    * `hold_out` is what is drawn: `documents`, or whole `folders` of them. A folder that has no more than a copy of
+      what is held out loses that copy, and trains: else files that are everywhere would make one of all folders.
+
+    Raises `InvalidOption` where no folder can be held out.
     """
     signatures: dict[str, np.ndarray] = {}
 
@@ -70,13 +82,18 @@ def split_texts(
     found = _found(texts, signed())
     signs = np.array([signatures[sha256] for _, sha256, _ in found])
     groups, n = groups_of(signs), len(found)
-    if valid_fraction > 0 and not groups.any():
+    if valid_fraction > 0 and not groups.any() and hold_out == "documents":
         return _split_of_one(texts, found, valid_fraction)
     sides = np.full(n, "train", dtype="<U5")
     if valid_fraction > 0:
-        valid = _drawn(found, groups, valid_fraction, seed)
-        if not keep_near_held_out:
-            sides[np.isin(groups, valid)] = ""
+        units = list(range(n)) if hold_out == "documents" else folders_of([name for name, _, _ in found])
+        drawn, valid = _drawn(found, groups, units, valid_fraction, seed)
+        if not valid:
+            raise InvalidOption(
+                "hold_out", hold_out, "leaves nothing to train on: one folder has all documents, or copies of them"
+            )
+        left = np.isin(units, drawn) if keep_near_held_out else np.isin(groups, groups[valid])
+        sides[left] = ""
         sides[valid] = "valid"
     held_out = {int(groups[i]): found[i][0] for i in np.flatnonzero(sides == "valid")}
     left_out = tuple((found[i][0], held_out[int(groups[i])]) for i in np.flatnonzero(sides == ""))
@@ -84,15 +101,41 @@ def split_texts(
     return Split(texts_sha256(found), texts_of, tuple(sides.tolist()), signs, groups, left_out, False)
 
 
-def _drawn(found: Found, groups: np.ndarray, valid_fraction: float, seed: int) -> np.ndarray:
-    """Numbers of the documents to hold out: the first one of each group that is drawn."""
+def folders_of(names: list[str]) -> list[int]:
+    """For each document the number of the first one in its folder."""
+    first: dict[str, int] = {}
+    return [first.setdefault(str(PurePosixPath(name).parent), number) for number, name in enumerate(names)]
+
+
+def _drawn(
+    found: Found, groups: np.ndarray, units: list[int], valid_fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """The units that are drawn, and the numbers of the documents to hold out: of each group the first one in them.
+
+    * `units` are what is drawn, for each document: itself, or its folder
+
+    A unit whose documents are all held out already, or with which nothing would be left to train on, is passed over.
+    """
     by_group: dict[int, str] = {}  # the least hash of a text in it, which no order of the files changes
-    for group, (_, sha256, _) in zip(groups.tolist(), found, strict=True):
+    groups_in: dict[int, dict[int, int]] = {}  # of a unit: the first document in it of each of its groups
+    for number, (group, unit, (_, sha256, _)) in enumerate(zip(groups.tolist(), units, found, strict=True)):
         by_group[group] = min(sha256, by_group.get(group, sha256))
-    drawn = sorted(by_group, key=lambda group: sha256_of_text(f"{seed}:{by_group[group]}"))
-    held_out = np.cumsum([found[first][2] for first in drawn])
-    n_valid = 1 + int(np.searchsorted(held_out, valid_fraction * held_out[-1]))
-    return np.array(drawn[: min(n_valid, len(drawn) - 1)])
+        groups_in.setdefault(unit, {}).setdefault(group, number)
+
+    def order(unit: int) -> str:
+        return sha256_of_text(f"{seed}:{','.join(sorted(by_group[group] for group in groups_in[unit]))}")
+
+    drawn, held_out, n_bytes = list[int](), dict[int, int](), 0
+    wanted = valid_fraction * sum(found[group][2] for group in by_group)
+    for unit in sorted(groups_in, key=order):
+        new = {group: number for group, number in groups_in[unit].items() if group not in held_out}
+        if new and len(held_out) + len(new) < len(by_group):
+            drawn.append(unit)
+            held_out |= new
+            n_bytes += sum(found[group][2] for group in new)
+            if n_bytes >= wanted:
+                break
+    return drawn, list(held_out.values())
 
 
 def _split_of_one(texts: list[tuple[str, Path]], found: Found, valid_fraction: float) -> Split:
