@@ -76,7 +76,9 @@ class DatasetConfig:
     """How text becomes samples with neighbors."""
 
     chunks_per_sample: int = 32  # chunks of a sample
-    skip_range: int = 8  # before a sample, fewer than this many tokens are skipped, at random
+    # Before a sample, fewer than this many tokens are skipped, at random; with 1 none, and no chunk that is in the
+    # database is embedded again.
+    skip_range: int = 8
     n_neighbors: int = 2  # neighbors of a chunk
     # What neighbors may not come from: the query's document (null, where more than one trains), its sample (null,
     # where one trains), or the tutorial's span, which leaks text still to be predicted.

@@ -150,6 +150,14 @@ class RetroIndex:
         """Queries of shape `[len(query_chunks), d_emb]`."""
         return self.bert(query_chunks).cpu().numpy()
 
+    def embed_at(self, offsets: np.ndarray) -> np.ndarray:
+        """Queries of the chunks at `offsets` (n), of shape `[n, d_emb]`; of chunks in the database, their keys."""
+        stored, keys = self.keys.stored(offsets)
+        queries = np.empty((len(offsets), self.bert.d_emb), dtype=np.float32)
+        queries[stored] = keys
+        queries[~stored] = self.embed(self.corpus.texts(offsets[~stored], self.chunk_len))
+        return queries
+
     def search(
         self, queries: np.ndarray, n_neighbors: int, exclude: np.ndarray | tuple[int, int] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:

@@ -58,7 +58,7 @@ def build_dataset(
     * `chunk_len` is the length of a chunk; left out, the database's
     * `chunks_per_sample` is the number of chunks of a sample
     * `skip_range`: before each sample, fewer than this many tokens are skipped, at random, so that samples are not
-      aligned with the chunks in the database
+      aligned with the chunks in the database; with 1 they are, and their keys are not computed again
     * `config` has these, with the tutorial's defaults, and more; what is given beside it goes before it
     * `corpus` is a `Corpus` or a labml `TextDataset`; left out, the one in `data_path`
     * `index` retrieves; left out, the database in `data_path`, its BERT on `device`
@@ -147,7 +147,7 @@ def retrieve_samples(offsets: Offsets, header: dict[str, Any], index: RetroIndex
     chunks, n_chunks = chunks_of_stretches(starts, stretch_lengths(corpus, starts, C * m), m)
     stretches, ends = np.repeat(starts, n_chunks), np.cumsum(n_chunks)  # start of the stretch of each chunk
     excluded = excluded_ranges(chunks, stretches, header, index)
-    distances, found = index.search(index.embed(corpus.texts(chunks, m)), header["n_neighbors"], excluded)
+    distances, found = index.search(index.embed_at(chunks), header["n_neighbors"], excluded)
     last = ends[np.cumsum([len(sample) for sample in offsets]) - 1]  # behind the chunks of each sample
     for sample, rows in zip(offsets, np.split(np.arange(len(chunks)), last[:-1]), strict=True):
         yield {

@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import CHUNK_LEN
 
+from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.config import DatabaseConfig, DatasetConfig, RetroConfig
 from retro.database import RetroIndex, build_database
 from retro.dataset import DATASET_FILE, Dataset, build_dataset, sample_offsets, stretch_lengths
@@ -167,3 +169,81 @@ def test_training_and_validation_read_shared_samples_so(records):
     together = trainer.loss(src[None], tgt[None], neighbors[None]).item()
     assert together == pytest.approx(losses / n_targets, rel=1e-5)
     assert split_stretches(torch.zeros(2, 5, dtype=torch.long))[1] is None
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+    """The texts that any BERT embeds."""
+    texts, embed = [], BERTChunkEmbeddings.__call__
+    monkeypatch.setattr(
+        BERTChunkEmbeddings,
+        "__call__",
+        lambda self, chunks, *others: texts.extend(chunks) or embed(self, chunks, *others),
+    )
+    return texts
+
+
+def chunks_in(dataset) -> list[int]:
+    """Where the chunks that have neighbors begin."""
+    corpus, most = dataset.corpus, C * CHUNK_LEN
+    stretches = [start for idx in range(len(dataset)) for start in dataset.line(idx)["offsets"]]
+    return [
+        chunk
+        for start in stretches
+        for chunk in range(start, start + int(stretch_lengths(corpus, start, most)) - CHUNK_LEN + 1, CHUNK_LEN)
+    ]
+
+
+@pytest.mark.parametrize(("precision", "factory"), [("fp32", "Flat"), ("fp32", "IVF4,PQ16"), ("bf16", "Flat")])
+@pytest.mark.parametrize("skip_range", [1, 5])
+def test_no_chunk_of_the_database_is_embedded_again(
+    data, tmp_path, embedded, monkeypatch, precision, factory, skip_range
+):
+    corpus, bert = Corpus.load(data / "corpus"), BERTChunkEmbeddings("cpu", trim=False, precision=precision)
+    build_database(CHUNK_LEN, corpus=corpus, data_path=tmp_path, config=DatabaseConfig(index=factory), bert=bert)
+    index = RetroIndex(data_path=tmp_path, corpus=corpus, bert=bert)
+    config, lines = DatasetConfig(chunks_per_sample=C, skip_range=skip_range, n_neighbors=K), {}
+    for way in ("stored", "embedded"):
+        embedded.clear()
+        build_dataset(config=config, corpus=corpus, data_path=tmp_path / way, index=index)
+        made = [Dataset(tmp_path / way / name, corpus) for name in DATASET_FILE.values()]
+        chunks = [chunk for dataset in made for chunk in chunks_in(dataset)]
+        n_train = len(chunks_in(made[0]))
+        new = [chunk for chunk in chunks if way == "embedded" or chunk not in set(index.keys.offsets.tolist())]
+        assert sorted(embedded) == sorted(corpus.texts(np.array(new), CHUNK_LEN))
+        if way == "stored":
+            assert len(chunks) - len(new) == n_train if skip_range == 1 else 0 < len(chunks) - len(new) < n_train / 2
+        lines[way] = [dataset.line(idx) for dataset in made for idx in range(len(dataset))]
+        monkeypatch.setattr(index, "embed_at", lambda at: index.embed(corpus.texts(at, CHUNK_LEN)))
+    distances = [np.array([d for line in lines[way] for row in line["distances"] for d in row]) for way in lines]
+    assert [line["offsets"] for line in lines["stored"]] == [line["offsets"] for line in lines["embedded"]]
+    neighbors = [[row for line in lines[way] for row in line["neighbors"]] for way in lines]
+    # What goes through BERT beside other chunks is rounded otherwise, in the last bits of its precision.
+    np.testing.assert_allclose(*distances, rtol=1e-4 if precision == "fp32" else 0.03)
+    same = np.mean([row == other for row, other in zip(*neighbors, strict=True)])
+    assert same == 1 if precision == "fp32" else same > 0.9
+    assert len(neighbors[0]) > 200
+
+
+def test_the_query_of_a_chunk_in_the_database_is_its_key_bit_for_bit(data, bert):
+    index = RetroIndex(data_path=data, bert=bert)
+    keys, corpus = index.keys, index.corpus
+    # In any order, twice, and between others: one token on, the last of the text, a held-out one.
+    known = np.array([7, 3, 3, len(keys.offsets) - 1])
+    others = [int(keys.offsets[3]) + 1, len(corpus.tokens) - CHUNK_LEN, int(corpus.starts[corpus.n_train])]
+    offsets = np.insert(keys.offsets[known], [0, 2, 4], others)
+    queries = index.embed_at(offsets)
+    assert queries[[1, 2, 4, 5]].tobytes() == keys.rows(known).tobytes()
+    np.testing.assert_allclose(queries[[0, 3, 6]], index.embed(corpus.texts(np.array(others), CHUNK_LEN)), atol=1e-4)
+    assert np.unique(queries, axis=0).shape == (6, keys.d_emb)
+
+
+def test_an_index_of_whole_keys_serves_without_the_keys_on_disk(data, bert, tmp_path, embedded):
+    shutil.copytree(data, tmp_path / "data")
+    offsets = RetroIndex(data_path=data, bert=bert).keys.offsets[:9]
+    (shard,) = (tmp_path / "data" / "keys").glob("*/*.npy")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    index = RetroIndex(data_path=tmp_path / "data", bert=bert)
+    embedded.clear()
+    assert index.search(index.embed_at(offsets), 1)[1][:, 0].tolist() == offsets.tolist()
+    assert embedded == index.corpus.texts(offsets, CHUNK_LEN)

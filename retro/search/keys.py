@@ -18,7 +18,7 @@ import faiss
 import numpy as np
 
 from retro.bert_embeddings import BERTChunkEmbeddings
-from retro.errors import DamagedFile, require_match
+from retro.errors import ArtifactError, DamagedFile, require_match
 from retro.search.index_file import INDEX_FILE
 from retro.storage.files import exclusive_lock
 from retro.storage.manifests import sha256_of_json
@@ -170,10 +170,26 @@ class Keys:
             distances[at] = found
         return distances
 
+    def stored(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which of some offsets `[n]` are those of chunks with a key on disk, of shape `[n]`, and these keys.
+
+        None if any is missing or damaged: an index of whole keys serves without them.
+        """
+        numbers = self._numbers(offsets)
+        try:
+            return numbers >= 0, self.rows(numbers[numbers >= 0])
+        except ArtifactError:
+            return np.zeros(len(offsets), dtype=bool), self.rows(numbers[:0])
+
+    def _numbers(self, offsets: np.ndarray) -> np.ndarray:
+        """Numbers of the keys of chunks at `offsets`, of the same shape; -1 where no chunk begins."""
+        numbers = np.minimum(np.searchsorted(self.offsets, offsets), len(self.offsets) - 1)
+        return np.where(self.offsets[numbers] == offsets, numbers, -1)
+
     def numbers_of(self, offsets: np.ndarray) -> np.ndarray:
         """Numbers of the keys of chunks at `offsets`. Raises `DamagedFile` for an offset that no chunk has."""
-        numbers = np.minimum(np.searchsorted(self.offsets, offsets), len(self.offsets) - 1)
-        if len(wrong := np.flatnonzero(self.offsets[numbers] != offsets)):
+        numbers = self._numbers(offsets)
+        if len(wrong := np.flatnonzero(numbers < 0)):
             raise DamagedFile(self.data_path / INDEX_FILE, f"holds offset {offsets[wrong[0]]}, where no chunk begins")
         return numbers
 
