@@ -25,7 +25,7 @@ from source import Module
 # `folder/*` stands for the modules of a folder that are not named, by name.
 READING_ORDER = {
     "The tutorial's five modules": ("bert_embeddings", "database", "model", "dataset", "train"),
-    "Writing and measuring": ("sample", "evaluate"),
+    "Writing and measuring": ("sample", "evaluate", "causal_lm", "cached_text", "model_card"),
     "Behind the scenes: Settings and errors": ("config", "errors"),
     "Behind the scenes: Text": ("text/documents", "text/split", "text/tokenizer", "text/corpus", "text/*"),
     "Behind the scenes: Search": (

@@ -20,6 +20,7 @@ The modules, in reading order:
 * `retro.train` the loop, and the script that does the main job
 * `retro.sample` text from the model, retrieving as it writes
 * `retro.evaluate` what retrieval brings, in bits per byte
+* `retro.causal_lm` a pretrained model that reads, as transformers knows them
 
 The first five are the tutorial's. What makes them survive and scale lies behind them: `retro.text`, `retro.search`,
 `retro.storage`, `retro.runs`, `retro.evaluation`, `retro.planning`, and the commands in `retro.cli`. The public names
@@ -36,6 +37,7 @@ __version__ = "0.3.0"
 
 _PLACES = {
     "bert_embeddings": ("BERTChunkEmbeddings",),
+    "causal_lm": ("RetrofitForCausalLM",),
     "config": (
         "CorpusConfig", "DatabaseConfig", "DatasetConfig", "EvaluateConfig", "RetroConfig", "SampleConfig",
         "TrainConfig",

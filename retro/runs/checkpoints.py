@@ -11,13 +11,13 @@ import itertools
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from retro import parallel
-from retro.config import ModelConfig, model_config
+from retro.config import ModelConfig, RetrofitConfig, model_config
 from retro.errors import ArtifactError, CannotWrite, DamagedFile, MissingArtifact
 from retro.progress import note
 from retro.retrofit import Model
@@ -50,8 +50,10 @@ class Progress:
     train_bpb: float = 0.0  # bits per byte, in the last whole interval
 
 
-def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Model:
+def load_model(folder: str | Path, device: torch.device | str = "cpu", base: str | None = None) -> Model:
     """The model saved in a checkpoint, or the newest checkpoint of a run's folder, which holds a `run.json`.
+
+    * `base` is where the base of a `Retrofit` is now; left out, where it was
 
     Raises `MissingArtifact` when there is none, `DamagedFile` when it is damaged, `InvalidOption` where its base is not
     the one that it was trained with.
@@ -65,6 +67,8 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Model:
         shape = model_config(values)
     except (TypeError, ValueError) as error:
         raise DamagedFile(path, f"describes no model ({error})") from None
+    if base is not None and isinstance(shape, RetrofitConfig):
+        shape = replace(shape, base=base)
     return filled(shape, load_tensors(folder, "model"), folder).to(device)
 
 
