@@ -299,7 +299,7 @@ class RetrofitForCausalLM(PreTrainedModel, GenerationMixin):
         folder = Path(name) if Path(name).is_dir() else _downloaded(str(name), revision)
         model = load_model(folder, device, base=base)
         if not isinstance(model, Retrofit):
-            raise InvalidOption("name", str(name), "is no pretrained model that reads; load it with retro.load_model")
+            raise InvalidOption("name", str(name), "has no pretrained base; load it with retro.load_model")
         return cls(model, index)
 
     def push_to_hub(  # type: ignore[override]

