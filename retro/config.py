@@ -169,7 +169,8 @@ class TrainConfig:
     interval: int | None = None  # steps between validations and checkpoints; null for an epoch
     missing_neighbors: float = 0.0  # share of neighbors that are kept back in training, so that any number can be read
     random_neighbors: float = 0.0  # share of chunks that get another text's in training, so that bad ones do no harm
-    n_valid_batches: int = 16  # of an interim validation; the last one takes all
+    n_valid_batches: int = 16  # of an interim validation
+    n_final_batches: int | None = None  # of the last validation; null for all
     seed: int = 0  # start of everything random
 
     def __post_init__(self) -> None:
@@ -177,7 +178,8 @@ class TrainConfig:
             if (value := getattr(self, name)) not in known:
                 raise InvalidOption(name, value, f"is not one of {', '.join(known)}")
         require_numbers(self)
-        require_at_least_one(self, "batch_size", "epochs", "steps", "warmup", "interval", "n_valid_batches")
+        counts = ("batch_size", "epochs", "steps", "warmup", "interval", "n_valid_batches", "n_final_batches")
+        require_at_least_one(self, *counts)
         for name in ("missing_neighbors", "random_neighbors"):
             if (share := getattr(self, name)) >= 1:
                 raise InvalidOption(name, share, "would leave no neighbor to learn from; it is a share below 1")
@@ -209,11 +211,13 @@ class EvaluateConfig:
     n_neighbors: int | None = None  # neighbors that a chunk reads; null for as many as in training
     window: int | None = None  # the most tokens that the model sees at once; null for a training sample's
     stride: int | None = None  # tokens between windows; null for half a window
+    n_windows: int | None = None  # the most windows of each document, from its beginning; null for all
+    n_shuffles: int = 3  # times that neighbors are drawn at random
     batch_size: int = 8  # windows that are evaluated at once
 
     def __post_init__(self) -> None:
         require_numbers(self)
-        require_at_least_one(self, "n_neighbors", "window", "stride", "batch_size")
+        require_at_least_one(self, "n_neighbors", "window", "stride", "n_windows", "n_shuffles", "batch_size")
 
 
 def with_given(config: Config, given: Mapping[str, Any]) -> Config:
@@ -287,19 +291,20 @@ PRESETS = {
     ),
     # Also the defaults of whatever base is named.
     "retrofit": Preset(
-        corpus=CorpusConfig(tokenizer=PACKAGED_BASE),
+        corpus=CorpusConfig(tokenizer=PACKAGED_BASE, hold_out="folders"),
         database=DatabaseConfig(chunk_len=64, index="auto", n_probe=None),
         dataset=DatasetConfig(chunks_per_sample=16, skip_range=1),
         model={"base": PACKAGED_BASE},
         train=TrainConfig(
             batch_size=1,
-            steps=150,
+            steps=120,
             lr=2e-3,
             schedule="cosine",
             warmup=20,
             clip=1.0,
-            interval=50,
+            interval=40,
             n_valid_batches=4,
+            n_final_batches=8,
             missing_neighbors=0.5,
             random_neighbors=0.1,
         ),

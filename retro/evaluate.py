@@ -44,7 +44,7 @@ from retro.errors import InvalidOption
 from retro.evaluation.held_out import held_out_texts, require_held_out
 from retro.evaluation.leakage import N_LEAKAGE_NEIGHBORS, copyable, overlaps, retrieve
 from retro.evaluation.result import Evaluation
-from retro.evaluation.windows import chunk_offsets, losses, predicted_bytes, shuffled_neighbors, windows
+from retro.evaluation.windows import chunk_offsets, is_scored, losses, predicted_bytes, shuffled_neighbors, windows
 from retro.retrofit import Model
 from retro.text.corpus import Corpus
 
@@ -59,7 +59,6 @@ def evaluate(
     config: EvaluateConfig | None = None,
     baseline: Model | None = None,
     others: Sequence[str] = ("off", "random"),
-    n_shuffles: int = 3,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
     """Measure a model on the validation documents of a corpus.
@@ -84,8 +83,6 @@ def evaluate(
         raise InvalidOption("window", window, f"is not a positive multiple of chunk_len={m}")
     if stride % m or stride > window:
         raise InvalidOption("stride", stride, f"is not a positive multiple of chunk_len={m} up to {window}")
-    if n_shuffles < 1:
-        raise InvalidOption("n_shuffles", n_shuffles, "is not at least 1")
     _require_comparable(model, corpus, index, baseline)
     require_held_out(corpus, index.corpus)
 
@@ -94,21 +91,21 @@ def evaluate(
     read = neighbors[:, :n_neighbors].copy()
     read[offsets + m > corpus.ends_of(offsets)] = -1  # only whole chunks retrieve
     rng, chunk_documents = np.random.default_rng(0), corpus.document_of(offsets)
-    shuffles = [shuffled_neighbors(read, chunk_documents, rng) for _ in range(n_shuffles)]
+    shuffles = [shuffled_neighbors(read, chunk_documents, rng) for _ in range(config.n_shuffles)]
     retrieved: dict[str, Sequence[np.ndarray | None]] = {"on": [read], "off": [None], "random": shuffles}
     passes = {name: (model, retrieved[name]) for name in ("on", *others)}
     if baseline is not None:
         passes["baseline"] = (baseline, [None])
-    cut = windows(corpus, window, stride)
+    cut = windows(corpus, window, stride, config.n_windows)
     nats = {
         name: np.mean([losses(net, corpus, index, r, cut, config.batch_size, device, name) for r in rets], axis=0)
         for name, (net, rets) in passes.items()
     }
     overlap = overlaps(corpus, index, offsets, neighbors[:, :N_LEAKAGE_NEIGHBORS])
-    copied, n_bytes = copyable(corpus, index, offsets, read), predicted_bytes(corpus)
+    copied, n_bytes = copyable(corpus, index, offsets, read), predicted_bytes(corpus) * is_scored(corpus, cut)
     return Evaluation(
         corpus, index, n_neighbors, window, stride, nats, n_bytes, offsets, neighbors, distances, overlap, copied,
-        n_shuffles if "random" in passes else 0,
+        config.n_shuffles if "random" in passes else 0, config.n_windows,
     )  # fmt: skip
 
 

@@ -199,7 +199,7 @@ def train(
         sampler = Sampler(device, engine.model, found.corpus, m, data_path=found.path, n_neighbors=K)
 
         def sample() -> str:
-            return beginning + sampler.sample(beginning, 4 * m)
+            return beginning + sampler.sample(beginning, 64)
 
         return run.folder, loop.fit(trainer, run, found, None if fsdp else sample)
 

@@ -92,7 +92,7 @@ def shares_of_chunks(evaluation: Evaluation, model: Model, chunks: np.ndarray) -
     corpus, offsets, m = evaluation.corpus, evaluation.offsets, evaluation.index.chunk_len
     second = np.minimum(offsets[chunks] + 1, corpus.ends_of(offsets[chunks]) - 1)  # tokens
     shares: dict[int, Tensor | None] = dict.fromkeys(chunks.tolist())
-    for start, end, scored in windows(corpus, evaluation.window, evaluation.stride):
+    for start, end, scored in windows(corpus, evaluation.window, evaluation.stride, evaluation.n_windows):
         in_window = chunks[(scored <= second) & (second <= end)].tolist()
         first, n_whole = int(np.searchsorted(offsets, start)), (end - start) // m
         if not in_window or in_window == [first]:

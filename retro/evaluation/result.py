@@ -15,6 +15,7 @@ import numpy as np
 
 from retro.database import RetroIndex
 from retro.evaluation.intervals import Interval, effective_documents, judged, ratio_of_sums
+from retro.evaluation.windows import windows
 from retro.storage.manifests import package_versions
 from retro.text.corpus import Corpus
 
@@ -27,7 +28,8 @@ VARIANTS = {
 }
 ALPHAS = tuple(step / 8 for step in range(1, 9))  # 12.5% to 100%, as in figure 6 of the paper
 COPY_LENGTHS = (4, 8, 16)  # tokens in a row that could be copied; a whole chunk is added
-SHARED = ("documents", "window", "stride", "n_neighbors", "n_shuffles", "database")  # by evaluations that are joined
+# By evaluations that are joined.
+SHARED = ("documents", "window", "stride", "n_windows", "n_neighbors", "n_shuffles", "database")
 DATABASE_FIELDS = ("n_chunks", "chunk_len", "index", "n_probe", "recall", "embedder", "index_sha256")
 
 
@@ -52,6 +54,7 @@ class Evaluation:
     overlap: np.ndarray  # (c) r(C)
     copyable_tokens: np.ndarray  # (c) in the longest run that a chunk shares with the neighbors it reads
     n_shuffles: int  # of which the losses with random neighbors are the mean
+    n_windows: int | None = None  # the most of each document that were evaluated; None for all
 
     @property
     def start(self) -> int:
@@ -90,19 +93,25 @@ class Evaluation:
         facts = {
             "documents": [self.corpus.documents[i].name for i in self.corpus.split("valid")],
             "n_effective_documents": effective_documents(self._by_document(self.n_bytes)),
-            "n_tokens": len(self.n_bytes),
+            "n_tokens": self._n_tokens(),
             "n_bytes": float(self.n_bytes.sum()),
             "n_chunks": len(self.offsets),
             "n_neighbors": self.n_neighbors,
             "n_shuffles": self.n_shuffles,
             "window": self.window,
             "stride": self.stride,
+            "n_windows": self.n_windows,
             "database": {name: database[name] for name in DATABASE_FIELDS}
             | {"n_documents": len(self.index.corpus.in_database)},
             "copyable_tokens": self._copyable(),
             "versions": package_versions(),
         }
         return facts | _figures(self._sums(), [self._filtered(alpha) for alpha in ALPHAS])
+
+    def _n_tokens(self) -> int:
+        """Tokens that were evaluated, with the first one of each document."""
+        cut = windows(self.corpus, self.window, self.stride, self.n_windows)
+        return len(self.corpus.split("valid")) + sum(end + 1 - scored for _, end, scored in cut)
 
     def _sums(self, chosen: np.ndarray | None = None) -> dict[str, Any]:
         """Bits of each variant, and bytes, in each document: of all its chunks, or of the `chosen` ones (c)."""

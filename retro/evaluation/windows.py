@@ -72,19 +72,30 @@ def shuffled_neighbors(neighbors: np.ndarray, documents: np.ndarray, rng: np.ran
     return shuffled
 
 
-def windows(corpus: Corpus, window: int, stride: int) -> list[Window]:
+def windows(corpus: Corpus, window: int, stride: int, n_windows: int | None = None) -> list[Window]:
     """The validation documents, cut into windows of at most `window` tokens, `stride` apart.
+
+    * `n_windows` is the most of each document; left out, all
 
     Token `end` itself is predicted, but not read. Each token is scored by the first window that predicts it.
     """
-    found = []
+    found: list[Window] = []
     for first, end_of_document in documents(corpus):
-        scored, start = first + 1, first
-        while scored < end_of_document:
+        scored, start, n_before = first + 1, first, len(found)
+        while scored < end_of_document and (n_windows is None or len(found) - n_before < n_windows):
             end = min(start + window, end_of_document - 1)
             found.append((start, end, scored))
             scored, start = end + 1, start + stride
     return found
+
+
+def is_scored(corpus: Corpus, cut: Sequence[Window]) -> np.ndarray:
+    """Whether windows score each token (n) of the validation documents."""
+    base = corpus.n_train_tokens
+    scored = np.zeros(corpus.end_of_valid - base, dtype=bool)
+    for _, end, first in cut:
+        scored[first - base : end + 1 - base] = True
+    return scored
 
 
 @torch.inference_mode()

@@ -67,7 +67,7 @@ def fit(trainer: Any, run: Run, data: TrainingData, sample: Callable[[], str] | 
         report_progress(done.step, run.n_steps, losses, tokens_per_second(), left)
         if sample is not None and parallel.rank() == 0:
             note(_one_line(sample))
-    on, off = validate(n_valid)
+    on, off = validate(min(n_valid, config.n_final_batches or n_valid))
     summary = {
         "steps": done.step,
         "n_parameters": sum(p.numel() for p in trainer.model.parameters()),
