@@ -41,7 +41,7 @@ READING_ORDER = {
     "Behind the scenes: Processes, devices, progress": ("parallel", "device", "progress"),
     "Behind the scenes: The command line": ("cli/*", "__main__"),
     "Guides": ("docs/at_scale.md", "docs/claims.md", "docs/mutants.md", "docs/glossary.md"),
-    "Worked examples": ("examples/own_text.py", "examples/compare_with_reference.py"),
+    "Worked examples": ("examples/own_text.py", "examples/lm_eval_task.py", "examples/compare_with_reference.py"),
 }  # fmt: skip
 
 

@@ -73,9 +73,7 @@ def places_of_texts(x: Tensor, mask: Tensor | None) -> tuple[list[int], list[int
     there = mask.bool().int()
     lengths, starts, ends = there.sum(dim=1), there.argmax(dim=1), T - there.flip(1).argmax(dim=1)
     if gaps := ((ends - starts != lengths) & (lengths > 0)).nonzero().flatten().tolist():
-        raise InvalidOption(
-            "attention_mask", mask[gaps[0]].tolist(), f"has padding between the tokens of text {gaps[0]}"
-        )
+        raise InvalidOption("attention_mask", f"of text {gaps[0]}", "has padding between tokens")
     return starts.tolist(), lengths.tolist()
 
 

@@ -1,15 +1,19 @@
 """A RETROfitted model is called, writes, and is saved as the causal language models of transformers are."""
 
 import copy
+import importlib.util
 import json
+import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import load_script, refused
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -28,6 +32,7 @@ from retro import RetroIndex, build_corpus, build_database
 from retro.causal_lm import RetrofitForCausalLM
 from retro.config import DatabaseConfig, RetroConfig, RetrofitConfig
 from retro.errors import InvalidOption, MissingArtifact
+from retro.evaluation import windows
 from retro.model import RetroModel
 from retro.model_card import model_card
 from retro.retrofit import Retrofit
@@ -342,12 +347,12 @@ def test_what_would_be_read_wrongly_is_refused(bases, own_index, tokenizer):
         model.generate(**right, max_new_tokens=4)
     gap = right.input_ids.new_ones(right.input_ids.shape)
     gap[1, 3] = 0
-    with refused(InvalidOption, "of text 1 has padding between tokens"):
+    with refused(InvalidOption, "of text 1' has padding between tokens"):
         model(right.input_ids, attention_mask=gap)
     x = right.input_ids[:1]
     cache = model(x).past_key_values
-    cache.crop(3)
-    with refused(InvalidOption, r"has 3 tokens, 1 texts are given, but what it has read is of \d+ tokens, 1 texts"):
+    cache.crop(-2)
+    with refused(InvalidOption, r"has 55 tokens, 1 texts are given, but what it has read is of \d+ tokens, 1 texts"):
         model(x, past_key_values=cache)
     cache = model(x).past_key_values
     with refused(InvalidOption, "begin with a new cache"):
@@ -480,3 +485,38 @@ def test_the_card_has_metadata_and_measured_figures_and_no_path_of_this_machine(
         assert "Held-out" not in card.text
     with refused(MissingArtifact, "evaluation.json does not exist"):
         model.save_pretrained(tmp_path / "other", evaluation=tmp_path / "none" / "evaluation.json")
+
+
+# Measured by the harness of EleutherAI.
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval, which brings 500 MB along")
+def test_the_harness_of_eleutherai_measures_the_bits_per_byte_that_retro_evaluate_does(
+    bases, own_index, plays, bert, tokenizer, tmp_path
+):
+    model = RetrofitForCausalLM(retrofitted(bases), own_index)
+    window = 4 * M
+    # Documents that begin with the token which the harness puts before each text, and end with a window, because it
+    # moves the last one of a text to the front until it is full.
+    (tmp_path / "texts").mkdir()
+    for path in plays.iterdir():
+        text = path.read_text()[4000:]
+        n = next(n for n in range(600, 0, -1) if len(tokenizer(text[:n]).input_ids) % window == 0)
+        (tmp_path / "texts" / path.name).write_text("<|begin|>" + text[:n])
+    corpus = build_corpus([tmp_path / "texts"], tmp_path / "corpus", str(bases["llama"]), valid_fraction=0.5)
+    documents = [corpus.tokens[start:end].tolist() for start, end in windows.documents(corpus)]
+    assert len(documents) == 3 and {ids[0] for ids in documents} == {tokenizer.bos_token_id}
+    texts = [tokenizer.decode(ids[1:]) for ids in documents]
+    n_bytes = sum(len(text.encode()) for text in texts)
+    cut = windows.windows(corpus, window, window)
+    chunks = [ids[at : at + M] for ids in documents for at in range(0, len(ids), M)]
+    plain = tokenizer.batch_decode(chunks, skip_special_tokens=True)
+    neighbors = np.stack([own_index.search(own_index.embed([text]), K)[1][0] for text in plain])
+    script = load_script(Path(__file__).parent.parent / "examples" / "lm_eval_task.py")
+    figures = []
+    for index, read in ((own_index, neighbors), (None, None)):
+        nats = windows.losses(model.retrofit, corpus, own_index, read, cut, 3, "cpu", "text")
+        model.index = index
+        figures.append(script.bits_per_byte(model, texts, window, batch_size=2))
+        assert abs(figures[-1] - nats.sum() / math.log(2) / n_bytes) < 1e-4
+    assert abs(figures[0] - figures[1]) > 0.01, "what was read changed nothing"
