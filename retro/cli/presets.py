@@ -10,7 +10,7 @@ from pathlib import Path
 from retro.storage.files import TEMPORARY, naming_what_cannot_be_written
 
 # Of the bytes of transformers' models (24 MB in version 5.23): what two cores can embed in some minutes.
-CODE_SHARE = 0.25
+CODE_SHARE = 0.15
 TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 
