@@ -336,16 +336,18 @@ class RetrofitForCausalLM(PreTrainedModel, GenerationMixin):
     # Asked of the base: it has the embeddings, and all weights are there.
 
     def get_input_embeddings(self) -> nn.Module:
+        """The base's."""
         return self.base.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
+        """The base's."""
         return self.base.get_output_embeddings()
 
     def init_weights(self) -> None:
-        pass
+        """Nothing, where transformers would draw new readers."""
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        pass
+        """Nothing: the base's are tied, if they are."""
 
 
 def _require_fit(retrofit: Retrofit, index: RetroIndex) -> None:
