@@ -132,14 +132,17 @@ class RetrofitConfig:
     ca_layers: tuple[int, ...] | None = None  # P, layers of the base that read neighbors, from 0; null for four of them
     encoder: Literal["base", "new"] = "base"  # what encodes neighbors: the base's own lower layers, or new ones
     n_encoder_layers: int = 2  # L_enc, layers of a new encoder
+    # What learns: what is added alone; besides, changes of low rank of the base (LoRA, by peft); or all of its weights.
+    trains: Literal["added", "lora", "all"] = "added"
     attention: str | None = None  # where layer {} has its attention, as model.layers.{}.self_attn; null to look for it
     base_sha256: str | None = None  # of the base's weights; null for those that are found
 
     def __post_init__(self) -> None:
         require_numbers(self)
         require_at_least_one(self, "chunk_len", "n_encoder_layers")
-        if self.encoder not in ("base", "new"):
-            raise InvalidOption("encoder", self.encoder, "is not one of base, new")
+        for name, known in (("encoder", ("base", "new")), ("trains", ("added", "lora", "all"))):
+            if getattr(self, name) not in known:
+                raise InvalidOption(name, getattr(self, name), f"is not one of {', '.join(known)}")
         if self.ca_layers is not None and not self.ca_layers:
             raise InvalidOption("ca_layers", self.ca_layers, "names no layer; a base that reads nothing stays as it is")
 
@@ -291,7 +294,7 @@ PRESETS = {
     ),
     # Also the defaults of whatever base is named.
     "retrofit": Preset(
-        corpus=CorpusConfig(tokenizer=PACKAGED_BASE, hold_out="folders"),
+        corpus=CorpusConfig(tokenizer=PACKAGED_BASE),
         database=DatabaseConfig(chunk_len=64, index="auto", n_probe=None),
         dataset=DatasetConfig(chunks_per_sample=16, skip_range=1),
         model={"base": PACKAGED_BASE},

@@ -40,6 +40,7 @@ from transformers import PreTrainedModel
 
 from retro.bases.layers import (
     Contexts,
+    add_low_rank,
     arguments_of,
     attention_layers,
     keys_and_values,
@@ -57,7 +58,8 @@ from retro.model import (
     require_whole_chunks,
 )
 
-GATE_FACTOR = 50.0  # of the learning rate: gates and sinks are single numbers that go from 0 to about 1
+# Of the learning rate: gates and sinks are single numbers that go from 0 to about 1; a base is changed with care.
+GATE_FACTOR, BASE_FACTOR = 50.0, 0.01
 
 
 class Retrofit(nn.Module):
@@ -66,7 +68,8 @@ class Retrofit(nn.Module):
     * `base` is a causal language model of transformers; it is frozen here, and its code left alone
     * `config` says which layers read, and how; `self.config` has what was chosen where it says nothing
 
-    Without neighbors the logits are those of the base, bit for bit, and before any training with them too.
+    Without neighbors the logits are those of the base, bit for bit, and before any training with them too. Where the
+    base learns as well (`config.trains`), that holds before training only; neighbors are encoded without a gradient.
 
     Raises `InvalidOption` for layers that the base does not have, or whose attention is not found.
     """
@@ -101,6 +104,10 @@ class Retrofit(nn.Module):
             self.cca = nn.ModuleList([CopiedReader(layer, H, given, example[p]) for layer, given, p in calls])
         for p, module in zip(chosen, attentions, strict=True):
             module.register_forward_hook(partial(self._add_what_is_read, p), with_kwargs=True)
+        if config.trains == "lora":
+            add_low_rank(base)
+        elif config.trains == "all":
+            base.float().requires_grad_(True)
 
     def forward(self, x: Tensor, ret: Tensor | None = None, stretches: Tensor | None = None) -> Tensor:
         """Logits for the token after each token; arguments and errors are those of `RetroModel.forward`.
@@ -196,7 +203,7 @@ class Retrofit(nn.Module):
         return {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """What is trained, and never the base."""
+        """What is trained, and never a base that is not."""
         added = self.added()
         return {name: weight for name, weight in super().state_dict(*args, **kwargs).items() if name in added}
 
@@ -211,11 +218,18 @@ class Retrofit(nn.Module):
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Weights, then gates and sinks, with the factor of their learning rate."""
-        vectors = [w for name, w in self.added().items() if name.endswith((".gate", ".sink"))]
-        others = [w for name, w in self.added().items() if not name.endswith((".gate", ".sink"))]
-        groups = [{"params": others, "factor": 1.0}, {"params": vectors, "factor": GATE_FACTOR}]
-        return [group for group in groups if group["params"]]
+        """What is trained, with the factors of its learning rate: weights, gates and sinks, the base's own."""
+
+        def factor(name: str) -> float:
+            if name.startswith("base.") and "lora_" not in name:
+                return BASE_FACTOR
+            return GATE_FACTOR if name.endswith((".gate", ".sink")) else 1.0
+
+        factors = {name: factor(name) for name in self.added()}
+        return [
+            {"params": [weight for name, weight in self.added().items() if factors[name] == of], "factor": of}
+            for of in sorted(set(factors.values()), key=(1.0, GATE_FACTOR, BASE_FACTOR).index)
+        ]
 
 
 Model = RetroModel | Retrofit  # what training, evaluation and sampling take

@@ -418,3 +418,32 @@ def test_reading_layers_lie_behind_the_middle():
     assert reading_layers(30) == (16, 18, 20, 22)
     assert reading_layers(12) == (6, 7, 8, 9)
     assert reading_layers(2) == (1,)
+
+
+@pytest.mark.parametrize("trains", ["lora", "all"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_base_can_learn_too_and_is_then_saved_with_what_was_added(name, trains):
+    x, ret = some_text()
+    alone = new_base(name).eval()(input_ids=x).logits
+    config = RetrofitConfig("tiny", chunk_len=CHUNK_LEN, ca_layers=CA_LAYERS, trains=trains)
+    model = Retrofit(new_base(name), config).train()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, ret), alone, atol=1e-5, rtol=1e-5)
+    own = {n for n in model.added() if n.startswith("base.")}
+    assert own and all(("lora_" in n) == (trains == "lora") for n in own)
+    n_base = sum(weight.numel() for weight in new_base(name).parameters())
+    n_own = sum(weight.numel() for n, weight in model.added().items() if n in own)
+    assert n_own == n_base if trains == "all" else 0 < n_own < n_base
+    factors = {id(w): group["factor"] for group in model.parameter_groups() for w in group["params"]}
+    assert len(factors) == len(model.added())
+    assert {factors[id(model.added()[n])] for n in own} == {0.01 if trains == "all" else 1.0}
+    optimizer = torch.optim.Adam(model.added().values(), lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x, ret).logsumexp(dim=-1).sum().backward()
+        optimizer.step()
+    assert not torch.allclose(model.eval()(x), alone, atol=1e-3), "the base has not learnt"
+    again = Retrofit(new_base(name), config).eval()
+    again.load_state_dict(copy.deepcopy(model.state_dict()))
+    with torch.no_grad():
+        assert torch.equal(again(x, ret), model(x, ret))

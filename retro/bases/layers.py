@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from retro.errors import InvalidOption
 
@@ -48,6 +49,20 @@ def reading_layers(n_layers: int) -> tuple[int, ...]:
 def parent_of(base: nn.Module, child: nn.Module) -> nn.Module:
     """The module that has another one as its part."""
     return next(module for module in base.modules() if any(part is child for part in module.children()))
+
+
+def add_low_rank(base: PreTrainedModel, rank: int = 8) -> None:
+    """Let the linear layers of a base learn changes of low rank, in place (LoRA, arXiv:2106.09685), by peft."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise InvalidOption("trains", "lora", "needs peft. Install it: pip install peft") from None
+    kinds = (nn.Linear, Conv1D)
+    head = base.get_output_embeddings()
+    names = [name for name, module in base.named_modules() if isinstance(module, kinds) and module is not head]
+    turned = any(isinstance(module, Conv1D) for module in base.modules())  # its weights are (in, out)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, fan_in_fan_out=turned)
+    inject_adapter_in_model(config, base)
 
 
 class _AllRecorded(Exception):

@@ -43,13 +43,13 @@ def retrofit_config(corpus: Corpus, chunk_len: int, shape: dict[str, Any]) -> Re
     Raises `InvalidOption` if the corpus has another tokenizer than the base.
     """
     config = RetrofitConfig(**{**shape, "chunk_len": chunk_len})
+    model = new_model(config)
+    assert isinstance(model, Retrofit)
     if (own := train_tokenizer(config.base, ()).sha256) != (found := corpus.tokenizer.sha256):
         raise InvalidOption(
             "base", config.base, f"has another tokenizer (sha256 {own[:12]}) than the corpus ({found[:12]}); build the "
             f"corpus with it: retro database TEXT --tokenizer {config.base} --chunk-len {chunk_len}"
         )  # fmt: skip
-    model = new_model(config)
-    assert isinstance(model, Retrofit)
     if corpus.n_tokens > model.n_vocab:
         raise InvalidOption("base", config.base, f"has {model.n_vocab} tokens, but its tokenizer has {corpus.n_tokens}")
     return model.config
