@@ -39,7 +39,7 @@ READING_ORDER = {
         "evaluation/*",
     ),
     "Behind the scenes: Planning": ("planning/*",),
-    "Behind the scenes: Processes, devices, progress": ("parallel", "device", "progress"),
+    "Behind the scenes: Attention, processes, devices, progress": ("attention", "parallel", "device", "progress"),
     "Behind the scenes: The command line": ("cli/*", "__main__"),
     "Guides": ("docs/retrofit.md", "docs/at_scale.md", "docs/claims.md", "docs/mutants.md", "docs/glossary.md"),
     "Worked examples": ("examples/own_text.py", "examples/lm_eval_task.py", "examples/compare_with_reference.py"),

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from labml_nn.transformers.retro import model as reference
 
+from retro.attention import written_out_attention
 from retro.model import (
     ChunkedCrossAttention,
     NearestNeighborEncoder,
     RetroConfig,
     RetroModel,
     RotaryPositionalEmbeddings,
-    written_out_attention,
 )
 
 N_VOCAB, CHUNK_LEN, N_CHUNKS = 13, 4, 4

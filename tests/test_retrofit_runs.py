@@ -138,7 +138,7 @@ def test_what_is_measured_as_off_is_the_base(run, here, index):
     is_first = few.n_bytes > 0
     assert np.array_equal(few.nats["on"][is_first], found.nats["on"][is_first])
     bits = few.nats["off"][is_first].sum() / math.log(2) / few.n_bytes.sum()
-    assert few.summary()["bits_per_byte"]["off"] ["value"] == pytest.approx(bits)
+    assert few.summary()["bits_per_byte"]["off"]["value"] == pytest.approx(bits)
 
 
 def test_text_that_is_written_is_what_recomputing_everything_writes(run, index, monkeypatch):

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retro.attention import written_out_attention
 from retro.evaluation.result import Evaluation
 from retro.evaluation.windows import windows
-from retro.model import ChunkedCrossAttention, RetroModel, chunks_of_readers, padding_mask, written_out_attention
+from retro.model import ChunkedCrossAttention, RetroModel, chunks_of_readers, padding_mask
 from retro.retrofit import Model, Retrofit
 
 
