@@ -223,6 +223,27 @@ def test_an_index_and_its_manifest_change_at_one_moment(copy, bert, monkeypatch,
     assert (copy / "retro.index").read_bytes() != before and not (copy / "retro.index.new").exists()
 
 
+def test_an_index_whose_writer_was_killed_at_the_end_is_put_in_its_place_by_the_same_command(
+    plays, tmp_path, monkeypatch
+):
+    command = ["database", str(plays / "hamlet.md"), "--tokenizer", "bpe:400", "--chunk-len", "16", "--device", "cpu"]
+    command += ["--data-path", str(tmp_path), "--index"]
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(filling, "ON_DISK_ABOVE", 0.0)
+    assert main([*command, "IVF2,Flat"]) == 0 and (tmp_path / "retro.ivfdata").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(index_file, "promote_new_index", die)
+        assert main([*command, "Flat"]) == 130
+    new = (tmp_path / "retro.index.new").read_bytes()
+    monkeypatch.setattr(index_file, "write_index", None)  # it is written already
+    assert main([*command, "Flat"]) == 0
+    assert (tmp_path / "retro.index").read_bytes() == new
+    assert not list(tmp_path.glob("*.new")) and not (tmp_path / "retro.ivfdata").exists(), "the old lists are left"
+
+
 def test_keys_are_found_by_number_across_shards_few_of_them_open(copy, bert, small_shards, monkeypatch):
     monkeypatch.setattr(keys_module, "MOST_OPEN", 2)
     corpus = Corpus.load(copy / "corpus")

@@ -152,7 +152,7 @@ def prepare_database(
     """The database's manifest: found, or built. Keys that are damaged are made again, and the index stays."""
     from retro.database import build_database
     from retro.search.building import SHARDS_FOLDER, database_cache_key, embedder_of
-    from retro.search.index_file import MANIFEST_FILE, read_database_manifest, read_index
+    from retro.search.index_file import MANIFEST_FILE, finish_writing, read_database_manifest, read_index
     from retro.search.keys import Keys
     from retro.search.querying import holds_keys
 
@@ -177,6 +177,7 @@ def prepare_database(
         keys = Keys(data_path, corpus, manifest["chunk_len"], manifest)
         if parallel.broadcast_from_rank_zero(lambda: needs_keys):
             keys.compute_alone(embedder_of(keys, manifest, device))
+        parallel.on_rank_zero(lambda: finish_writing(data_path))
         parallel.on_rank_zero(lambda: remove_unfinished(data_path, data_path / SHARDS_FOLDER, *keys.others))
     if manifest["note"]:
         note(f"note: {manifest['note']}")

@@ -18,9 +18,9 @@ from typing import Any
 
 import faiss
 
-from retro.errors import ArtifactError, DamagedFile, MissingArtifact, require_match
+from retro.errors import ArtifactError, DamagedFile, FolderInUse, MissingArtifact, require_match
 from retro.search.factory import ivf_of, reason_of
-from retro.storage.files import atomic_write, sha256_of_file
+from retro.storage.files import atomic_write, exclusive_lock, sha256_of_file
 from retro.storage.manifests import Fields, read_manifest, require_positive, write_manifest
 
 MANIFEST_FILE, INDEX_FILE, LISTS_FILE = "retro.index.json", "retro.index", "retro.ivfdata"
@@ -73,8 +73,6 @@ def write_database(index: faiss.Index, data_path: Path, manifest: Mapping[str, A
     manifest = {**manifest, **write_index(index, data_path)}
     write_manifest(data_path / MANIFEST_FILE, manifest)
     promote_new_index(data_path, manifest)
-    if not manifest["lists_sha256"]:
-        (data_path / LISTS_FILE).unlink(missing_ok=True)
     return manifest
 
 
@@ -109,12 +107,21 @@ def promote_new_index(data_path: Path, manifest: Mapping[str, Any]) -> None:
     """Put new files, if they are those that the manifest speaks of, in the place of the old ones.
 
     For who holds the lock. Killed before the manifest is written, there is the old index; killed after it, the new
-    one, which the next command that writes puts in its place.
+    one, which the next command that writes puts in its place. Old lists go when the new index has none on disk.
     """
     for name, key in FILES.items():
         new = data_path / f"{name}{NEW}"
         if new.exists() and sha256_of_file(new) == manifest[key]:
             os.replace(new, data_path / name)
+    if not manifest["lists_sha256"]:
+        (data_path / LISTS_FILE).unlink(missing_ok=True)
+
+
+def finish_writing(data_path: Path) -> None:
+    """Put an index in its place whose writer was killed after its manifest, unless a process is at it."""
+    if any((data_path / f"{name}{NEW}").exists() for name in FILES):
+        with contextlib.suppress(FolderInUse), exclusive_lock(data_path):
+            promote_new_index(data_path, read_database_manifest(data_path))
 
 
 _TRUSTED: set[str] = set()  # hashes of index files that this process wrote, or that a trial has read
