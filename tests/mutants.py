@@ -29,7 +29,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("retro", "tests", "docs", "examples", "benchmarks", "results", "pyproject.toml", "README.md", "Makefile")
-SECONDS = 300  # for the tests of one mistake; one that takes longer is noticed too
+SECONDS = 600  # for the tests of one mistake; one that takes longer is noticed too
 OTHERS = "\n## "  # in the page, from the first such heading on, is what others wrote
 PAGE = """\
 # Mistakes put into the code on purpose
@@ -73,13 +73,13 @@ def listed(words: list[str]) -> list[Mutant]:
     return [m for m in every if not words or any(word in f"{m.file} {m.breaks}" for word in words)]
 
 
-def tests_fail(tree: Path, tests: str) -> bool:
+def tests_fail(tree: Path, tests: str, seconds: float = SECONDS) -> bool:
     """Whether these tests fail in a copy of the project, or cannot even begin, or end with a crash."""
     names = [str(tree / "tests" / name) for name in tests.split()]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *names]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
     try:
-        result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=SECONDS)
+        result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         return True
     if result.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
@@ -107,6 +107,9 @@ def try_all(mutants: list[Mutant], n_workers: int) -> dict[Mutant, bool]:
     files = {name.partition("::")[0] for mutant in mutants for name in mutant.tests.split()}
     if missing := [file for file in sorted(files) if not (ROOT / "tests" / file).exists()]:
         raise FileNotFoundError(f"there are no tests {', '.join(missing)}")  # whose failure would be taken for notice
+    tests = " ".join(sorted({name for mutant in mutants for name in mutant.tests.split()}))
+    if tests_fail(ROOT, tests, 10 * SECONDS):
+        raise SystemExit("some of the tests fail without any mistake: mend that first")
     waiting: queue.SimpleQueue[Mutant] = queue.SimpleQueue()
     for mutant in mutants:
         waiting.put(mutant)
@@ -162,9 +165,6 @@ def main() -> int:
     for mutant in mutants:  # all of them, before the first test
         mutant.made((ROOT / "retro" / mutant.file).read_text())
     started = time.perf_counter()
-    tests = " ".join(sorted({name for mutant in mutants for name in mutant.tests.split()}))
-    if tests_fail(ROOT, tests):
-        raise SystemExit("some of the tests fail without any mistake: mend that first")
     killed = try_all(mutants, options.workers)
     survivors = [mutant for mutant in mutants if not killed[mutant]]
     minutes = (time.perf_counter() - started) / 60

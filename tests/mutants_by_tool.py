@@ -3,7 +3,7 @@
 cosmic-ray knows mistakes of a few kinds (another operator or comparison, another number, `not` added, `break` for
 `continue`, ...) and where in a file each can be made. Of all such places in the modules below, some are drawn with a
 seed, one mistake for each, and the tests of the module are run with it. What can mean nothing (an operator in a type
-annotation) is passed over.
+annotation) is passed over, and what is no Python.
 
     python tests/mutants_by_tool.py --number 200
 """
@@ -47,7 +47,7 @@ TESTS = {
 
 
 def means_something(source: str, mutated: str) -> bool:
-    """Whether a mistake changes more than annotations, which nobody evaluates."""
+    """Whether a mistake can be run, and changes more than annotations, which nobody evaluates."""
 
     def without_annotations(text: str) -> str:
         tree = ast.parse(text)
@@ -57,7 +57,10 @@ def means_something(source: str, mutated: str) -> bool:
                     setattr(node, name, ast.Constant(None))
         return ast.dump(tree)
 
-    return without_annotations(source) != without_annotations(mutated)
+    try:
+        return without_annotations(source) != without_annotations(mutated)
+    except SyntaxError:  # `/` for a `*` that stands among the parameters of a function
+        return False
 
 
 def drawn(number: int, seed: int) -> list[Mutant]:
