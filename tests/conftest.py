@@ -13,6 +13,8 @@ from types import ModuleType
 
 os.environ["HOME"] = tempfile.mkdtemp()  # labml writes to ~/.labml
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Models and indexes are so small here that threads wait for each other longer than they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
