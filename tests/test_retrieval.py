@@ -23,36 +23,41 @@ from retro.text.build import build_corpus
 from retro.text.corpus import Corpus
 
 
-def brute_force(bert, corpus, queries, k, excluded=None):
-    """Distances and offsets by comparing the query with every chunk outside of a range of offsets."""
-    offsets = chunk_offsets(corpus, CHUNK_LEN)
-    if excluded:
-        offsets = offsets[(offsets < excluded[0]) | (offsets >= excluded[1])]
-    keys = bert([corpus.text(o, CHUNK_LEN) for o in offsets]).numpy().astype("float64")
-    distances = ((queries[:, None].astype("float64") - keys[None]) ** 2).sum(-1)
-    order = np.argsort(distances, axis=1)[:, :k]
-    return np.take_along_axis(distances, order, axis=1), offsets[order]
+@pytest.fixture(scope="module")
+def brute_force(index, bert):
+    """A search: distances and offsets by comparing queries with every chunk of `data` outside of a range of offsets."""
+    every = chunk_offsets(index.corpus, CHUNK_LEN)
+    keys = bert([index.corpus.text(o, CHUNK_LEN) for o in every]).numpy().astype("float64")
+
+    def search(queries, k, excluded=None):
+        first, end = excluded or (0, 0)
+        allowed = (every < first) | (every >= end)
+        distances = ((queries[:, None].astype("float64") - keys[None, allowed]) ** 2).sum(-1)
+        order = np.argsort(distances, axis=1)[:, :k]
+        return np.take_along_axis(distances, order, axis=1), every[allowed][order]
+
+    return search
 
 
 @pytest.mark.parametrize("excluded", [None, "document"])
-def test_an_exact_index_finds_what_brute_force_finds(index, bert, excluded):
+def test_an_exact_index_finds_what_brute_force_finds(index, brute_force, excluded):
     corpus = index.corpus
     span = (int(corpus.starts[1]), int(corpus.starts[2])) if excluded else None
     queries = index.embed([corpus.text(int(corpus.starts[1]) + 7 + 40 * i, CHUNK_LEN) for i in range(12)])
     distances, offsets = index.search(queries, 5, span)
-    expected, expected_offsets = brute_force(bert, corpus, queries, 5, span)
+    expected, expected_offsets = brute_force(queries, 5, span)
     np.testing.assert_allclose(distances, expected, rtol=1e-3, atol=1e-3)
     assert (offsets == expected_offsets).mean() > 0.95  # equal distances may come in another order
 
 
-def test_each_query_can_leave_out_a_range_of_its_own_however_much_it_bars(index, bert):
+def test_each_query_can_leave_out_a_range_of_its_own_however_much_it_bars(index, brute_force):
     corpus, n = index.corpus, index.corpus.n_train_tokens
     ranges = np.array([(0, 0), (0, n // 2), (3 * CHUNK_LEN, n), (0, n - 2 * CHUNK_LEN), (0, n), (-9, 40), (0, n // 2)])
     texts = [corpus.text(40 * i, CHUNK_LEN) for i in range(6)]
     queries = index.embed([*texts, texts[1]])  # a query twice
     distances, offsets = index.search(queries, 4, ranges)
     for query, span, distance, found in zip(queries, ranges.tolist(), distances, offsets, strict=True):
-        expected, _ = brute_force(bert, corpus, query[None], 4, span)
+        expected, _ = brute_force(query[None], 4, span)
         n_found = int((found >= 0).sum())
         assert n_found == expected.shape[1] and (found[n_found:] == -1).all()
         np.testing.assert_allclose(distance[:n_found], expected[0], rtol=1e-3, atol=1e-3)
@@ -112,14 +117,14 @@ def coded(data, bert, path):
 
 
 @pytest.mark.parametrize("excluded", [None, "document"])
-def test_codes_propose_neighbors_and_whole_keys_decide(data, bert, tmp_path, excluded):
+def test_codes_propose_neighbors_and_whole_keys_decide(data, bert, brute_force, tmp_path, excluded):
     index, _ = coded(data, bert, tmp_path)
     corpus = index.corpus
     span = (int(corpus.starts[1]), int(corpus.starts[2])) if excluded else None
     queries = index.embed([corpus.text(int(corpus.starts[1]) + 7 + 9 * i, CHUNK_LEN) for i in range(100)])
     distances, offsets = index.search(queries, 3, span)
     n = len(chunk_offsets(corpus, CHUNK_LEN))
-    everything, all_offsets = brute_force(bert, corpus, queries, n, span)
+    everything, all_offsets = brute_force(queries, n, span)
     for query in range(len(queries)):
         true = dict(zip(all_offsets[query].tolist(), everything[query].tolist(), strict=True))
         np.testing.assert_allclose(distances[query], [true[o] for o in offsets[query].tolist()], rtol=1e-3, atol=1e-3)
@@ -131,7 +136,7 @@ def test_codes_propose_neighbors_and_whole_keys_decide(data, bert, tmp_path, exc
     # The nearest are found where all but the last document is left out, and the best of few are the first of many.
     bars = (0, int(corpus.starts[corpus.n_train - 1]))
     few, offsets_of_few = index.search(queries[:3], 3, bars)
-    np.testing.assert_allclose(few, brute_force(bert, corpus, queries[:3], 3, bars)[0], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(few, brute_force(queries[:3], 3, bars)[0], rtol=1e-3, atol=1e-3)
     assert (offsets_of_few >= bars[1]).all()
     if not excluded:
         np.testing.assert_array_equal(index.search(queries, 10)[0][:, :3], distances)
