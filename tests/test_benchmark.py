@@ -36,6 +36,7 @@ OURS = [
 @pytest.mark.parametrize(("name", "variant"), [*OURS, ("growth", "1"), ("curve", "fp32 0")])
 def test_every_stage_of_this_library_can_be_measured(folder, name, variant, monkeypatch):
     monkeypatch.setattr(measure, "CURVE_STEPS", 2)
+    monkeypatch.setattr(measure, "BATCH", 1)
     result = measure.STAGES[name](variant, folder)
     assert result["seconds"] > 0 and result["units"] > 0
     assert ("flop" in result) == (name in ("embed16", "embed256", "database", "dataset", "train"))
@@ -83,9 +84,12 @@ def test_what_a_gpu_is_to_do_can_be_done_small_on_a_cpu(tmp_path, monkeypatch):
     found = {}
     setting = gpu_stages.Setting("cpu", True, tmp_path)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # so that what a stage sets does not stay, as with precision
-    for name in ("environment", "large", "embedding", "sampling", "devices", "parity", "curve"):
+    for name in ("environment", "step", "large", "embedding", "sampling", "devices", "parity", "curve"):
         gpu_stages.STAGES[name](setting, found.setdefault(name, {}).__setitem__)
 
+    for kind in ("bf16", "fp32", "fp32, labml-nn"):  # 2 samples of 3 chunks of 16 tokens
+        rates = found["step"][f"batch 2, {kind}"]
+        assert rates["tokens/s"] == pytest.approx(96 * rates["steps/s"])
     # On one device the same weights give the same, and another precision does not.
     parity = found["parity"]
     assert parity["logits in fp32"]["largest"] == parity["gradients in fp32"]["mean"] == 0
@@ -126,12 +130,7 @@ def test_a_stage_that_fails_is_recorded_with_what_it_had_measured_and_the_next_o
     assert all(stage["status"] == "failed with status 1" and "Error" in stage["output"] for stage in stages.values())
     assert stages["environment"]["result"]["cores"] > 0 and len(stages["curve"]["result"]["losses, cpu"]) == 5
     assert "losses, device" not in stages["curve"]["result"]
-
-    step = gpu.run_stage("step", "cpu", True, tmp_path, limit=60)
-    assert step["status"] == "done"
-    for kind in ("bf16", "fp32", "fp32, labml-nn"):  # 2 samples of 3 chunks of 16 tokens
-        rates = step["result"][f"batch 2, {kind}"]
-        assert rates["tokens/s"] == pytest.approx(96 * rates["steps/s"])
+    assert gpu.run_stage("environment", "cpu", True, tmp_path, limit=60)["status"] == "done"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are looked for in /proc")

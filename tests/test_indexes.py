@@ -60,7 +60,7 @@ def build(folder, bert, **options):
         ("", "could not parse index string"),
         ("HNSW0", "assertion"),  # ends the process
         ("PCA0,Flat", "keys do not find themselves"),
-        ("HNSW1000000", "bad_alloc"),
+        ("HNSW10000000", "bad_alloc"),
         (f"IVF{MOST_LISTS + 1},Flat", "more than"),
     ],
 )

@@ -295,7 +295,7 @@ def test_a_model_that_can_only_name_what_its_neighbors_hold_has_the_loss_that_fo
     assert loss.item() == pytest.approx(math.log(V), rel=1e-6), "without neighbors"
 
 
-def copy_loss(informative: bool, n_steps: int = 250) -> float:
+def copy_loss(informative: bool, n_steps: int = 180) -> float:
     """Loss on random tokens after training with neighbors that hold the next chunk, or that do not."""
     torch.manual_seed(0)
     m, n_vocab, n_chunks = 8, 32, 6
