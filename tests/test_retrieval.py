@@ -189,6 +189,14 @@ def test_an_index_with_more_centroids_than_keys_becomes_exact_and_says_so(data, 
     assert "100000 centroids to learn" in manifest["note"]
 
 
+def test_a_value_is_a_chunk_and_its_continuation(index):
+    tokens, offset = index.corpus.tokens, int(index.corpus.starts[1]) + 3 * CHUNK_LEN
+    values = index.values(np.array([[offset, -1], [offset + 7, 0]]))
+    starts = [offset, offset + 7, 0]
+    assert values[[0, 1, 1], [0, 0, 1]].tolist() == [tokens[i : i + 2 * CHUNK_LEN].tolist() for i in starts]
+    assert values.shape == (2, 2, 2 * CHUNK_LEN) and (values[0, 1] == -1).all()
+
+
 def test_a_call_of_the_index_filters_as_the_tutorial_does(index):
     span = CHUNK_LEN + 8
     assert index.filter_neighbors(100, [100 - span - 1, 100 - span, 100, 100 + span, 100 + span + 1]) == [

@@ -488,6 +488,15 @@ def test_learning_rates_at_the_first_step_at_the_end_of_the_warm_up_and_at_the_e
     assert [learning_rate(t - 1, 0, noam, 64) for t in (1, 2, 4, 16)] == [0.0078125, 0.015625, 0.03125, 0.015625]
 
 
+def test_a_cosine_schedule_has_to_know_how_many_steps_there_will_be_and_one_is_enough(index):
+    model = a_model(index)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with pytest.raises(ValueError, match="n_steps=0, but the cosine schedule needs to know"):
+        Trainer("cpu", model, None, optimizer, config=TrainConfig(schedule="cosine"))
+    for schedule, n_steps in (("cosine", 1), ("noam", 0)):
+        Trainer("cpu", model, None, optimizer, config=TrainConfig(schedule=schedule), n_steps=n_steps)
+
+
 def test_a_gradient_is_clipped_to_its_largest_norm_and_not_stretched(index):
     src = torch.arange(2 * CHUNK_LEN).view(2, CHUNK_LEN) % index.corpus.n_tokens
     norms = {}
