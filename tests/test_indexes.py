@@ -16,7 +16,7 @@ from retro.dataset import DATASET_FILE, Dataset, build_dataset
 from retro.errors import DamagedFile, InvalidOption
 from retro.planning.rates import plannable_index
 from retro.search import index_file
-from retro.search.factory import MOST_LISTS, new_index
+from retro.search.factory import MOST_LISTS, choose_index, new_index
 from retro.search.filling import memory_of_machine
 from retro.search.index_file import read_database_manifest
 from retro.search.keys import Keys
@@ -94,6 +94,23 @@ def test_a_trial_has_few_lists_and_short_codes():
 def test_a_plan_refuses_lists_that_there_cannot_be(factory):
     with pytest.raises(InvalidOption, match=r"^index=.*(planned|no FAISS index|more than)"):
         plannable_index(factory, 32)
+
+
+# What `auto` chooses.
+
+
+def test_an_index_is_exact_up_to_a_size_and_then_has_about_four_square_roots_of_lists():
+    # 4 * 223.6 = 894 is nearest to 2^10 in its logarithm, 9.8; 4 * 1414 = 5657 to 2^12, 12.47; 4 * 2236 = 8944 to 2^13.
+    for n_chunks, factory in [
+        (50_000, "Flat"),
+        (50_001, "IVF1024,PQ64"),
+        (2_000_000, "IVF4096,PQ64"),
+        (5_000_000, "IVF8192,PQ64"),
+        (5_000_001, "OPQ64,IVF8192_HNSW32,PQ64"),
+        (10**12, "OPQ64,IVF1048576_HNSW32,PQ64"),
+    ]:
+        assert choose_index(n_chunks, 384) == factory
+    assert choose_index(2_000_000, 100) == "IVF4096,PQ50", "a code divides the features"
 
 
 # How many lists to search.
