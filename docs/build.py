@@ -25,7 +25,9 @@ from source import Module
 # `folder/*` stands for the modules of a folder that are not named, by name.
 READING_ORDER = {
     "The tutorial's five modules": ("bert_embeddings", "database", "model", "dataset", "train"),
-    "A memory for a pretrained model": ("retrofit", "bases/readers", "bases/layers", "causal_lm", "cached_text", "model_card"),
+    "A memory for a pretrained model": (
+        "retrofit", "bases/readers", "bases/layers", "causal_lm", "cached_text", "model_card",
+    ),
     "Writing and measuring": ("sample", "decoding", "evaluate"),
     "Behind the scenes: Settings and errors": ("config", "errors"),
     "Behind the scenes: Text": ("text/documents", "text/split", "text/tokenizer", "text/corpus", "text/*"),
@@ -41,7 +43,7 @@ READING_ORDER = {
     "Behind the scenes: Planning": ("planning/*",),
     "Behind the scenes: Attention, processes, devices, progress": ("attention", "parallel", "device", "progress"),
     "Behind the scenes: The command line": ("cli/*", "__main__"),
-    "Guides": ("docs/retrofit.md", "docs/at_scale.md", "docs/claims.md", "docs/mutants.md", "docs/glossary.md"),
+    "Guides": ("docs/a_memory.md", "docs/at_scale.md", "docs/claims.md", "docs/mutants.md", "docs/glossary.md"),
     "Worked examples": ("examples/own_text.py", "examples/lm_eval_task.py", "examples/compare_with_reference.py"),
 }  # fmt: skip
 

@@ -236,7 +236,9 @@ def back_in_place(read: Tensor, h: Tensor) -> Tensor:
 
 
 def require_whole_chunks(x: Tensor, ret: Tensor, chunk_len: int) -> None:
-    """Raise `ValueError` where neighbors `ret` (B, C, K, R) are of more chunks than tokens `x` (B, T) hold whole."""
+    """Raise `ValueError` where neighbors `ret` (B, C, K, R) are not of whole chunks of the texts `x` (B, T)."""
+    if len(ret) != len(x):
+        raise ValueError(f"there are neighbors for {len(ret)} texts, but tokens of {len(x)}; give each text its own")
     if ret.shape[1] * chunk_len > x.shape[1]:
         raise ValueError(
             f"there are neighbors for {ret.shape[1]} chunks of {chunk_len} tokens, "

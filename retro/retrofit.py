@@ -30,8 +30,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,7 @@ from retro.bases.layers import (
 )
 from retro.bases.readers import CopiedReader, NewReader, in_precision_of, size_of
 from retro.config import RetrofitConfig, require_layers
+from retro.errors import InvalidOption
 from retro.model import (
     NearestNeighborEncoder,
     RetroModel,
@@ -57,9 +58,11 @@ from retro.model import (
     padding_mask,
     require_whole_chunks,
 )
+from retro.text.base_model import base_sha256
 
 # Of the learning rate: gates and sinks are single numbers that go from 0 to about 1; a base is changed with care.
 GATE_FACTOR, BASE_FACTOR = 50.0, 0.01
+Model: TypeAlias = "RetroModel | Retrofit"  # what training, evaluation and sampling take
 
 
 class Retrofit(nn.Module):
@@ -84,8 +87,12 @@ class Retrofit(nn.Module):
         shape = base.config.get_text_config()
         self.n_vocab: int = base.get_input_embeddings().num_embeddings  # type: ignore[assignment]
         self.d_model: int = shape.hidden_size
-        self.max_chunks: int = shape.max_position_embeddings // config.chunk_len  # that it was pretrained to read
         H, m = shape.num_attention_heads, config.chunk_len
+        n_positions = getattr(shape, "max_position_embeddings", None)
+        if n_positions is not None and 3 * m > n_positions:
+            reason = f"is too long: neighbors and readers have 3 * chunk_len positions, the base has {n_positions}"
+            raise InvalidOption("chunk_len", m, reason)
+        self.max_chunks: int | None = n_positions and n_positions // m  # that it was pretrained to read
         attentions = [layers[p] for p in chosen]
         self.encoder: NearestNeighborEncoder | None = None
         if config.encoder == "new":
@@ -104,10 +111,14 @@ class Retrofit(nn.Module):
             self.cca = nn.ModuleList([CopiedReader(layer, H, given, example[p]) for layer, given, p in calls])
         for p, module in zip(chosen, attentions, strict=True):
             module.register_forward_hook(partial(self._add_what_is_read, p), with_kwargs=True)
+        if config.trains != "added":  # the hash is of what the base was
+            self.config = replace(self.config, base_sha256=config.base_sha256 or base_sha256(base))
         if config.trains == "lora":
             add_low_rank(base)
         elif config.trains == "all":
             base.float().requires_grad_(True)
+        # Once, so that a model that is frozen to be used keeps knowing what it has learnt.
+        self.names = frozenset(name for name, weight in self.named_parameters() if weight.requires_grad)
 
     def forward(self, x: Tensor, ret: Tensor | None = None, stretches: Tensor | None = None) -> Tensor:
         """Logits for the token after each token; arguments and errors are those of `RetroModel.forward`.
@@ -125,17 +136,37 @@ class Retrofit(nn.Module):
             places = torch.arange(x.shape[1], device=x.device).expand_as(x)
             begins = F.pad(stretches[:, 1:] != stretches[:, :-1], (1, 0), value=True)
             positions = places - (places * begins).cummax(dim=1).values
-            if not getattr(self.base.config.get_text_config(), "sliding_window", None):
+            if getattr(self.base.config.get_text_config(), "sliding_window", None):
+                self._require_apart()
+            else:
                 same = (stretches[:, None, :, None] == stretches[:, None, None]).tril()
                 mask = torch.zeros_like(same, dtype=self.base.dtype).masked_fill(
                     ~same, torch.finfo(self.base.dtype).min
                 )
-            # else such a mask would stand for the window too; transformers makes both, of where positions begin again
         with self.reads(x, ret) as reading:
             logits = self.base(input_ids=x, attention_mask=mask, position_ids=positions, use_cache=False).logits
         if torch.is_grad_enabled() and not (reading and reading.contexts):
             logits = logits + 0 * sum(weight.sum() for weight in self.added().values())  # a gradient of zero, not none
         return logits
+
+    @cached_property
+    def _keeps_apart(self) -> bool:
+        """Whether a base with a sliding window sees where positions begin again, of which transformers makes its mask.
+
+        A mask of ours would stand for the window too.
+        """
+        x = torch.zeros(2, 4, dtype=torch.long, device=self.base.device)
+        x[1, :2] = 1
+        with torch.no_grad():
+            logits = self.base(input_ids=x, position_ids=torch.tensor([[0, 1, 0, 1]] * 2).to(x), use_cache=False).logits
+        return torch.equal(logits[0, 2:], logits[1, 2:])
+
+    def _require_apart(self) -> None:
+        if not self._keeps_apart:
+            raise InvalidOption(
+                "base", type(self.base).__name__, "lets texts that share a sample read each other; leave out documents "
+                "that are shorter than a sample"
+            )  # fmt: skip
 
     @contextmanager
     def reads(
@@ -199,13 +230,16 @@ class Retrofit(nn.Module):
         return self
 
     def added(self) -> dict[str, nn.Parameter]:
-        """What is trained: everything that gets a gradient."""
-        return {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
+        """What is trained: everything that had a gradient when the model was made."""
+        return {name: weight for name, weight in self.named_parameters() if name in self.names}
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What is trained, and never a base that is not."""
-        added = self.added()
-        return {name: weight for name, weight in super().state_dict(*args, **kwargs).items() if name in added}
+        found = super().state_dict(*args, prefix=prefix, **kwargs)
+        for name in [name for name in found if name.startswith(prefix)]:
+            if name.removeprefix(prefix) not in self.names:
+                del found[name]
+        return found
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Take up what `state_dict` gave. Raises `RuntimeError` for other names or shapes, as PyTorch does."""
@@ -230,9 +264,6 @@ class Retrofit(nn.Module):
             {"params": [weight for name, weight in self.added().items() if factors[name] == of], "factor": of}
             for of in sorted(set(factors.values()), key=(1.0, GATE_FACTOR, BASE_FACTOR).index)
         ]
-
-
-Model = RetroModel | Retrofit  # what training, evaluation and sampling take
 
 
 class Reading:
@@ -322,7 +353,7 @@ def begun_at(h: Tensor, starts: Tensor | None) -> Tensor:
     T = h.shape[1]
     places = torch.arange(T, device=h.device) + starts[:, None]  # (B, T)
     moved = h.gather(1, places.clamp(0, T - 1)[..., None].expand_as(h))
-    return moved * ((places >= 0) & (places < T))[..., None]
+    return moved.masked_fill(~((places >= 0) & (places < T))[..., None], 0.0)
 
 
 class Decoding:

@@ -447,3 +447,67 @@ def test_a_base_can_learn_too_and_is_then_saved_with_what_was_added(name, trains
     again.load_state_dict(copy.deepcopy(model.state_dict()))
     with torch.no_grad():
         assert torch.equal(again(x, ret), model(x, ret))
+
+
+@torch.no_grad()
+def test_many_retrofits_of_one_base_take_no_more_than_their_own_memory():
+    base = new_base("llama")
+    for _ in range(3):
+        model = Retrofit(base, RetrofitConfig("tiny", chunk_len=CHUNK_LEN, ca_layers=CA_LAYERS))
+    assert not any(reader.copy._forward_hooks for reader in model.cca), "a copy of the readers before it"
+    assert sum(w.numel() for w in model.parameters()) == sum(w.numel() for w in new_retrofit().parameters())
+
+
+def test_a_model_that_is_frozen_to_be_used_keeps_what_it_has_learnt():
+    model = new_retrofit()
+    names = set(model.state_dict())
+    model.requires_grad_(False)
+    assert set(model.state_dict()) == names and set(model.added()) == names
+    assert set(model.state_dict(prefix="x.")) == {f"x.{name}" for name in names}
+    assert set(torch.nn.ModuleDict({"x": model}).state_dict()) == {f"x.{name}" for name in names}
+    new_retrofit(trained=False).requires_grad_(False).load_state_dict(model.state_dict())
+
+
+@each_encoder
+def test_padding_before_a_text_has_no_gradient_that_is_not_a_number(encoder):
+    model, (x, ret) = new_retrofit(encoder=encoder).train(), some_text()
+    starts = torch.tensor([0, 5])
+    with model.reads(x, ret[:, :4], starts):
+        logits = model.base(input_ids=x, attention_mask=(torch.arange(22) >= starts[:, None]).long()).logits
+    logits[:, 5:].logsumexp(dim=-1).sum().backward()
+    assert all(weight.grad.isfinite().all() for weight in model.added().values())
+
+
+def test_neighbors_of_other_texts_are_refused():
+    model, (x, ret) = new_retrofit(), some_text()
+    with pytest.raises(ValueError, match="neighbors for 1 texts, but tokens of 2"):
+        model(x, ret[:1])
+
+
+@torch.no_grad()
+def test_neighbors_are_encoded_in_blocks_as_at_once(monkeypatch):
+    model, (x, ret) = new_retrofit(), some_text()
+    expected = model(x, ret)
+    monkeypatch.setattr("retro.bases.layers.AT_ONCE", 4)
+    torch.testing.assert_close(model(x, ret), expected)
+
+
+def test_a_chunk_that_is_too_long_for_the_bases_positions_is_refused():
+    with refused(InvalidOption, r"--chunk-len 43 is too long: .* the base has 128"):
+        Retrofit(new_base("gpt2"), RetrofitConfig("tiny", chunk_len=43, ca_layers=(1,)))
+
+
+@pytest.mark.parametrize("pattern", ["model.layers.0.self_attn", "model.layers.{x}.self_attn", "{"])
+def test_a_pattern_that_names_no_module_of_each_layer_is_refused(pattern):
+    with refused(InvalidOption, "names no modules of LlamaForCausalLM"):
+        Retrofit(new_base("llama"), RetrofitConfig("tiny", attention=pattern))
+
+
+def test_a_base_that_does_not_keep_texts_apart_is_refused_where_they_share_a_sample(monkeypatch):
+    model, (x, ret) = new_retrofit("mistral"), some_text(20)
+    stretches = torch.tensor([[0] * 8 + [2] * 12] * 2)
+    model(x, ret, stretches)
+    model = new_retrofit("mistral")
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda *_: None)
+    with refused(InvalidOption, "MistralForCausalLM lets texts that share a sample read each other"):
+        model(x, ret, stretches)

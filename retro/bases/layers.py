@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from retro.errors import InvalidOption
 
+AT_ONCE = 512  # sequences that the base computes keys and values for at one time
 Contexts = dict[int, tuple[Tensor, Tensor]]  # of each layer: keys and values (N, H_kv, S, d_k)
 
 
@@ -25,8 +26,11 @@ def attention_layers(base: PreTrainedModel, pattern: str | None = None) -> list[
     n_layers = base.config.get_text_config().num_hidden_layers
     if pattern is not None:
         try:
-            return [base.get_submodule(pattern.format(p)) for p in range(n_layers)]
-        except (AttributeError, IndexError) as error:
+            named = [base.get_submodule(pattern.format(p)) for p in range(n_layers)]
+            if len(set(map(id, named))) < n_layers:
+                raise AttributeError("it names one module for several layers")
+            return named
+        except (AttributeError, IndexError, KeyError, ValueError) as error:
             raise InvalidOption("attention", pattern, f"names no modules of {type(base).__name__} ({error})") from None
     # transformers keeps, for each kind of model, the class whose outputs are the attention of a layer.
     recorded = (getattr(module, "_can_record_outputs", None) or {} for module in base.modules())
@@ -91,12 +95,18 @@ def keys_and_values(base: PreTrainedModel, tokens: Tensor, layers: Sequence[int]
 
     The pass ends at the last of these layers.
     """
-    recorder = _Recorder(layers)
-    try:
-        base.base_model(input_ids=tokens, past_key_values=recorder, use_cache=True)
-    except _AllRecorded:
-        return recorder.contexts
-    raise InvalidOption("base", type(base).__name__, "keeps no keys and values in the cache that transformers gives it")
+    found = []
+    for block in tokens.split(AT_ONCE):
+        recorder = _Recorder(layers)
+        try:
+            base.base_model(input_ids=block, past_key_values=recorder, use_cache=True)
+        except _AllRecorded:
+            found.append(recorder.contexts)
+            continue
+        raise InvalidOption("base", type(base).__name__, "keeps no keys and values in the cache of transformers")
+    if len(found) == 1:
+        return found[0]
+    return {p: tuple(torch.cat(parts) for parts in zip(*(of[p] for of in found), strict=True)) for p in layers}  # type: ignore[misc]
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ of a head.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from contextlib import nullcontext
 from typing import Any
 
@@ -34,8 +35,8 @@ def read_neighbors(
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: queries (N, H, L, d_k) read the keys and values that `neighbors` has.
 
-    * `neighbors` has keys and values (N, H_kv, S, d_k), a mask (N, 1, 1, S) or None, gates and sinks (H), and a list of
-      shares: if it is one, the attention that each token gets (N, S) is appended, the mean over heads and readers
+    * `neighbors` has keys and values (N, H_kv, S, d_k), a mask (N, 1, 1, S) or None, gates and sinks (H), and shares: a
+      list to which the attention (N, H, L, S) is appended, or None
     * `key` and `value` are of the readers themselves, and are not read
 
     Returns what is read (N, L, H, d_k).
@@ -55,7 +56,7 @@ def read_neighbors(
     if neighbors["shares"] is not None:
         neighbors["shares"].append(weights.detach())
     read = weights.to(query.dtype).reshape(N, H_kv, -1, weights.shape[-1]) @ values.to(query.dtype)
-    read = read.reshape(N, H, L, d) * neighbors["gate"].to(query.dtype).view(1, H, 1, 1)
+    read = read.reshape(N, H, L, -1) * neighbors["gate"].to(query.dtype).view(1, H, 1, 1)
     return read.transpose(1, 2), None
 
 
@@ -82,7 +83,11 @@ class CopiedReader(nn.Module):
         self.gate = nn.Parameter(torch.zeros(n_heads, device=h.device))
         self.sink = nn.Parameter(torch.zeros(n_heads, device=h.device))
         # In full precision, whatever the base has: what a step of training adds is small.
-        self.copy = copy.deepcopy(attention).float().eval().requires_grad_(True)
+        hooks, attention._forward_hooks = attention._forward_hooks, OrderedDict()  # of other readers of this base
+        try:
+            self.copy = copy.deepcopy(attention).float().eval().requires_grad_(True)
+        finally:
+            attention._forward_hooks = hooks
         self.copy.config = copy.copy(attention.config)
         self.copy.config._attn_implementation = READS  # type: ignore[union-attr]
         cos, sin = arguments.get("position_embeddings") or (None, None)  # without them, positions are in the states
@@ -90,7 +95,7 @@ class CopiedReader(nn.Module):
         self.register_buffer("sin", None if sin is None else sin[0, -m:].clone(), persistent=False)
         try:
             self._leave_out_keys_and_values(attention, h[:, -m:], example)
-        except TypeError as error:  # it takes no such argument, or never asked
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:  # it takes no such argument, never asked
             kind = type(attention).__name__
             raise InvalidOption("base", kind, f"cannot be told what to read ({error}); use encoder='new'") from None
 
@@ -102,8 +107,6 @@ class CopiedReader(nn.Module):
         """
         with torch.enable_grad(), in_precision_of(h):
             read = self(h, torch.arange(h.shape[1], device=h.device)[None], *example, None, None)
-            if self.gate.grad_fn is None and not read.requires_grad:
-                raise TypeError("its attention function was not asked for")
             read.float().sum().backward()
         if self.sink.grad is None:
             raise TypeError("its attention function was not asked for")
@@ -115,7 +118,7 @@ class CopiedReader(nn.Module):
                 weight.requires_grad_(False)
         for name, module in [*self.copy.named_modules()]:
             own = [*module.parameters(recurse=False)]
-            if own and all(weight.grad is None for weight in own):
+            if name and own and all(weight.grad is None for weight in own):
                 self.copy.set_submodule(name, attention.get_submodule(name))
         for weight in self.parameters():
             weight.grad = None
@@ -166,7 +169,10 @@ class NewReader(ChunkedCrossAttention):
         mask: Tensor | None,
         shares: list[Tensor] | None = None,
     ) -> Tensor:
-        """States `h` (N, L, D) read keys and values (N, H, S, d_k) -> (N, L, D), in units of the size of `h`."""
+        """States `h` (N, L, D) read keys and values (N, H, S, d_k) -> (N, L, D), in units of the size of `h`.
+
+        * `rows` are not needed, as there are no positions; `mask` and `shares` are as in `CopiedReader`
+        """
         queries = self.queries(h)
         if shares is not None:
             scores = queries.transpose(1, 2).float() @ keys.float().mT * self.d_k**-0.5

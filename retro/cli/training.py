@@ -49,6 +49,8 @@ def train_command(argv: Sequence[str]) -> None:
     if options.resume is not None:
         if options.no_retrieval:
             raise ValueError("--no-retrieval shapes a new run; --resume continues one as it is. Leave one of them out")
+        if "base" in named:
+            raise ValueError("--base shapes a new run; --resume continues one with its own base. Leave one of them out")
         data_path = Path(options.data_path) if "data_path" in given else None
         _resume(options, config if given & {"steps", "epochs"} else None, data_path, device)
         return

@@ -95,7 +95,7 @@ class Evaluation:
             "n_effective_documents": effective_documents(self._by_document(self.n_bytes)),
             "n_tokens": self._n_tokens(),
             "n_bytes": float(self.n_bytes.sum()),
-            "n_chunks": len(self.offsets),
+            "n_chunks": int(self._is_scored.sum()),
             "n_neighbors": self.n_neighbors,
             "n_shuffles": self.n_shuffles,
             "window": self.window,
@@ -107,6 +107,13 @@ class Evaluation:
             "versions": package_versions(),
         }
         return facts | _figures(self._sums(), [self._filtered(alpha) for alpha in ALPHAS])
+
+    @property
+    def _is_scored(self) -> np.ndarray:
+        """Which chunks (c) were evaluated: all, or those of the first windows."""
+        if self.n_windows is None:
+            return np.ones(len(self.offsets), dtype=bool)
+        return self.of_chunks(self.n_bytes) > 0
 
     def _n_tokens(self) -> int:
         """Tokens that were evaluated, with the first one of each document."""
@@ -120,7 +127,7 @@ class Evaluation:
 
     def _filtered(self, alpha: float) -> dict[str, Any]:
         """The chunks with r(C) up to `alpha`."""
-        chosen, n_bytes = self.overlap <= alpha, self.of_chunks(self.n_bytes)
+        chosen, n_bytes = (self.overlap <= alpha) & self._is_scored, self.of_chunks(self.n_bytes)
         return {
             "alpha": alpha,
             "n_chunks": int(chosen.sum()),
@@ -130,7 +137,7 @@ class Evaluation:
 
     def _copyable(self) -> dict[str, float]:
         """Of the chunks that have a chunk before them, the share that could copy this many tokens in a row."""
-        reads = self.offsets > self.corpus.starts[self.corpus.document_of(self.offsets)]
+        reads = (self.offsets > self.corpus.starts[self.corpus.document_of(self.offsets)]) & self._is_scored
         counts = [k for k in (*COPY_LENGTHS, self.index.chunk_len) if k <= self.index.chunk_len]
         return {f"{k} tokens": float((self.copyable_tokens[reads] >= k).mean()) for k in counts} if reads.any() else {}
 
