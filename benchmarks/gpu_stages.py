@@ -138,7 +138,7 @@ def environment(s: Setting, note: Note) -> None:
 
 def parity(s: Setting, note: Note) -> None:
     """The same weights on the CPU in fp32, and on the device in each precision: logits and gradients."""
-    from retro.sample import CachedDecoder
+    from retro.decoding import CachedDecoder
 
     config = model_config(s)
     src, tgt, neighbors = random_batch(config, 2, s.size(32, 3), missing=True)

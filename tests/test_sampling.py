@@ -15,11 +15,12 @@ from retro.cli import main
 from retro.config import DatasetConfig, RetroConfig, SampleConfig, TrainConfig
 from retro.database import RetroIndex, build_database
 from retro.dataset import DATASET_FILE, build_dataset
+from retro.decoding import CachedDecoder
 from retro.errors import InvalidOption, MissingDataOfRun
 from retro.evaluation.attention import attention_shares
 from retro.model import RetroModel
 from retro.runs.run import corpus_of_run, read_run
-from retro.sample import CachedDecoder, Sampler, choose, start_of_window
+from retro.sample import Sampler, choose, start_of_window
 from retro.search.index_file import INDEX_FILE
 from retro.text.build import build_corpus
 from retro.text.corpus import Corpus, DocumentEntry
