@@ -65,6 +65,8 @@ class Trainer:
         self.n_steps = n_steps
         engine = engine or new_engine(self.device, model, optimizer)
         self.progress, self.accelerator = engine.progress, engine.accelerator
+        # Of the model's states, on which Noam's schedule depends.
+        self.d_model: int = getattr(model, "d_model", 0) or model.emb.embedding_dim  # type: ignore[assignment, union-attr]
         self.net = engine.net  # called in place of the model: with several processes it averages their gradients
 
     def __call__(self) -> float:
@@ -93,7 +95,7 @@ class Trainer:
     def train_step(self, src: torch.Tensor, tgt: torch.Tensor, neighbors: torch.Tensor) -> torch.Tensor:
         """One step of the optimizer; returns nats, predicted tokens and samples (3) of all processes, on the device."""
         if self.schedules:
-            lr = learning_rate(self.progress.step, self.n_steps, self.config, self.model.d_model)
+            lr = learning_rate(self.progress.step, self.n_steps, self.config, self.d_model)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group.get("factor", 1.0)
         tgt = tgt.to(self.device, non_blocking=True)

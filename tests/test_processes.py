@@ -13,7 +13,8 @@ import chaos
 import pytest
 import torch
 
-from retro.model import RetroConfig, RetroModel
+from retro.config import model_config
+from retro.model import RetroModel
 from retro.runs.checkpoints import load_model
 from retro.storage.manifests import read_manifest
 
@@ -42,7 +43,7 @@ def alone(tmp_path_factory):
 def require_trained_alike(one, two):
     """The models of two checkpoints moved far from where they began, to the same place but for rounding."""
     torch.manual_seed(0)
-    beginning = RetroModel.from_config(RetroConfig.from_json(read_manifest(one / "config.json"))).state_dict()
+    beginning = RetroModel.from_config(model_config(read_manifest(one / "config.json"))).state_dict()
     one, two = (load_model(checkpoint).state_dict() for checkpoint in (one, two))
     # Without positions, as in cross-attention, a key's bias adds the same to all scores: Adam follows mere rounding.
     compared = {name for name in one if not name.endswith((".theta", "cca.0.key.bias", "ca.0.key.bias"))}
