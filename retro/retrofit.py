@@ -192,8 +192,10 @@ class Retrofit(nn.Module):
         if self.encoder is not None:
             assert h is not None
             emb = self.base.get_input_embeddings()(ret.clamp(min=0))  # (N, K, R, D)
-            e = self.norm_e(self.encoder((emb / size_of(emb))[:, None], h, (ret >= 0)[:, None]))  # (N, 1, K, R, D)
-            return {p: cca.keys_values(e.flatten(1, 3)) for p, cca in zip(self.ca_layers, self.cca, strict=True)}  # type: ignore[operator]
+            with in_precision_of(h):
+                e = self.encoder((emb / size_of(emb))[:, None], h, (ret >= 0)[:, None])  # (N, 1, K, R, D)
+                e = self.norm_e(e).flatten(1, 3)
+                return {p: cca.keys_values(e) for p, cca in zip(self.ca_layers, self.cca, strict=True)}  # type: ignore[operator]
         there = (ret >= 0).any(dim=-1).flatten()
         if not there.any():
             return {}

@@ -341,17 +341,22 @@ def test_weights_come_back_and_others_are_refused(encoder):
         again.load_state_dict(lacking)
 
 
-@torch.no_grad()
-def test_a_base_in_half_precision_stays_so_and_what_is_added_is_exact():
+@each_encoder
+def test_a_base_in_half_precision_stays_so_and_what_is_added_is_exact(encoder):
     x, ret = some_text()
     base = new_base("llama").to(torch.bfloat16)
-    model = Retrofit(base, RetrofitConfig("tiny", chunk_len=CHUNK_LEN, ca_layers=CA_LAYERS))
-    assert torch.equal(model(x, ret), new_base("llama").to(torch.bfloat16)(input_ids=x).logits)
+    config = RetrofitConfig("tiny", chunk_len=CHUNK_LEN, ca_layers=CA_LAYERS, encoder=encoder)
+    model = Retrofit(base, config)
+    with torch.no_grad():
+        assert torch.equal(model(x, ret), new_base("llama").to(torch.bfloat16)(input_ids=x).logits)
     assert {weight.dtype for weight in model.added().values()} == {torch.float32}
-    full = new_retrofit()
+    full = new_retrofit(encoder=encoder)
     model.load_state_dict(full.state_dict())
-    read, expected = (m(x, ret).float() - m(x).float() for m in (model, full))
+    with torch.no_grad():
+        read, expected = (m(x, ret).float() - m(x).float() for m in (model, full))
     assert (read - expected).norm() < 0.1 * expected.norm()
+    model(x, ret).float().logsumexp(dim=-1).sum().backward()
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in model.added().values())
 
 
 @torch.no_grad()
