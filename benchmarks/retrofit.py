@@ -121,7 +121,7 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
         "",
         f"`python benchmarks/retrofit.py`, {date.today():%d %B %Y}, {platform.processor() or platform.machine()}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}. "
-        f"SmolLM2-135M, medians of {len(rows[STEPS[0]])} rounds in turns.",
+        f"SmolLM2-135M, medians of {len(rows[STEPS[0]])} round(s) in turns.",
         "",
         "| training step of 1,024 tokens | seconds | of a step of all of the base (rounds) | peak memory |",
         "|---|---|---|---|",
