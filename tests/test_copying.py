@@ -37,6 +37,6 @@ def test_heads_of_the_frozen_base_copy_what_follows_in_a_neighbor_once_their_gat
 
     late, early = (16, 18, 20, 22), (2, 4, 6, 8)
     alone = loss(late, None)
-    assert loss(late, its_own) < 0.8 * alone, "nothing was copied"
+    assert loss(late, its_own) < 0.9 * alone, "nothing was copied"
     assert loss(late, others) > 0.95 * alone, "what helps is not what the neighbor says"
     assert loss(early, its_own) > 0.95 * alone, "layers that cannot copy did"
