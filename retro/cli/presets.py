@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import shutil
 from pathlib import Path
 
 from retro.storage.files import TEMPORARY, naming_what_cannot_be_written
+from retro.text.documents import sha256_of_text
 
 # Of the bytes of transformers' models (24 MB in version 5.23): what two cores can embed in some minutes.
 CODE_SHARE = 0.15
@@ -55,7 +55,7 @@ def copy_of_models(models: Path, data_path: Path) -> Path:
     folder = data_path / "transformers_models"
     if folder.is_dir():
         return folder
-    files = sorted(models.glob("*/modeling_*.py"), key=lambda f: (_hash(f.parent.name), f.name))
+    files = sorted(models.glob("*/modeling_*.py"), key=lambda f: (sha256_of_text(f.parent.name), f.name))
     left = CODE_SHARE * sum(file.stat().st_size for file in files)
     temporary = folder.with_name(f".{folder.name}{TEMPORARY}")
     with naming_what_cannot_be_written(folder):
@@ -69,7 +69,3 @@ def copy_of_models(models: Path, data_path: Path) -> Path:
             left -= file.stat().st_size
         temporary.rename(folder)
     return folder
-
-
-def _hash(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()
