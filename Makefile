@@ -45,8 +45,9 @@ types: .venv/installed
 wheel: .venv/installed
 	.ci/wheel $(BIN)
 
-# Kills at 200 points; more than 10,000 mutated files. The tests do the same, with fewer.
+# Kills at 200 points, and tests too slow for `make test`; more than 10,000 mutated files. The tests do the same, with fewer.
 chaos: .venv/installed
+	$(BIN)/python -m pytest -m slow
 	$(BIN)/python tests/chaos.py --points 200
 
 fuzz: .venv/installed

@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ os.environ["HOME"] = tempfile.mkdtemp()  # labml writes to ~/.labml
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Models and indexes are so small here that threads wait for each other longer than they compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it starts with &
 
 import pytest
 

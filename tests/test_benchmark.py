@@ -75,6 +75,7 @@ def test_the_published_table_is_made_of_the_published_figures():
     assert set(bench.STAGES) == set(record["stages"])
 
 
+@pytest.mark.slow
 def test_what_a_gpu_is_to_do_can_be_done_small_on_a_cpu(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     import gpu
@@ -120,6 +121,7 @@ def test_differences_and_the_share_of_a_gpus_peak_are_as_by_hand(monkeypatch):
     assert list(shares.values()) == [0.5, 0.5, None, None]
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_is_recorded_with_what_it_had_measured_and_the_next_one_runs(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     import gpu
@@ -133,6 +135,7 @@ def test_a_stage_that_fails_is_recorded_with_what_it_had_measured_and_the_next_o
     assert gpu.run_stage("environment", "cpu", True, tmp_path, limit=60)["status"] == "done"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are looked for in /proc")
 def test_a_stage_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)

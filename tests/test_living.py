@@ -85,7 +85,7 @@ def test_what_is_added_is_found_and_nothing_else_is_embedded(copy, bert, pericle
     assert files == {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF8,PQ16", "IVF8,Flat", "HNSW16", "on disk"])
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,PQ16", "HNSW16", "on disk"])
 def test_what_is_removed_is_never_found_again_by_a_model_trained_before(copy, bert, pericles, factory, monkeypatch):
     if factory == "on disk":
         monkeypatch.setattr(filling, "ON_DISK_ABOVE", 0.0)
