@@ -189,23 +189,26 @@ class Retrofit(nn.Module):
         * `h` (N, m, D) are the states of the chunks that retrieved them, which only a new encoder reads
         """
         N, K = ret.shape[:2]
+        is_there = (ret >= 0).any(dim=-1).flatten()
+        places = is_there.nonzero()[:, 0]
+        if not len(places):
+            return {}
+        neighbors = ret.flatten(0, 1)[places]  # (n, R): those that there are
         if self.encoder is not None:
             assert h is not None
-            emb = self.base.get_input_embeddings()(ret.clamp(min=0))  # (N, K, R, D)
+            emb = self.base.get_input_embeddings()(neighbors.clamp(min=0))  # (n, R, D)
             with in_precision_of(h):
-                e = self.encoder((emb / size_of(emb))[:, None], h, (ret >= 0)[:, None])  # (N, 1, K, R, D)
-                e = self.norm_e(e).flatten(1, 3)
-                return {p: cca.keys_values(e) for p, cca in zip(self.ca_layers, self.cca, strict=True)}  # type: ignore[operator]
-        there = (ret >= 0).any(dim=-1).flatten()
-        if not there.any():
-            return {}
-        with active(None):
-            found = keys_and_values(self.base, ret.flatten(0, 1)[there].clamp(min=0), self.ca_layers)
+                e = self.encoder((emb / size_of(emb))[:, None, None], h[places // K], (neighbors >= 0)[:, None, None])
+                e = self.norm_e(e).flatten(1, 3)  # (n, R, D)
+                found = {p: cca.keys_values(e) for p, cca in zip(self.ca_layers, self.cca, strict=True)}  # type: ignore[operator]
+        else:
+            with active(None):
+                found = keys_and_values(self.base, neighbors.clamp(min=0), self.ca_layers)
 
         def of_chunks(x: Tensor) -> Tensor:
-            """(neighbors that there are, H_kv, R, d_k) -> (N, H_kv, K*R, d_k); where one is missing, zeros."""
-            if not there.all():
-                x = x.new_zeros(N * K, *x.shape[1:]).index_copy(0, there.nonzero()[:, 0], x)
+            """(n, H_kv, R, d_k) -> (N, H_kv, K*R, d_k); where a neighbor is missing, zeros."""
+            if len(places) < N * K:
+                x = x.new_zeros(N * K, *x.shape[1:]).index_copy(0, places, x)
             return x.unflatten(0, (N, K)).transpose(1, 2).flatten(2, 3)
 
         return {p: (of_chunks(keys), of_chunks(values)) for p, (keys, values) in found.items()}

@@ -16,7 +16,6 @@ os.environ["HOME"] = tempfile.mkdtemp()  # labml writes to ~/.labml
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Models and indexes are so small here that threads wait for each other longer than they compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it starts with &
 
 import pytest
 
@@ -26,6 +25,8 @@ from retro.config import DatabaseConfig
 from retro.database import RetroIndex, build_database
 from retro.dataset import build_dataset
 from retro.text.build import build_corpus
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it starts with &
 
 CHUNK_LEN, CHUNKS_PER_SAMPLE = 16, 4
 # What the tutorial's page defines first (nn.labml.ai/transformers/retro); its Sampler has a module of its own here.

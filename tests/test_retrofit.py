@@ -142,6 +142,17 @@ def test_what_stands_behind_the_end_of_a_neighbor_is_not_read(encoder):
     torch.testing.assert_close(model(x, missing), model(x, without), atol=2e-5, rtol=1e-5)
 
 
+@each_encoder
+@torch.no_grad()
+def test_a_neighbor_that_is_missing_is_not_encoded(encoder):
+    model, (x, ret) = new_retrofit(encoder=encoder), some_text()
+    n_embedded = []
+    model.base.get_input_embeddings().register_forward_hook(lambda _, given, __: n_embedded.append(given[0].numel()))
+    model(x, ret)
+    n_there = (ret >= 0).any(dim=-1).sum()
+    assert sorted(n_embedded) == sorted([x.numel(), n_there * ret.shape[-1]]) and n_there == ret[..., 0].numel() - 4
+
+
 def rotated(x: torch.Tensor, position: int) -> torch.Tensor:
     """A head's features (d) at a position, as Llama turns them: feature i with i + d/2, by position * 10000^(-2i/d)."""
     half = len(x) // 2

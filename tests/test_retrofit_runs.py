@@ -1,6 +1,7 @@
 """Runs of a pretrained base: trained, resumed, saved without it, measured against it; another base is refused."""
 
 import math
+import random
 import shutil
 from dataclasses import replace
 
@@ -8,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHUNK_LEN, refused
+from copier import copying_llama
 from safetensors.torch import load_file
 from test_retrofit import SHAPE
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from retro.cli import main
 from retro.config import EvaluateConfig, RetrofitConfig, SampleConfig, TrainConfig
+from retro.database import RetroIndex
 from retro.decoding import RecomputingDecoder
 from retro.errors import InvalidOption
 from retro.evaluate import evaluate
@@ -27,6 +30,7 @@ from retro.runs.run import find_run, read_run
 from retro.sample import Sampler
 from retro.storage.manifests import read_manifest
 from retro.text.base_model import base_sha256, load_base
+from retro.text.tokenizer import train_tokenizer
 from retro.train import Trainer, learning_rate, train
 
 CONFIG = TrainConfig(
@@ -185,8 +189,6 @@ def test_the_commands_take_a_base(here, capsys):
     ],
 )
 def test_a_base_that_does_not_fit_is_refused_in_a_sentence(here, tmp_path, shape, config, said):
-    from retro.text.tokenizer import train_tokenizer
-
     if not (here / "other").exists():
         train_tokenizer("bpe:300", ["others"]).save(tmp_path / "tokenizer.json")
         write_base(here / "other", tmp_path / "tokenizer.json")
@@ -273,3 +275,49 @@ def test_a_model_is_made_as_its_config_says(place, monkeypatch):
     monkeypatch.chdir(place)
     model = new_model(RetrofitConfig("base", chunk_len=4, encoder="new", n_encoder_layers=1))
     assert model.ca_layers == (2, 3) and len(model.encoder.attn) == 1 and not isinstance(model, RetroModel)
+
+
+WORDS = "anchor beacon cable deck engine ferry galley harbor island jetty keel lantern mast needle oar pilot quay"
+
+
+def function(rng: random.Random) -> str:
+    """A function of names and numbers that are drawn."""
+    name, argument, value, call, last = rng.sample(WORDS.split(), 5)
+    a, b, c, d = (rng.randint(100, 999) for _ in range(4))
+    return (
+        f"def {name}_{a}({argument}: int) -> float:\n    {value} = {argument} * {b}\n"
+        f"    if {value} > {c}:\n        return {call} / {a + d}\n    return {last} + {d}\n\n\n"
+    )
+
+
+def test_functions_that_were_only_just_added_are_completed_and_without_them_not(tmp_path, monkeypatch, capsys):
+    """What the base knows beforehand is to copy; the run learns when to read; the database alone has the functions."""
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(0)
+    functions, new = ([function(rng) for _ in range(n)] for n in (60, 5))
+    for folder, texts in (("texts", ["".join(rng.sample(functions, 6)) for _ in range(30)]), ("new", new)):
+        (tmp_path / folder).mkdir()
+        for i, text in enumerate(texts):
+            (tmp_path / folder / f"{folder}{i}.py").write_text(text)
+    tokenizer = train_tokenizer("bpe:400", functions)
+    base = copying_llama(tokenizer.n_tokens)
+    base.save_pretrained("base")
+    tokenizer.save(tmp_path / "base" / "tokenizer.json")
+    options = ["--chunk-len", "16", "--chunks-per-sample", "6", "--batch-size", "4", "--steps", "40", "--lr", "0.01"]
+    assert main(["train", "texts", "--base", "base", *options, "--interval", "40", "--name", "learnt"]) == 0
+    prompts = [text[: text.index(" /")] for text in new]
+
+    def completed() -> list[bool]:
+        """Which functions are completed to their last character, word for word."""
+        index = RetroIndex(16)
+        sampler = Sampler("cpu", load_model(max(tmp_path.glob("logs/learnt/*"))), index.corpus, 16, index=index)
+        return [
+            sampler.sample(prompt, 60, SampleConfig(temperature=0)).startswith(text.rstrip()[len(prompt) :])
+            for prompt, text in zip(prompts, new, strict=True)
+        ]
+
+    before = completed()
+    assert main(["add", "new"]) == 0
+    assert before == [False] * 5 and sum(completed()) >= 4
+    assert main(["remove", *(f"new{i}.py" for i in range(5))]) == 0
+    assert completed() == before, "what was removed is written all the same"
