@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.cli import COMMANDS, main
 from retro.cli.building import database_config
 from retro.cli.options import add_config, comments_of, config_from, new_parser, parse_with_preset, the_other_of
-from retro.cli.repair import explain
+from retro.cli.repair import explain, repair_of
 from retro.cli.training import _parser
 from retro.config import CorpusConfig, DatabaseConfig, DatasetConfig, EvaluateConfig, RetroConfig, SampleConfig
 from retro.dataset import DATASET_FILE, Dataset
@@ -34,6 +35,9 @@ from retro.errors import (
     StaleArtifact,
 )
 from retro.runs.run import latest_run, read_run
+from retro.search.building import database_cache_key
+from retro.storage.sample_file import read_header
+from retro.text.build import corpus_cache_key
 from retro.text.corpus import Corpus
 from retro.train import TrainConfig, train
 
@@ -250,6 +254,31 @@ def test_epochs_go_before_a_presets_steps_and_recall_before_its_n_probe(workplac
 )
 def test_an_error_is_told_with_the_command_that_repairs_it(error, said):
     assert said in explain(error)
+
+
+@pytest.mark.parametrize("name", ["corpus/manifest.json", "retro.index.json", "retro_train_dataset.jsonl"])
+def test_the_command_that_repairs_takes_the_options_that_it_is_given(name, data, index, monkeypatch):
+    corpus = index.corpus
+    wanted = corpus_cache_key("a", CorpusConfig(keep_near_held_out=True, hold_out="folders"))
+    wanted |= database_cache_key(corpus, DatabaseConfig(chunk_len=8, index="auto", n_probe=None))
+    if name.endswith(".jsonl"):
+        wanted |= read_header(data / name) | {"exclude": "sample"}
+    error = StaleArtifact(Path("my data") / name, {"seed": (1, 2)}, wanted)
+    command = repair_of(error).partition(": retro ")[2].partition(", or keep")[0]
+    seen = []
+
+    def parsed(kind, options, *_):
+        seen.append(vars(options))
+        raise ValueError("parsed")
+
+    monkeypatch.setattr("retro.cli.building.config_from", parsed)
+    assert main(shlex.split(command)) == 1
+    expected = {"data_path": "my data"}
+    if command.startswith("dataset"):
+        expected |= {"exclude": "sample", "chunks_per_sample": 4, "n_neighbors": 2}
+    else:
+        expected |= {"keep_near_held_out": True, "hold_out": "folders", "chunk_len": 8, "recall": 0.9, "index": "auto"}
+    assert {key: seen[0][key] for key in expected} == expected
 
 
 def test_errors_can_be_caught_as_what_they_are_and_as_pythons_own():

@@ -26,11 +26,12 @@ from retro.errors import (
     UntrustedPath,
 )
 
-# Fields of manifests that options of another name set, and the options that a command may need.
+# Fields of manifests that options of another name set, and the options that each command has.
 OPTIONS = {"index_wanted": "index", "tokenizer_name": "tokenizer", "n_train_wanted": "n_train"}
 SETTABLE = {
-    *CorpusConfig.__dataclass_fields__, *DatabaseConfig.__dataclass_fields__, *DatasetConfig.__dataclass_fields__
-}  # fmt: skip
+    "database": {*CorpusConfig.__dataclass_fields__, *DatabaseConfig.__dataclass_fields__},
+    "dataset": {*DatasetConfig.__dataclass_fields__},
+}
 OF_DATABASE = ("chunk_len", "index_wanted", "embedder", "seed", "search", "n_train_wanted")
 
 
@@ -108,7 +109,7 @@ def _command_for(path: Path, wanted: Mapping[str, Any]) -> str:
     if path.name in ("retro.index", "retro.ivfdata", "index.shards"):
         return _same_database(path.parent)
     if path.suffix in (".jsonl", ".shards"):
-        return f"retro dataset{_options(wanted)}{_data(path.parent)}"
+        return f"retro dataset{_options(wanted, 'dataset')}{_data(path.parent)}"
     if path.parent.name == "corpus" or path.name == "corpus":
         data = path.parent if path.name == "corpus" else path.parents[1]
         return f"retro database TEXT ...{_options(wanted)}{_data(data)}"
@@ -126,13 +127,15 @@ def _data(path: Path) -> str:
     return f" --data-path {_quoted(path)}"
 
 
-def _options(values: Mapping[str, Any]) -> str:
+def _options(values: Mapping[str, Any], command: str = "database") -> str:
+    """The values of manifests that a command has options for, as such."""
     named = {OPTIONS.get(name, name): value for name, value in values.items()}
     if (search := named.pop("search", None)) is not None:
         named |= {"n_probe": search} if search >= 1 else {"recall": search}
     if ":" in (tokenizer := str(named.get("tokenizer", ""))) and not tokenizer.startswith("bpe:"):
         named["tokenizer"] = "FOLDER"  # of which a manifest has only name and hash
-    return "".join(f" {flag(name, value)}" for name, value in named.items() if name in SETTABLE and value is not None)
+    options = {name: value for name, value in named.items() if name in SETTABLE[command] and value not in (None, False)}
+    return "".join(f" {flag(name, value)}".removesuffix(" True") for name, value in options.items())
 
 
 def _of_manifest(data: Path) -> dict[str, Any]:
