@@ -176,8 +176,9 @@ def train(
       data's
     * `device` is where; left out, the best there is
     * `prompt` is continued after each interval, to watch the model learn; left out, the beginning of held-out text
-    * `resume` is the folder of a run to continue; its own configs are then used. If `config` is given and has another
-      length, in `steps` or `epochs`, a run of its own goes on from there, in a folder beside it
+    * `resume` is the folder of a run to continue; its own configs are then used, and of `model_shape` only where its
+      `base` is now. If `config` is given and has another length, in `steps` or `epochs`, a run of its own goes on from
+      there, in a folder beside it
     * `fsdp` shards the weights over the processes of `torchrun`, for models that do not fit one
 
     Returns the run's folder and its summary: steps, bits per byte, tokens per second. Calling it again with the same

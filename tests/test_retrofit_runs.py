@@ -15,7 +15,7 @@ from test_retrofit import SHAPE
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from retro.cli import main
-from retro.config import EvaluateConfig, RetrofitConfig, SampleConfig, TrainConfig
+from retro.config import EvaluateConfig, RetroConfig, RetrofitConfig, SampleConfig, TrainConfig
 from retro.database import RetroIndex
 from retro.decoding import RecomputingDecoder
 from retro.errors import InvalidOption
@@ -26,6 +26,7 @@ from retro.runs import loop
 from retro.runs.checkpoints import load_model, newest_checkpoint
 from retro.runs.data import Batches, TrainingData, VariedNeighbors
 from retro.runs.engine import start_engine
+from retro.runs.models import moved
 from retro.runs.run import find_run, read_run
 from retro.sample import Sampler
 from retro.storage.manifests import read_manifest
@@ -209,6 +210,33 @@ def test_weights_of_another_base_are_refused_and_nothing_is_lost(run, here, tmp_
         shutil.rmtree("base")
         shutil.move("moved", "base")
     assert (folder / "model.safetensors").read_bytes() == before and load_model(run).config.base == "base"
+
+
+def test_a_base_that_was_moved_is_named_and_a_longer_run_keeps_its_place(run, here, tmp_path, capsys):
+    shutil.move("base", tmp_path / "moved")
+    named = ["--base", str(tmp_path / "moved")]
+    try:
+        assert main(["sample", "--run", str(run), "--length", "4", "To be, or not"]) == 1
+        assert "error: --base base is no causal language model" in capsys.readouterr().err
+        assert main(["sample", "--run", str(run), "--length", "4", "To be, or not", *named]) == 0
+        assert main(["evaluate", "--run", str(run), "--n-windows", "1", "--n-shuffles", "1", *named]) == 0
+        assert main(["train", "--resume", str(run), "--steps", "8", *named]) == 0
+        said = capsys.readouterr()
+        longer = max(run.parent.iterdir(), key=lambda folder: folder.stat().st_mtime)
+        assert "8 steps on" in said.out and "no sample" not in said.out
+        assert read_run(longer)["model"]["base"] == load_model(longer).config.base == named[1]
+        shutil.rmtree(longer)
+    finally:
+        shutil.move(tmp_path / "moved", "base")
+    with refused(InvalidOption, "--base base is not what this model was made with"):
+        moved(RetroConfig(9), "base")
+
+
+def test_a_run_that_begins_loads_its_base_once(here, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("retro.runs.models.load_base", lambda name: loaded.append(name) or load_base(name))
+    train(config=replace(CONFIG, steps=1, seed=7), model_shape={"base": "base", "ca_layers": (1,)}, name="once")
+    assert loaded == ["base"]
 
 
 def test_options_of_a_models_shape_do_not_go_with_a_base(here):

@@ -49,10 +49,9 @@ def train_command(argv: Sequence[str]) -> None:
     if options.resume is not None:
         if options.no_retrieval:
             raise ValueError("--no-retrieval shapes a new run; --resume continues one as it is. Leave one of them out")
-        if "base" in named:
-            raise ValueError("--base shapes a new run; --resume continues one with its own base. Leave one of them out")
         data_path = Path(options.data_path) if "data_path" in given else None
-        _resume(options, config if given & {"steps", "epochs"} else None, data_path, device)
+        base = options.base if "base" in named else None
+        _resume(options, config if given & {"steps", "epochs"} else None, data_path, base, device)
         return
     if configs[0].valid_fraction == 0:
         raise InvalidOption("valid_fraction", 0, "leaves nothing to validate on; training needs a share above 0")
@@ -152,10 +151,10 @@ def _prepare(
     return prepare_dataset(dataset_config, corpus, manifest, data_path, device, rebuild=False)
 
 
-def _resume(options: Namespace, config: TrainConfig | None, named: Path | None, device: Any) -> None:
+def _resume(options: Namespace, config: TrainConfig | None, named: Path | None, base: str | None, device: Any) -> None:
     """Continue a run with its own configs; if `config` has another length, one that goes on from it.
 
-    * `named` is the folder of the data, if it is given
+    * `named` is the folder of the data, if it is given, `base` where the run's base is now
     """
     from retro.runs.run import data_path_of as data_of_run
     from retro.runs.run import read_run
@@ -165,23 +164,37 @@ def _resume(options: Namespace, config: TrainConfig | None, named: Path | None, 
     manifest = read_run(folder)
     data_path = data_of_run(folder, manifest, named)
     run, summary = train(
-        data_path=data_path, config=config, device=device, resume=folder, prompt=options.prompt, fsdp=options.fsdp
+        data_path=data_path,
+        config=config,
+        model_shape={} if base is None else {"base": base},
+        device=device,
+        resume=folder,
+        prompt=options.prompt,
+        fsdp=options.fsdp,
     )
     if not parallel.rank():
-        _report_run(run, summary, data_path, device, options.prompt, None)
+        _report_run(run, summary, data_path, device, options.prompt, None, base)
 
 
 def _report_run(
-    run: Path, summary: dict[str, Any], data_path: Path, device: Any, prompt: str | None, counts: dict[str, int] | None
+    run: Path,
+    summary: dict[str, Any],
+    data_path: Path,
+    device: Any,
+    prompt: str | None,
+    counts: dict[str, int] | None,
+    base: str | None = None,
 ) -> None:
     """What came out: the numbers, where the files lie, and a sample with its sources.
 
-    `counts` are the dataset's, if they have been counted.
+    * `counts` are the dataset's, if they have been counted
+    * `base` is where the run's base is now, if it was moved
     """
     from retro.cli.stages import describe
     from retro.cli.using import write_sample
     from retro.dataset import DATASET_FILE, Dataset
     from retro.evaluation.audit import audit
+    from retro.runs.checkpoints import load_model
     from retro.runs.run import read_run
     from retro.search.index_file import read_database_manifest
     from retro.text.corpus import open_corpus
@@ -209,6 +222,7 @@ def _report_run(
         prompt = None
     prompt = prompt or corpus.beginning_of_held_out(2 * manifest["chunk_len"])
     try:
-        write_sample(run, data_path, corpus, device, prompt, 128, reads, SampleConfig(temperature=0.8, top_k=40))
+        model, config = load_model(run, device, base), SampleConfig(temperature=0.8, top_k=40)
+        write_sample(run, model, data_path, corpus, device, prompt, 128, reads, config)
     except Exception as error:  # the run is finished all the same
         note(f"no sample: {explain(error)}")

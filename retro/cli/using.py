@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from retro.retrofit import Model
     from retro.text.corpus import Corpus
 
+BASE_HELP = "where the run's base is now, a folder or a hub name; null for where it was"
 RUN_HELP = "folder of a run, or logs/NAME for its latest; null for the latest of the data that reads neighbors"
 
 
@@ -41,6 +42,7 @@ def sample_command(argv: Sequence[str]) -> None:
     parser = new_parser("sample", "Write text with a trained model that retrieves as it writes.", of_a_run=True)
     parser.add_argument("prompt", type=str, help="text to continue")
     parser.add_argument("--run", type=str, default=None, help=RUN_HELP)
+    parser.add_argument("--base", type=str, default=None, help=BASE_HELP)
     parser.add_argument("--length", type=int, default=256, help="tokens to write")
     parser.add_argument("--show-neighbors", action="store_true", help="print what each chunk retrieved")
     add_config(parser, SampleConfig, SampleConfig())
@@ -49,12 +51,16 @@ def sample_command(argv: Sequence[str]) -> None:
     from retro.device import pick_device
 
     device = pick_device(options.device)
+    from retro.runs.checkpoints import load_model
+
     run, _, data_path, corpus = find_run(options)
-    write_sample(run, data_path, corpus, device, options.prompt, options.length, options.show_neighbors, config)
+    model = load_model(run, device, options.base)
+    write_sample(run, model, data_path, corpus, device, options.prompt, options.length, options.show_neighbors, config)
 
 
 def write_sample(
     run: Path,
+    model: Model,
     data_path: Path,
     corpus: Corpus,
     device: Any,
@@ -68,11 +74,10 @@ def write_sample(
     * `corpus` is the one in `data_path`; the database there is opened only if the run's model reads neighbors
     """
     from retro.database import RetroIndex
-    from retro.runs.checkpoints import load_model
     from retro.runs.run import read_run
     from retro.sample import Sampler
 
-    dataset, model = read_run(run)["dataset"], load_model(run, device)
+    dataset = read_run(run)["dataset"]
     m, K, index = dataset["chunk_len"], dataset["n_neighbors"], None
     if model.ca_layers:
         index = RetroIndex(m, corpus=corpus, data_path=data_path, device=device)
@@ -113,6 +118,7 @@ def evaluate_command(argv: Sequence[str]) -> None:
     )
     baseline_help = "a run of retro train --no-retrieval, or logs/NAME for its latest"
     parser.add_argument("--run", type=str, default=None, help=RUN_HELP)
+    parser.add_argument("--base", type=str, default=None, help=BASE_HELP)
     parser.add_argument("--baseline", metavar="RUN", type=str, default=None, help=baseline_help)
     parser.add_argument(
         "--database", metavar="DIR", type=str, default=None, help="data to retrieve from; null for the run's"
@@ -179,7 +185,7 @@ def _evaluate(
     baseline, differing = None, dict[str, tuple[Any, Any]]()
     if options.baseline is not None:
         baseline, differing = _load_baseline(Path(options.baseline), manifest, data_path, device)
-    model = load_model(run, device)
+    model = load_model(run, device, options.base)
     config = replace(
         config,
         n_neighbors=config.n_neighbors or dataset["n_neighbors"],

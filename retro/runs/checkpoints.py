@@ -11,17 +11,17 @@ import itertools
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from retro import parallel
-from retro.config import ModelConfig, RetrofitConfig, model_config
+from retro.config import ModelConfig, model_config
 from retro.errors import ArtifactError, CannotWrite, DamagedFile, MissingArtifact
 from retro.progress import note
 from retro.retrofit import Model
-from retro.runs.models import filled, require_shapes
+from retro.runs.models import filled, moved, require_shapes
 from retro.storage.files import TEMPORARY, naming_what_cannot_be_written, sha256_of_file
 from retro.storage.manifests import Fields, read_manifest, write_manifest
 
@@ -67,9 +67,7 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu", base: str
         shape = model_config(values)
     except (TypeError, ValueError) as error:
         raise DamagedFile(path, f"describes no model ({error})") from None
-    if base is not None and isinstance(shape, RetrofitConfig):
-        shape = replace(shape, base=base)
-    return filled(shape, load_tensors(folder, "model"), folder).to(device)
+    return filled(moved(shape, base), load_tensors(folder, "model"), folder).to(device)
 
 
 def load_weights(folder: Path, model: Model) -> None:

@@ -21,7 +21,7 @@ from retro.runs.checkpoints import (
     newest_whole_checkpoint,
     set_aside_after,
 )
-from retro.runs.models import new_model
+from retro.runs.models import seeded_model
 from retro.runs.run import Run
 
 
@@ -44,10 +44,9 @@ def new_engine(device: torch.device, model: Model, optimizer: Any) -> Engine:
 def start_engine(run: Run, device: torch.device, fsdp: bool) -> Engine:
     """A new model, or that of the run's last checkpoint, on its device."""
     config = run.config
-    torch.manual_seed(config.seed)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-    model = new_model(run.shape)
+    model = run.model if run.model is not None else seeded_model(run.shape, config.seed)
     if isinstance(model, Retrofit) and (fsdp or config.compile):
         raise InvalidOption("base", model.config.base, "is read through hooks, which neither fsdp nor compile takes")
     if (checkpoint := _checkpoint_to_go_on_from(run)) is not None:

@@ -35,15 +35,34 @@ def new_model(config: ModelConfig) -> Model:
     return Retrofit(base, replace(config, base_sha256=found))
 
 
-def retrofit_config(corpus: Corpus, chunk_len: int, shape: dict[str, Any]) -> RetrofitConfig:
-    """The config of a base that is to learn to read a corpus, with all that is chosen for it.
+def moved(config: ModelConfig, base: str | None) -> ModelConfig:
+    """The config of a model whose base is now elsewhere; as it is, if `base` is None.
+
+    Raises `InvalidOption` for a model without a base.
+    """
+    if base is None:
+        return config
+    if not isinstance(config, RetrofitConfig):
+        raise InvalidOption("base", base, "is not what this model was made with, which is a RetroModel; leave it out")
+    return replace(config, base=base)
+
+
+def seeded_model(config: ModelConfig, seed: int) -> Model:
+    """A model of this shape, whose new weights are those that a run with this seed begins with."""
+    torch.manual_seed(seed)
+    return new_model(config)
+
+
+def retrofit_for(corpus: Corpus, chunk_len: int, shape: dict[str, Any], seed: int) -> Retrofit:
+    """A base that is to learn to read a corpus; its config has all that is chosen for it.
 
     * `shape` are values of `RetrofitConfig`
+    * `seed` is as in `seeded_model`
 
     Raises `InvalidOption` if the corpus has another tokenizer than the base.
     """
     config = RetrofitConfig(**{**shape, "chunk_len": chunk_len})
-    model = new_model(config)
+    model = seeded_model(config, seed)
     assert isinstance(model, Retrofit)
     if (own := train_tokenizer(config.base, ()).sha256) != (found := corpus.tokenizer.sha256):
         raise InvalidOption(
@@ -52,7 +71,7 @@ def retrofit_config(corpus: Corpus, chunk_len: int, shape: dict[str, Any]) -> Re
         )  # fmt: skip
     if corpus.n_tokens > model.n_vocab:
         raise InvalidOption("base", config.base, f"has {model.n_vocab} tokens, but its tokenizer has {corpus.n_tokens}")
-    return model.config
+    return model
 
 
 def filled(config: ModelConfig, tensors: dict[str, torch.Tensor], folder: Path) -> Model:

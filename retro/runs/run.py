@@ -12,7 +12,7 @@ on from.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ from retro.errors import (
     UntrustedPath,
     require_match,
 )
+from retro.retrofit import Retrofit
 from retro.runs.checkpoints import RUN_FILE, checkpoints_of, newest_whole_checkpoint
 from retro.runs.data import TrainingData
-from retro.runs.models import retrofit_config
+from retro.runs.models import moved, retrofit_for
 from retro.storage.files import atomic_write
 from retro.storage.manifests import (
     FORMAT_VERSION,
@@ -80,6 +81,8 @@ class Run:
     n_steps: int
     interval: int  # steps between validations and checkpoints
     continues: Origin | None = None
+    # At its beginning, where finding the run took a base, which is large and loaded once.
+    model: Retrofit | None = field(default=None, repr=False, compare=False)
 
     @property
     def first_step(self) -> int:
@@ -112,21 +115,25 @@ def find_run(
 ) -> Run:
     """The run of these configs on some data, or the one to `resume`, or of another length the one that goes on from it.
 
-    * `config` has the length where a run is resumed; the rest is as that was made
+    * `config` has the length where a run is resumed, and `model_shape` where its base is now, if that was moved; the
+      rest is as the run was made
 
     Raises `StaleArtifact` if the data have changed: the neighbors since, or all of it since a run was made.
     """
     if resume is not None:
-        return _resumed(data, config, resume)
+        return _resumed(data, config, resume, model_shape.get("base"))
     data.require_current()
     config = config or TrainConfig()
+    model = None
     if "base" in model_shape:
-        shape: ModelConfig = retrofit_config(data.corpus, data.chunk_len, dict(model_shape))
+        model = retrofit_for(data.corpus, data.chunk_len, dict(model_shape), config.seed)
+        shape: ModelConfig = model.config
         name = name or f"{data.corpus.name}_retrofit"
     else:
         shape = RetroConfig(**{"n_vocab": data.corpus.n_tokens, "chunk_len": data.chunk_len, **model_shape})
         name = name or data.corpus.name + "_no_retrieval" * (not shape.ca_layers)
-    return _run_of(LOGS / name / _hash_of(data, config, shape, {}), data, config, shape, None)
+    run = _run_of(LOGS / name / _hash_of(data, config, shape, {}), data, config, shape, None)
+    return replace(run, model=model)
 
 
 def _run_of(folder: Path, data: TrainingData, config: TrainConfig, shape: ModelConfig, continues: Origin | None) -> Run:
@@ -141,18 +148,18 @@ def _hash_of(data: TrainingData, config: TrainConfig, shape: ModelConfig, others
     return sha256_of_json({**shaped_by, **others})[:16]
 
 
-def _resumed(data: TrainingData, wanted: TrainConfig | None, resume: Path) -> Run:
+def _resumed(data: TrainingData, wanted: TrainConfig | None, resume: Path, base: str | None) -> Run:
     """The run in a folder, or if another length is wanted the one that goes on from its newest checkpoint."""
     if resume.name in ("", "..") or resume.is_symlink():  # what lies beside it lies beside the run itself
         resume = resume.resolve()
     manifest = read_run(resume)
     require_match(resume / RUN_FILE, manifest["dataset"], data.manifest)
     saved, shape = TrainConfig(**manifest["train"]), model_config(manifest["model"])
-    run = _run_of(resume, data, saved, shape, _origin_of(resume / RUN_FILE, manifest))
+    run = _run_of(resume, data, saved, moved(shape, base), _origin_of(resume / RUN_FILE, manifest))
     if wanted is None:
         return run
     config = replace(saved, steps=wanted.steps, epochs=saved.epochs if wanted.steps else wanted.epochs)
-    longer = _run_of(resume, data, config, shape, None)
+    longer = _run_of(resume, data, config, run.shape, None)
     if longer.n_steps == run.n_steps:
         return run
     if (checkpoint := newest_whole_checkpoint(resume)) is None:
