@@ -41,7 +41,9 @@ READING_ORDER = {
         "evaluation/*",
     ),
     "Behind the scenes: Planning": ("planning/*",),
-    "Behind the scenes: Attention, processes, devices, progress": ("attention", "parallel", "device", "progress"),
+    "Behind the scenes: Attention, first weights, processes, devices, progress": (
+        "attention", "initialization", "parallel", "device", "progress",
+    ),
     "Behind the scenes: The command line": ("cli/*", "__main__"),
     "Guides": ("docs/a_memory.md", "docs/at_scale.md", "docs/claims.md", "docs/mutants.md", "docs/glossary.md"),
     "Worked examples": ("examples/own_text.py", "examples/lm_eval_task.py", "examples/compare_with_reference.py"),

@@ -109,9 +109,19 @@ class RetroConfig:
     d_ff: int = 512  # features of the feed-forward layers
     n_encoder_layers: int = 6  # L_enc, layers of the neighbor encoder
     encoder_ca_layers: tuple[int, ...] = (3,)  # P_enc, encoder layers that read the decoder, from 0
+    norm: Literal["layer", "rms"] = "layer"  # LayerNorm, or the paper's RMSNorm
+    final_norm: bool = False  # normalize states before the logits, as in the paper
+    tied: bool = False  # read the logits off with the embeddings; then with init_std, since PyTorch's have size 1
+    init_std: float | None = None  # of weights to begin with, 0.02 in most models; null for PyTorch's
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
+        if self.norm not in ("layer", "rms"):
+            raise InvalidOption("norm", self.norm, "is not one of layer, rms")
+        if self.init_std == 0:
+            raise InvalidOption("init_std", 0, "would let no layer differ from another")
+        require_numbers(self)
+        sizes = {name: v for name, v in asdict(self).items() if name not in ("norm", "final_norm", "tied", "init_std")}
+        for name, value in sizes.items():
             most = MAX_LAYERS if name.endswith("layers") else MAX_WIDTH
             numbers = value if name.endswith("ca_layers") else (value,)
             least = 0 if name.endswith("ca_layers") else 1
@@ -161,12 +171,16 @@ class TrainConfig:
     """How a model is trained."""
 
     batch_size: int = 4  # samples of a step
+    micro_batch: int | None = None  # samples of it that are computed at once; null for all, if memory holds them
     epochs: int = 32  # passes over the samples
     steps: int | None = None  # training steps, in place of epochs
-    lr: float = 1.0  # learning rate: a factor for noam, the peak for cosine
-    schedule: Literal["noam", "cosine"] = "noam"  # cosine: linear warm-up, then down to a tenth
+    lr: float = 1.0  # learning rate: a factor for noam, the peak for the others
+    # After a linear warm-up: cosine goes down to a tenth; constant stays, and goes down to 0 in the last fifth.
+    schedule: Literal["noam", "cosine", "constant"] = "noam"
     warmup: int = 2000  # steps of the schedule's warm-up
     clip: float | None = None  # largest norm of the gradient
+    beta2: float = 0.999  # of Adam: how much of the past is in the mean of squared gradients
+    weight_decay: float = 0.0  # of AdamW, times the learning rate; on matrices, not on embeddings, norms, biases
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast
     compile: bool = False  # by torch.compile, which takes a minute or two to begin with
     interval: int | None = None  # steps between validations and checkpoints; null for an epoch
@@ -177,15 +191,17 @@ class TrainConfig:
     seed: int = 0  # start of everything random
 
     def __post_init__(self) -> None:
-        for name, known in (("schedule", ("noam", "cosine")), ("precision", ("fp32", "bf16"))):
+        for name, known in (("schedule", ("noam", "cosine", "constant")), ("precision", ("fp32", "bf16"))):
             if (value := getattr(self, name)) not in known:
                 raise InvalidOption(name, value, f"is not one of {', '.join(known)}")
         require_numbers(self)
-        counts = ("batch_size", "epochs", "steps", "warmup", "interval", "n_valid_batches", "n_final_batches")
-        require_at_least_one(self, *counts)
+        counts = ("batch_size", "micro_batch", "epochs", "steps", "warmup", "interval")
+        require_at_least_one(self, *counts, "n_valid_batches", "n_final_batches")
         for name in ("missing_neighbors", "random_neighbors"):
             if (share := getattr(self, name)) >= 1:
                 raise InvalidOption(name, share, "would leave no neighbor to learn from; it is a share below 1")
+        if self.beta2 >= 1:
+            raise InvalidOption("beta2", self.beta2, "would never forget; it is a share below 1")
         for name in ("lr", "clip"):
             if getattr(self, name) == 0:
                 raise InvalidOption(name, 0, "would leave the weights as they are")

@@ -154,7 +154,7 @@ class CachedDecoder(Decoder):
                     h = h + reader.output(self._read(queries, *self.contexts[p], self.mask))
             h = h + layer.lin2(layer.lin1(layer.norm_ffw(h)).relu_())
         self.length += n
-        return self.model.read(h[-1])
+        return self.model.logits(h[-1])
 
     def _attend(self, layer: _Layer, h: Tensor) -> Tensor:
         """Causal self-attention of the new states (n, D), whose keys and values are kept."""
@@ -219,12 +219,15 @@ class _Linear:
 
 
 class _Norm:
-    """A layer norm, without the overhead of a module."""
+    """A layer that normalizes, without the overhead of a module."""
 
     def __init__(self, norm: Any) -> None:
-        self.shape, self.weight, self.bias, self.eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+        self.shape, self.weight, self.eps = norm.normalized_shape, norm.weight, norm.eps
+        self.bias = getattr(norm, "bias", None)  # which RMSNorm has not
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return F.rms_norm(x, self.shape, self.weight, self.eps)
         return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 

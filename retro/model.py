@@ -18,9 +18,9 @@ With $m = 4$, tokens numbered from 0, and $u$ for $\text{RET}(C_u)$::
     predicts  |  1   2   3   4 |  5   6   7   8 |  9  10  11  12 |
     reads     |  -   -   -   1 |  1   1   1   2 |  2   2   2   3 |
 
-Where this differs from the paper it follows the tutorial: LayerNorm in place of RMSNorm, rotary
-positions in self-attention, no positions in cross-attention, and one embedding and one width for
-the decoder and the encoder.
+Where this differs from the paper it follows the tutorial: rotary positions in self-attention, no
+positions in cross-attention, and one embedding and one width for the decoder and the encoder; as options,
+it has the paper's RMSNorm, the norm before the logits, tied embeddings, and small weights to begin with.
 
 Shapes: B batch, T tokens, C chunks, m `chunk_len`, K neighbors, R tokens of a neighbor (2m), D
 `d_model`, H heads. In a neighbor tensor -1 means "no token": it is masked wherever it could be
@@ -29,7 +29,7 @@ read, and a chunk all of whose neighbors are missing reads nothing at all.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,9 @@ from torch import Tensor, nn
 
 from retro.attention import is_faster_written_out, written_out_attention
 from retro.config import RetroConfig, require_layers
+from retro.initialization import initialized
+
+Norm = Callable[[int], nn.Module]  # makes a layer that normalizes so many features
 
 
 class RotaryPositionalEmbeddings(nn.Module):
@@ -91,16 +94,17 @@ class Attention(nn.Module):
     * `d_model` is the number of features of an embedding
     * `n_heads` is the number of heads
     * `d_k` is the number of features of a head
+    * `norm` makes the layer that normalizes what comes in: `nn.LayerNorm`, or the paper's `nn.RMSNorm`
     """
 
-    def __init__(self, d_model: int, n_heads: int, d_k: int) -> None:
+    def __init__(self, d_model: int, n_heads: int, d_k: int, norm: Norm = nn.LayerNorm) -> None:
         super().__init__()
         self.n_heads = n_heads
         self.d_k = d_k
         self.query = nn.Linear(d_model, n_heads * d_k)
         self.key = nn.Linear(d_model, n_heads * d_k)
         self.value = nn.Linear(d_model, n_heads * d_k)
-        self.norm = nn.LayerNorm(d_model)  # RMSNorm in the paper
+        self.norm = norm(d_model)
         self.output = nn.Linear(n_heads * d_k, d_model)
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -134,8 +138,8 @@ class SelfAttention(Attention):
     * `is_causal` bars each position from the positions after it
     """
 
-    def __init__(self, d_model: int, n_heads: int, d_k: int, is_causal: bool) -> None:
-        super().__init__(d_model, n_heads, d_k)
+    def __init__(self, d_model: int, n_heads: int, d_k: int, is_causal: bool, norm: Norm = nn.LayerNorm) -> None:
+        super().__init__(d_model, n_heads, d_k, norm)
         self.is_causal = is_causal
         self.rotary_pe = RotaryPositionalEmbeddings(d_k)
 
@@ -189,8 +193,8 @@ class ChunkedCrossAttention(Attention):
     * `chunk_len` is the length of a chunk, $m$
     """
 
-    def __init__(self, d_model: int, n_heads: int, d_k: int, chunk_len: int) -> None:
-        super().__init__(d_model, n_heads, d_k)
+    def __init__(self, d_model: int, n_heads: int, d_k: int, chunk_len: int, norm: Norm = nn.LayerNorm) -> None:
+        super().__init__(d_model, n_heads, d_k, norm)
         self.chunk_len = chunk_len
 
     def forward(self, h: Tensor, e: Tensor, present: Tensor | None = None) -> Tensor:
@@ -265,11 +269,11 @@ class FeedForward(nn.Module):
     * `d_ff` is the number of features of the hidden layer
     """
 
-    def __init__(self, d_model: int, d_ff: int) -> None:
+    def __init__(self, d_model: int, d_ff: int, norm: Norm = nn.LayerNorm) -> None:
         super().__init__()
         self.lin1 = nn.Linear(d_model, d_ff)
         self.lin2 = nn.Linear(d_ff, d_model)
-        self.norm = nn.LayerNorm(d_model)
+        self.norm = norm(d_model)
 
     def forward(self, h: Tensor) -> Tensor:
         """(..., D) -> (..., D), residual included."""
@@ -288,7 +292,7 @@ class NearestNeighborEncoder(nn.Module):
     * `chunk_len` is the length of a chunk
     * `n_layers` is the number of layers, $L_{enc}$
     * `ca_layers` are the layers with cross-attention, $P_{enc}$, counted from 0
-    * `d_model`, `n_heads`, `d_k`, `d_ff` are as in `RetroModel`
+    * `d_model`, `n_heads`, `d_k`, `d_ff`, `norm` are as in `RetroModel`
     """
 
     def __init__(
@@ -300,15 +304,16 @@ class NearestNeighborEncoder(nn.Module):
         n_heads: int,
         d_k: int,
         d_ff: int,
+        norm: Norm = nn.LayerNorm,
     ) -> None:
         super().__init__()
         require_layers("ca_layers", ca_layers, n_layers)
         self.chunk_len = chunk_len
         self.ca_layers = tuple(sorted(ca_layers))
-        self.ca = nn.ModuleList([CrossAttention(d_model, n_heads, d_k) for _ in self.ca_layers])
-        self.attn = nn.ModuleList([SelfAttention(d_model, n_heads, d_k, is_causal=False) for _ in range(n_layers)])
-        self.ffw = nn.ModuleList([FeedForward(d_model, d_ff) for _ in range(n_layers)])
-        self.norm_h = nn.LayerNorm(d_model)
+        self.ca = nn.ModuleList([CrossAttention(d_model, n_heads, d_k, norm) for _ in self.ca_layers])
+        self.attn = nn.ModuleList([SelfAttention(d_model, n_heads, d_k, False, norm) for _ in range(n_layers)])
+        self.ffw = nn.ModuleList([FeedForward(d_model, d_ff, norm) for _ in range(n_layers)])
+        self.norm_h = norm(d_model)
 
     def forward(self, e: Tensor, h: Tensor, present: Tensor | None = None) -> Tensor:
         """Encode neighbors' embeddings `e` (B, C, K, R, D), given decoder states `h` (B, T, D), T >= C*m.
@@ -342,6 +347,9 @@ class RetroModel(nn.Module):
     * `d_k` is the number of features of a head
     * `d_ff` is the number of features of the feed-forward layers
     * `encoder` is the nearest neighbor encoder
+    * `norm` makes the layers that normalize: `nn.LayerNorm`, or the paper's `nn.RMSNorm`
+    * `final_norm`: states are normalized before the logits, as in the paper
+    * `tied`: the embeddings are what reads the logits off, too
     """
 
     def __init__(
@@ -355,6 +363,10 @@ class RetroModel(nn.Module):
         d_k: int,
         d_ff: int,
         encoder: NearestNeighborEncoder | None,
+        *,
+        norm: Norm = nn.LayerNorm,
+        final_norm: bool = False,
+        tied: bool = False,
     ) -> None:
         super().__init__()
         require_layers("ca_layers", ca_layers, n_layers)
@@ -367,12 +379,13 @@ class RetroModel(nn.Module):
         self.ca_layers = tuple(sorted(ca_layers))
         self.encoder = encoder
         self.emb = nn.Embedding(n_vocab, d_model)
-        self.attn = nn.ModuleList([SelfAttention(d_model, n_heads, d_k, is_causal=True) for _ in range(n_layers)])
-        self.ffw = nn.ModuleList([FeedForward(d_model, d_ff) for _ in range(n_layers)])
-        self.read = nn.Linear(d_model, n_vocab)
+        self.attn = nn.ModuleList([SelfAttention(d_model, n_heads, d_k, True, norm) for _ in range(n_layers)])
+        self.ffw = nn.ModuleList([FeedForward(d_model, d_ff, norm) for _ in range(n_layers)])
+        self.norm = norm(d_model) if final_norm else nn.Identity()
+        self.read = None if tied else nn.Linear(d_model, n_vocab)
         # Last, so that with the same seed a decoder draws the same weights with and without it.
-        self.cca = nn.ModuleList([ChunkedCrossAttention(d_model, n_heads, d_k, chunk_len) for _ in self.ca_layers])
-        self.norm_e = nn.LayerNorm(d_model)
+        cca = [ChunkedCrossAttention(d_model, n_heads, d_k, chunk_len, norm) for _ in self.ca_layers]
+        self.cca, self.norm_e = nn.ModuleList(cca), norm(d_model)
 
     def forward(self, x: Tensor, ret: Tensor | None = None, stretches: Tensor | None = None) -> Tensor:
         """Logits for the token after each token.
@@ -401,7 +414,12 @@ class RetroModel(nn.Module):
                     e = self.encode(ret, h, present)  # type: ignore[arg-type]
                 h = self.cca[self.ca_layers.index(p)](h, e, present)
             h = ffw(h)
-        return self.read(h)
+        return self.logits(h)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """States (..., D) behind the last layer -> logits (..., n_vocab)."""
+        h = self.norm(h)
+        return F.linear(h, self.emb.weight) if self.read is None else self.read(h)
 
     def encode(self, ret: Tensor, h: Tensor, present: Tensor | None) -> Tensor:
         """Neighbors `ret` (B, C, K, R) encoded with the decoder states `h` (B, T, D) -> (B, C, K, R, D)."""
@@ -411,15 +429,15 @@ class RetroModel(nn.Module):
     @staticmethod
     def from_config(config: RetroConfig) -> RetroModel:
         """A new model of this shape. With the same seed, its decoder is the same whether it reads neighbors or not."""
-        c = config
-        encoder = None
+        c, encoder, norm = config, None, {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[config.norm]
+        shape = (c.d_model, c.n_heads, c.d_k, c.d_ff)
         if c.ca_layers:
             with torch.random.fork_rng(devices=[]):  # drawn aside, so that the decoder's draws do not depend on it
                 torch.manual_seed(torch.initial_seed() + 1)
-                encoder = NearestNeighborEncoder(
-                    c.chunk_len, c.n_encoder_layers, c.encoder_ca_layers, c.d_model, c.n_heads, c.d_k, c.d_ff
-                )
-        return RetroModel(c.n_vocab, c.d_model, c.n_layers, c.ca_layers, c.chunk_len, c.n_heads, c.d_k, c.d_ff, encoder)
+                encoder = NearestNeighborEncoder(c.chunk_len, c.n_encoder_layers, c.encoder_ca_layers, *shape, norm)
+        of = (c.n_vocab, c.d_model, c.n_layers, c.ca_layers, c.chunk_len, c.n_heads, c.d_k, c.d_ff, encoder)
+        model = RetroModel(*of, norm=norm, final_norm=c.final_norm, tied=c.tied)
+        return model if c.init_std is None else initialized(model, c.init_std)
 
 
 __all__ = ["NearestNeighborEncoder", "RetroConfig", "RetroModel"]

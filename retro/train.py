@@ -17,6 +17,7 @@ lacks: validation on held-out documents, checkpoints, gradient clipping, bf16, a
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from retro.runs import data, loop, tracking
 from retro.runs.engine import Engine, new_engine, start_engine
 from retro.runs.run import find_run, saved_prompt, write_run
 from retro.sample import Sampler
+
+DECAY = 0.2  # of the steps of the schedule `constant`, at the end
 
 
 class Trainer:
@@ -60,8 +63,10 @@ class Trainer:
         self.optimizer = optimizer
         self.config = config or TrainConfig()
         self.schedules = config is not None
-        if self.config.schedule == "cosine" and n_steps < 1:
-            raise ValueError(f"n_steps={n_steps}, but the cosine schedule needs to know how many steps there will be")
+        if self.config.schedule != "noam" and n_steps < 1:
+            raise ValueError(
+                f"n_steps={n_steps}, but the {self.config.schedule} schedule needs to know how many steps there will be"
+            )
         self.n_steps = n_steps
         engine = engine or new_engine(self.device, model, optimizer)
         self.progress, self.accelerator = engine.progress, engine.accelerator
@@ -99,16 +104,25 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group.get("factor", 1.0)
         tgt = tgt.to(self.device, non_blocking=True)
-        loss = self.loss(src, tgt, neighbors)
         self.optimizer.zero_grad()
-        predicted = tgt >= 0
+        predicted, n_processes = tgt >= 0, self.accelerator.num_processes
         n, n_samples = predicted.sum(), predicted.any(dim=-1).sum()  # a blank sample has nothing to predict
-        sums = torch.stack([loss.detach() * n, n.to(loss), n_samples.to(loss)])
-        if self.accelerator.num_processes > 1:
-            sums = self.accelerator.reduce(sums)
-            # Gradients are averaged over processes; weighted by its targets each counts as much as it should.
-            loss = loss * (n * self.accelerator.num_processes / sums[1])
-        self.accelerator.backward(loss)
+        counts = torch.stack([n, n_samples]).float()
+        if n_processes > 1:
+            counts = self.accelerator.reduce(counts)
+        nats = counts.new_zeros(1)
+        size = self.config.micro_batch or max(1, len(src))
+        for start in range(0, max(1, len(src)), size):
+            part = slice(start, start + size)
+            is_last = start + size >= len(src)
+            # Gradients are averaged over processes, once for a step, and added up over the parts of a step; weighted by
+            # its targets each counts as much as it should.
+            with nullcontext() if is_last else self.accelerator.no_sync(self.net):
+                loss = self.loss(src[part], tgt[part], neighbors[part])
+                n = predicted[part].sum()
+                self.accelerator.backward(loss * (n * n_processes / counts[0].clamp(min=1)))
+            nats += loss.detach() * n
+        sums = torch.cat([self.accelerator.reduce(nats) if n_processes > 1 else nats, counts])
         if self.config.clip is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
@@ -146,13 +160,16 @@ def learning_rate(step: int, n_steps: int, config: TrainConfig, d_model: int) ->
 
     `noam` is the tutorial's (section 5.3 of arXiv:1706.03762), with $t$ the step counted from 1 and $w$ the
     warm-up: $\text{lr} \cdot d_{model}^{-1/2} \min(t^{-1/2}, t \, w^{-3/2})$. It is a function and no scheduler of
-    torch's, which has a state that a resumed run would have to bring back.
+    torch's, which has a state that a resumed run would have to bring back. `constant` is also known as
+    warmup-stable-decay (arXiv:2404.06395): until its last fifth it does not depend on the length.
     """
     t, w = step + 1, config.warmup
     if config.schedule == "noam":
         return config.lr * d_model**-0.5 * min(t**-0.5, t * w**-1.5)
     if t <= w:
         return config.lr * t / w
+    if config.schedule == "constant":
+        return config.lr * min(1.0, (n_steps - step) / (DECAY * n_steps))
     done = (t - w) / max(1, n_steps - w)
     return config.lr * (0.55 + 0.45 * math.cos(math.pi * min(1.0, done)))
 

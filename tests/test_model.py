@@ -2,13 +2,16 @@ import copy
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import refused
 from labml_nn.transformers.retro import model as reference
 
 from retro.attention import written_out_attention
+from retro.errors import InvalidOption
 from retro.model import (
     ChunkedCrossAttention,
     NearestNeighborEncoder,
@@ -16,6 +19,7 @@ from retro.model import (
     RetroModel,
     RotaryPositionalEmbeddings,
 )
+from retro.runs.checkpoints import load_model, save_model
 
 N_VOCAB, CHUNK_LEN, N_CHUNKS = 13, 4, 4
 SHAPE = (N_VOCAB, 16, 4, {1, 3}, CHUNK_LEN, 2, 8, 32)
@@ -322,3 +326,76 @@ def test_a_model_learns_to_copy_from_neighbors_and_only_from_informative_ones():
     uniform = 3.466  # ln 32
     assert copy_loss(informative=True) < 0.5 * uniform
     assert copy_loss(informative=False, n_steps=60) > 0.97 * uniform
+
+
+# What the paper and later models have, as options.
+
+OPTIONS = {"norm": "rms", "final_norm": True, "tied": True, "init_std": 0.02}
+CONFIG = RetroConfig(300, 64, 4, (1, 3), 8, 4, 16, 128, 2, (0,))
+
+
+def test_norms_are_rms_and_logits_are_products_of_normalized_states_with_embeddings():
+    model = RetroModel.from_config(replace(CONFIG, **OPTIONS))
+    assert not any(isinstance(module, torch.nn.LayerNorm) for module in model.modules())
+    assert sum(isinstance(module, torch.nn.RMSNorm) for module in model.modules()) == 4 * 2 + 2 + 2 * 2 + 1 + 2 + 1
+    states = []
+    model.ffw[-1].register_forward_hook(lambda *given: states.append(given[-1]))
+    with torch.no_grad():
+        model.norm.weight.uniform_(0.5, 2)
+        logits = model(torch.arange(20)[None], torch.randint(300, (1, 2, 2, 16)))
+    h = states[0].double()
+    by_hand = (
+        h / (h.square().mean(dim=-1, keepdim=True) + 1.2e-7).sqrt() * model.norm.weight @ model.emb.weight.double().T
+    )
+    torch.testing.assert_close(logits.double(), by_hand, rtol=1e-5, atol=1e-5)
+    plain = RetroModel.from_config(replace(CONFIG, norm="rms", final_norm=True))
+    n, n_plain = (sum(weight.numel() for weight in m.parameters()) for m in (model, plain))
+    assert n == n_plain - 300 * 64 - 300  # what reads the logits off, and its bias
+
+
+def test_first_weights_have_their_size_and_depend_on_seed_and_name_alone():
+    torch.manual_seed(3)
+    model = RetroModel.from_config(replace(CONFIG, init_std=0.02))
+    torch.manual_seed(3)
+    torch.rand(7)  # draws in between change nothing
+    plain = RetroModel.from_config(replace(CONFIG, init_std=0.02, ca_layers=()))
+    torch.manual_seed(4)
+    other = RetroModel.from_config(replace(CONFIG, init_std=0.02))
+    layers = {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Embedding))
+    }
+    assert len(layers) == 1 + 4 * 4 + 4 * 2 + 1 + 2 * 4 + 2 * 4 + 2 * 2 + 4
+    for name, layer in layers.items():
+        expected = 0.02
+        if name.endswith(("output", "lin2")):  # 2 layers of the encoder, 4 of the decoder, each with two projections
+            expected /= math.sqrt(2 * (2 if name.startswith("encoder") else 4))
+        assert layer.weight.std().item() == pytest.approx(expected, rel=0.06), name
+        assert layer.weight.mean().abs() < 0.002 and (getattr(layer, "bias", None) is None or not layer.bias.any())
+    assert len({layer.weight.flatten()[0].item() for layer in layers.values()}) == len(layers), "drawn alike"
+    for name, weight in plain.state_dict().items():
+        if "norm" not in name:
+            assert torch.equal(weight, model.state_dict()[name]), name
+    assert not torch.equal(other.emb.weight, model.emb.weight)
+
+
+def test_a_tied_model_is_saved_and_comes_back(tmp_path):
+    config = replace(CONFIG, **OPTIONS)
+    model = RetroModel.from_config(config)
+    save_model(tmp_path, model, config)
+    x, ret = torch.arange(20)[None], torch.randint(300, (1, 2, 2, 16))
+    assert torch.equal(load_model(tmp_path)(x, ret), model(x, ret))
+    model(x, ret).logsumexp(dim=-1).sum().backward()
+    assert model.emb.weight.grad[100:].any(), "the logits of tokens that are not read have no gradient"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("norm", "batch", "is not one of layer, rms"),
+        ("tied", 1, "is neither true nor false"),
+        ("init_std", -1.0, "is neg"),
+    ],
+)
+def test_options_of_another_kind_are_refused(name, value, said):
+    with refused(InvalidOption, said):
+        replace(CONFIG, **{name: value})

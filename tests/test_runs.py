@@ -29,7 +29,7 @@ from retro.model import RetroModel
 from retro.runs import loop
 from retro.runs.checkpoints import load_model, newest_checkpoint, save_model
 from retro.runs.data import Batches, TrainingData
-from retro.runs.engine import start_engine
+from retro.runs.engine import new_optimizer, start_engine
 from retro.runs.run import find_run, latest_run, read_run, write_run
 from retro.runs.tracking import InterruptedInStep
 from retro.sample import Sampler
@@ -483,6 +483,10 @@ def test_learning_rates_at_the_first_step_at_the_end_of_the_warm_up_and_at_the_e
     rates = [learning_rate(step, 110, cosine, 64) for step in (0, 4, 9, 59, 109, 500)]
     # A tenth of the peak after 1 of 10 steps, half after 5, the peak after 10; half-way down (.1 + 1) / 2; a tenth.
     assert rates == pytest.approx([2e-4, 1e-3, 2e-3, 1.1e-3, 2e-4, 2e-4])
+    constant = TrainConfig(lr=2e-3, schedule="constant", warmup=10)
+    rates = [learning_rate(step, 100, constant, 64) for step in (0, 4, 9, 80, 81, 90, 99)]
+    # Up as above; the peak, with 20 of 100 steps left too; then half of it with 10 left, and a twentieth in the last.
+    assert rates == pytest.approx([2e-4, 1e-3, 2e-3, 2e-3, 1.9e-3, 1e-3, 1e-4])
     noam = TrainConfig(lr=0.5, warmup=4)
     # .5 / 8 times t / 8 up to t = 4, where that is 1/2 = 4 ** -.5; then t ** -.5: 1/4 at t = 16.
     assert [learning_rate(t - 1, 0, noam, 64) for t in (1, 2, 4, 16)] == [0.0078125, 0.015625, 0.03125, 0.015625]
@@ -493,8 +497,58 @@ def test_a_cosine_schedule_has_to_know_how_many_steps_there_will_be_and_one_is_e
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with pytest.raises(ValueError, match="n_steps=0, but the cosine schedule needs to know"):
         Trainer("cpu", model, None, optimizer, config=TrainConfig(schedule="cosine"))
-    for schedule, n_steps in (("cosine", 1), ("noam", 0)):
+    for schedule, n_steps in (("cosine", 1), ("constant", 1), ("noam", 0)):
         Trainer("cpu", model, None, optimizer, config=TrainConfig(schedule=schedule), n_steps=n_steps)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_a_step_in_parts_is_the_step_of_one_batch_and_exchanges_gradients_once(index, micro_batch, monkeypatch):
+    def weights(micro_batch: int | None) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = a_model(index)
+        src = torch.randint(index.corpus.n_tokens, (5, 4 * CHUNK_LEN))
+        tgt = src.roll(-1, dims=1)
+        for row, n_left_out in enumerate((0, 40, 3, 64, 17)):  # one sample has nothing to predict
+            tgt[row, 64 - n_left_out :] = -100
+        ret = torch.randint(index.corpus.n_tokens, (5, 4, 2, 2 * CHUNK_LEN))
+        config = TrainConfig(micro_batch=micro_batch, lr=0.1, warmup=1, clip=1.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer = Trainer("cpu", model, None, optimizer, config=config)
+        alone, without = trainer.accelerator.no_sync, []
+        monkeypatch.setattr(trainer.accelerator, "no_sync", lambda net: without.append(net) or alone(net))
+        sums = trainer.train_step(src, tgt, ret)
+        assert without == [trainer.net] * (math.ceil(5 / (micro_batch or 5)) - 1)
+        return model.state_dict() | {"sums": sums}
+
+    whole, parts = weights(None), weights(micro_batch)
+    assert whole["sums"][1:].tolist() == parts["sums"][1:].tolist() == [5 * 64 - 124, 4]
+    for name, weight in whole.items():
+        torch.testing.assert_close(parts[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_weight_decay_is_of_matrices_alone_and_adam_forgets_as_told(index):
+    model = a_model(index)
+    optimizer = new_optimizer(model, TrainConfig(weight_decay=0.25, beta2=0.75), fused=False)
+    assert {id(w) for group in optimizer.param_groups for w in group["params"]} == set(map(id, model.parameters()))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5
+    optimizer.step()  # without a gradient all that changes a weight is decay, by 1 - 0.5 * 0.25
+    for name, weight in model.state_dict().items():
+        decays = weight.dim() > 1 and name != "emb.weight"
+        torch.testing.assert_close(weight, before[name] * (0.875 if decays else 1.0))
+    model = a_model(index)
+    optimizer, bias = new_optimizer(model, TrainConfig(beta2=0.75), fused=False), model.read.bias
+    bias.data.zero_()
+    optimizer.param_groups[0]["lr"] = 1.0
+    for gradient in (1.0, 0.0):
+        bias.grad = torch.full_like(bias, gradient)
+        optimizer.step()
+    # Means of gradients .1 * .9 and of squares .25 * .75, divided by 1 - .9^2 and 1 - .75^2; the first step is 1.
+    expected = -1 - (0.09 / 0.19) / math.sqrt(0.1875 / 0.4375)
+    torch.testing.assert_close(bias.data, torch.full_like(bias, expected))
 
 
 def test_a_gradient_is_clipped_to_its_largest_norm_and_not_stretched(index):

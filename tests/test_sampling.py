@@ -236,9 +236,17 @@ def test_beyond_its_length_a_model_reads_the_last_chunks_as_if_they_were_all(ind
 # Half precision.
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.bfloat16, 5e-2), (torch.float16, 5e-3)])
-def test_cached_decoding_in_half_precision_gives_the_models_logits(index, dtype, atol):
-    model = untrained(200).to(dtype)
+PAPERS = {"norm": "rms", "final_norm": True, "tied": True, "init_std": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "atol", "shape"),
+    [(torch.bfloat16, 5e-2, {}), (torch.float16, 5e-3, {}), (torch.float32, 1e-5, PAPERS)],
+)
+def test_cached_decoding_gives_the_models_logits_in_half_precision_and_with_the_papers_options(
+    index, dtype, atol, shape
+):
+    model = untrained(200, **shape).to(dtype)
     x = torch.randint(200, (1, 300), generator=torch.Generator().manual_seed(0))
     ret = torch.randint(200, (1, 300 // CHUNK_LEN, K, 2 * CHUNK_LEN), generator=torch.Generator().manual_seed(1))
     ret[0, 2, 1:], ret[0, 3] = -1, -1

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from retro import parallel
+from retro.config import TrainConfig
 from retro.errors import InvalidOption
 from retro.retrofit import Model, Retrofit
 from retro.runs.checkpoints import (
@@ -49,6 +50,8 @@ def start_engine(run: Run, device: torch.device, fsdp: bool) -> Engine:
     model = run.model if run.model is not None else seeded_model(run.shape, config.seed)
     if isinstance(model, Retrofit) and (fsdp or config.compile):
         raise InvalidOption("base", model.config.base, "is read through hooks, which neither fsdp nor compile takes")
+    if fsdp and config.micro_batch is not None:  # weights are gathered in each part, of which a process may have fewer
+        raise InvalidOption("micro_batch", config.micro_batch, "does not go with fsdp, whose processes step together")
     if (checkpoint := _checkpoint_to_go_on_from(run)) is not None:
         load_weights(checkpoint, model)
     if not fsdp:  # which puts on the device what is its own
@@ -58,14 +61,35 @@ def start_engine(run: Run, device: torch.device, fsdp: bool) -> Engine:
         shard_model(model, device)
     if config.compile:
         model.compile()
-    trained = model.parameter_groups() if isinstance(model, Retrofit) else model.parameters()
-    optimizer = torch.optim.Adam(trained, lr=config.lr, eps=1e-9, fused=device.type in ("cuda", "cpu"))
+    optimizer = new_optimizer(model, config, fused=device.type in ("cuda", "cpu"))
     progress = load_optimizer(checkpoint, optimizer) if checkpoint is not None else Progress()
     if run.continues and progress.step == run.continues.step:
         progress.seconds, progress.tokens = 0.0, 0  # those of the other run
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
     net = model if fsdp else accelerator.prepare_model(model, device_placement=False)
     return Engine(model, net, optimizer, accelerator, progress)
+
+
+def new_optimizer(model: Model, config: TrainConfig, fused: bool) -> torch.optim.Optimizer:
+    """AdamW over what a model trains; without weight decay it is Adam, as in the tutorial."""
+    groups = model.parameter_groups() if isinstance(model, Retrofit) else [{"params": [*model.parameters()]}]
+    if config.weight_decay:
+        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+
+        def decays(weight: torch.nn.Parameter) -> bool:
+            return weight.dim() > 1 and id(weight) not in embeddings
+
+        groups = [
+            {
+                **group,
+                "params": [w for w in group["params"] if decays(w) == of],
+                "weight_decay": config.weight_decay * of,
+            }
+            for group in groups
+            for of in (True, False)
+        ]
+    betas, own = (0.9, config.beta2), [group for group in groups if group["params"]]
+    return torch.optim.AdamW(own, lr=config.lr, betas=betas, eps=1e-9, weight_decay=0.0, fused=fused)
 
 
 def _checkpoint_to_go_on_from(run: Run) -> Path | None:
