@@ -111,6 +111,7 @@ class RetroConfig:
     encoder_ca_layers: tuple[int, ...] = (3,)  # P_enc, encoder layers that read the decoder, from 0
     norm: Literal["layer", "rms"] = "layer"  # LayerNorm, or the paper's RMSNorm
     final_norm: bool = False  # normalize states before the logits, as in the paper
+    relative_positions: bool = False  # in cross-attention, as in the paper
     tied: bool = False  # read the logits off with the embeddings; then with init_std, since PyTorch's have size 1
     init_std: float | None = None  # of weights to begin with, 0.02 in most models; null for PyTorch's
 
@@ -120,7 +121,8 @@ class RetroConfig:
         if self.init_std == 0:
             raise InvalidOption("init_std", 0, "would let no layer differ from another")
         require_numbers(self)
-        sizes = {name: v for name, v in asdict(self).items() if name not in ("norm", "final_norm", "tied", "init_std")}
+        kinds = {declared.name: declared.type for declared in fields(self)}
+        sizes = {name: value for name, value in asdict(self).items() if kinds[name] in ("int", "tuple[int, ...]")}
         for name, value in sizes.items():
             most = MAX_LAYERS if name.endswith("layers") else MAX_WIDTH
             numbers = value if name.endswith("ca_layers") else (value,)

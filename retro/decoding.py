@@ -137,6 +137,7 @@ class CachedDecoder(Decoder):
         self.chunk: list[Tensor] = []  # states (n, D) of the unfinished chunk, where the encoder reads them
         self.contexts: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of the neighbors, by layer
         self.mask: Tensor | None = None  # of the neighbors' tokens, where some are missing
+        self.neighbors = (0, 0)  # how many they are, and of how many tokens
 
     def feed(self, tokens: Tensor, ret: Tensor | None = None) -> Tensor:
         n = len(tokens)
@@ -150,8 +151,9 @@ class CachedDecoder(Decoder):
                     self._take_up(h, ret)
                 if self.contexts:
                     reader = self.readers[p]
-                    queries = reader.query(reader.norm(h)).view(n, self.n_heads, self.d_k).transpose(0, 1)
-                    h = h + reader.output(self._read(queries, *self.contexts[p], self.mask))
+                    queries = reader.query(reader.norm(h)).view(n, self.n_heads, self.d_k)
+                    mask = reader.with_positions(self.mask, queries, self.length, *self.neighbors)
+                    h = h + reader.output(self._read(queries.transpose(0, 1), *self.contexts[p], mask))
             h = h + layer.lin2(layer.lin1(layer.norm_ffw(h)).relu_())
         self.length += n
         return self.model.logits(h[-1])
@@ -172,10 +174,13 @@ class CachedDecoder(Decoder):
 
     @staticmethod
     def _read(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """Queries (H, n, d_k) read keys and values (H, S, d_k) -> (n, H*d_k)."""
+        """Queries (H, n, d_k) read keys and values (H, S, d_k) -> (n, H*d_k).
+
+        * `mask`, if given, is true where there is something to read, or is added to the scores
+        """
         scores = torch.bmm(queries, keys.mT).mul_(queries.shape[-1] ** -0.5)  # (H, n, S)
         if mask is not None:
-            scores.masked_fill_(~mask, -torch.inf)
+            scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
         return torch.bmm(scores.softmax(dim=-1), values).transpose(0, 1).flatten(1)
 
     def _take_up(self, h: Tensor, ret: Tensor | None) -> None:
@@ -190,7 +195,7 @@ class CachedDecoder(Decoder):
             return
         whole = bool(present.all())
         e = self.model.encode(ret[None, None], chunk[None], None if whole else present[None, None])  # (1, 1, K, R, D)
-        self.mask = None if whole else present.flatten()
+        self.mask, self.neighbors = None if whole else present.flatten(), (ret.shape[0], ret.shape[1])
         for p, cca in zip(self.model.ca_layers, self.model.cca, strict=True):
             keys, values = cca.keys_values(e.flatten(1, 3))  # type: ignore[operator]
             self.contexts[p] = keys[0], values[0]
@@ -250,3 +255,11 @@ class _Reader:
         self.norm = _Norm(cca.norm)
         self.query = _Linear(cca.query.weight, cca.query.bias)
         self.output = _Linear(cca.output.weight, cca.output.bias)
+        self.cca, self.keys = cca, None if cca.positions is None else cca.positions.keys()
+
+    def with_positions(self, mask: Tensor | None, queries: Tensor, start: int, K: int, R: int) -> Tensor | None:
+        """The mask (S) of the tokens of K neighbors, with what the places of queries (n, H, d_k), from `start`, add."""
+        if self.keys is None:
+            return mask
+        rows = (start + 1 + torch.arange(len(queries), device=queries.device)) % self.cca.chunk_len
+        return self.cca.with_positions(mask, queries[None], rows, K, R, self.keys)[0]

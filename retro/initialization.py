@@ -32,6 +32,6 @@ def initialized(model: Model, std: float) -> Model:
             )
             drawn = torch.randn(layer.weight.shape, generator=generator) * std
             layer.weight.copy_(drawn / math.sqrt(2 * L) if is_residual else drawn)
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, nn.Linear) and layer.bias is not None:
                 layer.bias.zero_()
     return model

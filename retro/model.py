@@ -18,9 +18,9 @@ With $m = 4$, tokens numbered from 0, and $u$ for $\text{RET}(C_u)$::
     predicts  |  1   2   3   4 |  5   6   7   8 |  9  10  11  12 |
     reads     |  -   -   -   1 |  1   1   1   2 |  2   2   2   3 |
 
-Where this differs from the paper it follows the tutorial: rotary positions in self-attention, no
-positions in cross-attention, and one embedding and one width for the decoder and the encoder; as options,
-it has the paper's RMSNorm, the norm before the logits, tied embeddings, and small weights to begin with.
+Where this differs from the paper it follows the tutorial: rotary positions in self-attention, and one
+embedding and one width for the decoder and the encoder. The paper's RMSNorm, its norm before the logits
+and its relative positions in cross-attention are options.
 
 Shapes: B batch, T tokens, C chunks, m `chunk_len`, K neighbors, R tokens of a neighbor (2m), D
 `d_model`, H heads. In a neighbor tensor -1 means "no token": it is masked wherever it could be
@@ -35,11 +35,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retro.attention import is_faster_written_out, written_out_attention
+from retro.attention import (
+    RelativePositions,
+    fused_linear,
+    is_faster_written_out,
+    padding_mask,
+    written_out_attention,
+)
 from retro.config import RetroConfig, require_layers
 from retro.initialization import initialized
 
 Norm = Callable[[int], nn.Module]  # makes a layer that normalizes so many features
+NORMS: dict[str, Norm] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
 class RotaryPositionalEmbeddings(nn.Module):
@@ -95,9 +102,12 @@ class Attention(nn.Module):
     * `n_heads` is the number of heads
     * `d_k` is the number of features of a head
     * `norm` makes the layer that normalizes what comes in: `nn.LayerNorm`, or the paper's `nn.RMSNorm`
+    * `most` is the largest distance that relative positions of cross-attention tell apart; None for no such positions
     """
 
-    def __init__(self, d_model: int, n_heads: int, d_k: int, norm: Norm = nn.LayerNorm) -> None:
+    def __init__(
+        self, d_model: int, n_heads: int, d_k: int, norm: Norm = nn.LayerNorm, most: int | None = None
+    ) -> None:
         super().__init__()
         self.n_heads = n_heads
         self.d_k = d_k
@@ -106,6 +116,7 @@ class Attention(nn.Module):
         self.value = nn.Linear(d_model, n_heads * d_k)
         self.norm = norm(d_model)
         self.output = nn.Linear(n_heads * d_k, d_model)
+        self.positions = None if most is None else RelativePositions(d_model, n_heads, d_k, most)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(N, L, H*d_k) -> (N, L, H, d_k)."""
@@ -120,16 +131,14 @@ class Attention(nn.Module):
     def attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """Queries (N, L, H, d_k) read keys and values (N, H, S, d_k) where the mask is true -> (N, L, D)."""
+        """Queries (N, L, H, d_k) read keys and values (N, H, S, d_k) -> (N, L, D).
+
+        * `mask`, if given, is true where they may read, or is added to their scores
+        """
         queries = queries.transpose(1, 2)  # (N, H, L, d_k)
         attention = written_out_attention if is_faster_written_out(queries, keys) else F.scaled_dot_product_attention
         read = attention(queries, keys, values, attn_mask=mask, is_causal=is_causal)  # (N, H, L, d_k)
         return self.output(read.transpose(1, 2).flatten(2))
-
-
-def fused_linear(*layers: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Weight and bias of linear layers over one input, as of a single wider layer: one product in place of several."""
-    return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
 
 
 class SelfAttention(Attention):
@@ -176,7 +185,8 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     r"""Cross-attention $\text{CA}$ of the encoder: neighbors read the chunk that retrieved them.
 
-    There are no explicit positions: the states on both sides carry them.
+    A neighbor's token $\tau$ is $\tau - i$ away from the chunk's token $i$. Without relative positions there are no
+    explicit ones: the states on both sides carry them.
     """
 
     def forward(self, e: Tensor, h: Tensor) -> Tensor:
@@ -184,17 +194,26 @@ class CrossAttention(Attention):
         # All neighbors of a chunk read the same m states, so they are one long row of queries.
         queries = self.split_heads(self.query(self.norm(e)).flatten(2, 3).flatten(0, 1))  # (B*C, K*R, H, d_k)
         keys, values = self.keys_values(h.flatten(0, 1))  # (B*C, H, m, d_k)
-        return e + self.attend(queries, keys, values).view(e.shape)
+        mask = None
+        if self.positions is not None:
+            (K, R), m = e.shape[2:4], h.shape[2]
+            tau, i = torch.arange(R, device=e.device).repeat(K), torch.arange(m, device=e.device)
+            mask = self.positions(queries, tau[:, None] - i, None)
+        return e + self.attend(queries, keys, values, mask).view(e.shape)
 
 
 class ChunkedCrossAttention(Attention):
     r"""Chunked cross-attention $\text{CCA}$ of the decoder: tokens read the neighbors of the chunk before.
 
     * `chunk_len` is the length of a chunk, $m$
+
+    Without relative positions, as in the tutorial, which part of a neighbor matters is found by content.
     """
 
-    def __init__(self, d_model: int, n_heads: int, d_k: int, chunk_len: int, norm: Norm = nn.LayerNorm) -> None:
-        super().__init__(d_model, n_heads, d_k, norm)
+    def __init__(
+        self, d_model: int, n_heads: int, d_k: int, chunk_len: int, norm: Norm = nn.LayerNorm, most: int | None = None
+    ) -> None:
+        super().__init__(d_model, n_heads, d_k, norm, most)
         self.chunk_len = chunk_len
 
     def forward(self, h: Tensor, e: Tensor, present: Tensor | None = None) -> Tensor:
@@ -204,14 +223,12 @@ class ChunkedCrossAttention(Attention):
 
         Token $i$, counted from 0, reads $\text{RET}(C_u)$ with $u = \lfloor (i + 1) / m \rfloor$; the first
         $m - 1$ tokens, for which $u = 0$, and those whose chunk has no neighbors, come out as they went in.
-
-        The paper adds relative positions here (section B.1.2). As in the tutorial there are none: the
-        states on both sides carry their own, and which part of a neighbor matters is found by content.
         """
         if e.shape[1] == 0:
             return h
         mask, has_neighbor = padding_mask(None if present is None else present.flatten(2).flatten(0, 1))
         queries = self.queries(chunks_of_readers(h, e.shape[1], self.chunk_len))
+        mask = self.with_positions(mask, queries, torch.arange(self.chunk_len, device=h.device), *e.shape[2:4])
         read = self.attend(queries, *self.keys_values(e.flatten(2, 3).flatten(0, 1)), mask)  # (B*C, m, D)
         if has_neighbor is not None:
             read = torch.where(has_neighbor[:, None, None], read, 0.0)
@@ -220,6 +237,19 @@ class ChunkedCrossAttention(Attention):
     def queries(self, h: Tensor) -> Tensor:
         """States (N, L, D) -> their queries (N, L, H, d_k)."""
         return self.split_heads(self.query(self.norm(h)))
+
+    def with_positions(
+        self, mask: Tensor | None, queries: Tensor, rows: Tensor, K: int, R: int, keys: Tensor | None = None
+    ) -> Tensor | None:
+        r"""The mask of readers in `rows` (L), with what their distances from the neighbors' tokens add to their scores.
+
+        Row $i$ is $i - \tau + m - 1$ away from token $\tau$ of any neighbor: row 0, the last token of the chunk that
+        retrieved it, stands where the first $m$ tokens of the neighbor end.
+        """
+        if self.positions is None:
+            return mask
+        distances = rows[:, None] - torch.arange(R, device=rows.device).repeat(K) + self.chunk_len - 1
+        return self.positions(queries, distances, mask, keys)
 
 
 def chunks_of_readers(h: Tensor, C: int, m: int) -> Tensor:
@@ -248,18 +278,6 @@ def require_whole_chunks(x: Tensor, ret: Tensor, chunk_len: int) -> None:
             f"there are neighbors for {ret.shape[1]} chunks of {chunk_len} tokens, "
             f"but the sequence has {x.shape[1]} tokens; drop the neighbors of incomplete chunks"
         )
-
-
-def padding_mask(present: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Attention mask (N, 1, 1, S) for rows of tokens `present` (N, S), and which rows have any (N).
-
-    A row without any is opened whole, because a softmax over nothing is not a number; what
-    it reads is for the caller to throw away.
-    """
-    if present is None:
-        return None, None
-    has_any = present.any(dim=-1)
-    return (present | ~has_any[:, None])[:, None, None], has_any
 
 
 class FeedForward(nn.Module):
@@ -292,7 +310,7 @@ class NearestNeighborEncoder(nn.Module):
     * `chunk_len` is the length of a chunk
     * `n_layers` is the number of layers, $L_{enc}$
     * `ca_layers` are the layers with cross-attention, $P_{enc}$, counted from 0
-    * `d_model`, `n_heads`, `d_k`, `d_ff`, `norm` are as in `RetroModel`
+    * `d_model`, `n_heads`, `d_k`, `d_ff`, `norm`, `positions` are as in `RetroModel`
     """
 
     def __init__(
@@ -305,12 +323,14 @@ class NearestNeighborEncoder(nn.Module):
         d_k: int,
         d_ff: int,
         norm: Norm = nn.LayerNorm,
+        positions: bool = False,
     ) -> None:
         super().__init__()
         require_layers("ca_layers", ca_layers, n_layers)
         self.chunk_len = chunk_len
         self.ca_layers = tuple(sorted(ca_layers))
-        self.ca = nn.ModuleList([CrossAttention(d_model, n_heads, d_k, norm) for _ in self.ca_layers])
+        most = 2 * chunk_len if positions else None
+        self.ca = nn.ModuleList([CrossAttention(d_model, n_heads, d_k, norm, most) for _ in self.ca_layers])
         self.attn = nn.ModuleList([SelfAttention(d_model, n_heads, d_k, False, norm) for _ in range(n_layers)])
         self.ffw = nn.ModuleList([FeedForward(d_model, d_ff, norm) for _ in range(n_layers)])
         self.norm_h = norm(d_model)
@@ -350,6 +370,7 @@ class RetroModel(nn.Module):
     * `norm` makes the layers that normalize: `nn.LayerNorm`, or the paper's `nn.RMSNorm`
     * `final_norm`: states are normalized before the logits, as in the paper
     * `tied`: the embeddings are what reads the logits off, too
+    * `positions`: cross-attention sees distances, as in the paper
     """
 
     def __init__(
@@ -367,6 +388,7 @@ class RetroModel(nn.Module):
         norm: Norm = nn.LayerNorm,
         final_norm: bool = False,
         tied: bool = False,
+        positions: bool = False,
     ) -> None:
         super().__init__()
         require_layers("ca_layers", ca_layers, n_layers)
@@ -384,7 +406,8 @@ class RetroModel(nn.Module):
         self.norm = norm(d_model) if final_norm else nn.Identity()
         self.read = None if tied else nn.Linear(d_model, n_vocab)
         # Last, so that with the same seed a decoder draws the same weights with and without it.
-        cca = [ChunkedCrossAttention(d_model, n_heads, d_k, chunk_len, norm) for _ in self.ca_layers]
+        shape = (d_model, n_heads, d_k, chunk_len, norm, 2 * chunk_len if positions else None)
+        cca = [ChunkedCrossAttention(*shape) for _ in self.ca_layers]
         self.cca, self.norm_e = nn.ModuleList(cca), norm(d_model)
 
     def forward(self, x: Tensor, ret: Tensor | None = None, stretches: Tensor | None = None) -> Tensor:
@@ -429,14 +452,15 @@ class RetroModel(nn.Module):
     @staticmethod
     def from_config(config: RetroConfig) -> RetroModel:
         """A new model of this shape. With the same seed, its decoder is the same whether it reads neighbors or not."""
-        c, encoder, norm = config, None, {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[config.norm]
-        shape = (c.d_model, c.n_heads, c.d_k, c.d_ff)
+        c, encoder = config, None
+        shape, extras = (c.d_model, c.n_heads, c.d_k, c.d_ff), (NORMS[c.norm], c.relative_positions)
         if c.ca_layers:
             with torch.random.fork_rng(devices=[]):  # drawn aside, so that the decoder's draws do not depend on it
                 torch.manual_seed(torch.initial_seed() + 1)
-                encoder = NearestNeighborEncoder(c.chunk_len, c.n_encoder_layers, c.encoder_ca_layers, *shape, norm)
+                encoder = NearestNeighborEncoder(c.chunk_len, c.n_encoder_layers, c.encoder_ca_layers, *shape, *extras)
         of = (c.n_vocab, c.d_model, c.n_layers, c.ca_layers, c.chunk_len, c.n_heads, c.d_k, c.d_ff, encoder)
-        model = RetroModel(*of, norm=norm, final_norm=c.final_norm, tied=c.tied)
+        norm, positions = extras
+        model = RetroModel(*of, norm=norm, final_norm=c.final_norm, tied=c.tied, positions=positions)
         return model if c.init_std is None else initialized(model, c.init_std)
 
 

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from retro.attention import padding_mask
 from retro.bases.layers import (
     Contexts,
     add_low_rank,
@@ -55,7 +56,6 @@ from retro.model import (
     RetroModel,
     back_in_place,
     chunks_of_readers,
-    padding_mask,
     require_whole_chunks,
 )
 from retro.text.base_model import base_sha256

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import math
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from retro.attention import written_out_attention
 from retro.errors import InvalidOption
 from retro.model import (
     ChunkedCrossAttention,
+    CrossAttention,
     NearestNeighborEncoder,
     RetroConfig,
     RetroModel,
@@ -330,7 +332,7 @@ def test_a_model_learns_to_copy_from_neighbors_and_only_from_informative_ones():
 
 # What the paper and later models have, as options.
 
-OPTIONS = {"norm": "rms", "final_norm": True, "tied": True, "init_std": 0.02}
+OPTIONS = {"norm": "rms", "final_norm": True, "relative_positions": True, "tied": True, "init_std": 0.02}
 CONFIG = RetroConfig(300, 64, 4, (1, 3), 8, 4, 16, 128, 2, (0,))
 
 
@@ -348,7 +350,7 @@ def test_norms_are_rms_and_logits_are_products_of_normalized_states_with_embeddi
         h / (h.square().mean(dim=-1, keepdim=True) + 1.2e-7).sqrt() * model.norm.weight @ model.emb.weight.double().T
     )
     torch.testing.assert_close(logits.double(), by_hand, rtol=1e-5, atol=1e-5)
-    plain = RetroModel.from_config(replace(CONFIG, norm="rms", final_norm=True))
+    plain = RetroModel.from_config(replace(CONFIG, **OPTIONS | {"tied": False}))
     n, n_plain = (sum(weight.numel() for weight in m.parameters()) for m in (model, plain))
     assert n == n_plain - 300 * 64 - 300  # what reads the logits off, and its bias
 
@@ -399,3 +401,58 @@ def test_a_tied_model_is_saved_and_comes_back(tmp_path):
 def test_options_of_another_kind_are_refused(name, value, said):
     with refused(InvalidOption, said):
         replace(CONFIG, **{name: value})
+
+
+def head_of(layer: torch.nn.Linear, x: torch.Tensor, head: int, d_k: int = 4) -> torch.Tensor:
+    """What a projection gives one head."""
+    return layer(x)[head * d_k : (head + 1) * d_k]
+
+
+def cosines(distance: int, D: int = 8) -> torch.Tensor:
+    angles = [distance / 10_000 ** (2 * i / D) for i in range(D // 2)]
+    return torch.tensor([f(angle) for angle in angles for f in (math.sin, math.cos)])
+
+
+def read_in_a_loop(attention, reader: torch.Tensor, read: list[tuple[torch.Tensor, int]]) -> torch.Tensor:
+    """What one normalized state reads of others at given distances, head by head."""
+    heads, positions = [], attention.positions.project
+    for head in range(2):
+        query = head_of(attention.query, reader, head)
+        scores = [
+            query @ (head_of(attention.key, x, head) + head_of(positions, cosines(distance), head)) / 2
+            for x, distance in read
+        ]
+        weights = torch.stack(scores).softmax(dim=0)
+        heads.append(sum(w * head_of(attention.value, x, head) for w, (x, _) in zip(weights, read, strict=True)))
+    return attention.output(torch.cat(heads))
+
+
+@torch.no_grad()
+def test_relative_positions_in_chunked_cross_attention_equal_a_loop():
+    torch.manual_seed(0)
+    m, C, K, T = 4, 2, 3, 11
+    cca = ChunkedCrossAttention(8, 2, 4, m, most=2 * m)
+    h, e, present = torch.randn(1, T, 8), torch.randn(1, C, K, 2 * m, 8), torch.rand(1, C, K, 2 * m) < 0.7
+    found, normalized = cca(h, e, present)[0], cca.norm(h)[0]
+    for i in range(T):
+        u, row = (i + 1) // m - 1, (i + 1) % m
+        expected = h[0, i]
+        if u >= 0:
+            read = [
+                (e[0, u, k, tau], row - tau + m - 1) for k in range(K) for tau in range(2 * m) if present[0, u, k, tau]
+            ]
+            expected = expected + read_in_a_loop(cca, normalized[i], read)
+        torch.testing.assert_close(found[i], expected)
+
+
+@torch.no_grad()
+def test_relative_positions_in_the_encoder_equal_a_loop():
+    torch.manual_seed(0)
+    m, C, K = 4, 2, 3
+    ca = CrossAttention(8, 2, 4, most=2 * m)
+    e, h = torch.randn(1, C, K, 2 * m, 8), torch.randn(1, C, m, 8)
+    found, normalized = ca(e, h), ca.norm(e)
+    for u, k, tau in itertools.product(range(C), range(K), range(2 * m)):
+        read = [(h[0, u, i], tau - i) for i in range(m)]
+        expected = e[0, u, k, tau] + read_in_a_loop(ca, normalized[0, u, k, tau], read)
+        torch.testing.assert_close(found[0, u, k, tau], expected)

@@ -236,7 +236,7 @@ def test_beyond_its_length_a_model_reads_the_last_chunks_as_if_they_were_all(ind
 # Half precision.
 
 
-PAPERS = {"norm": "rms", "final_norm": True, "tied": True, "init_std": 0.1}
+PAPERS = {"norm": "rms", "final_norm": True, "relative_positions": True, "tied": True, "init_std": 0.3}
 
 
 @pytest.mark.parametrize(
@@ -262,9 +262,10 @@ def test_cached_decoding_gives_the_models_logits_in_half_precision_and_with_the_
     assert sampler.sample(index.corpus.text(0, 40), 20, SampleConfig(temperature=1.0)) and len(sampler.neighbors) == 3
 
 
+@pytest.mark.parametrize("shape", [{}, PAPERS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_shares_of_attention_sum_to_one_in_half_precision(dtype):
-    model = untrained(200)
+def test_shares_of_attention_sum_to_one_in_half_precision(dtype, shape):
+    model = untrained(200, **shape)
     x = torch.randint(200, (1, 60), generator=torch.Generator().manual_seed(0))
     ret = torch.randint(200, (1, 3, K, 2 * CHUNK_LEN), generator=torch.Generator().manual_seed(1))
     expected, found = attention_shares(model, x, ret), attention_shares(model.to(dtype), x, ret)

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retro.attention import written_out_attention
+from retro.attention import padding_mask, written_out_attention
 from retro.evaluation.result import Evaluation
 from retro.evaluation.windows import windows
-from retro.model import ChunkedCrossAttention, RetroModel, chunks_of_readers, padding_mask
+from retro.model import ChunkedCrossAttention, RetroModel, chunks_of_readers
 from retro.retrofit import Model, Retrofit
 
 
@@ -58,12 +58,15 @@ def _weights(model: RetroModel, x: Tensor, ret: Tensor) -> list[Tensor]:
 def _of_layer(cca: ChunkedCrossAttention, h: Tensor, e: Tensor, present: Tensor) -> Tensor:
     """Shares (B, C, m, K) in one layer, from the arguments of its `forward`."""
     B, (C, K, R), m = len(h), e.shape[1:4], cca.chunk_len
-    queries = cca.queries(chunks_of_readers(h, C, m)).transpose(1, 2).float()  # (B*C, H, m, d_k)
+    queries = cca.queries(chunks_of_readers(h, C, m))  # (B*C, m, H, d_k)
     keys, _ = cca.keys_values(e.flatten(2, 3).flatten(0, 1))  # (B*C, H, K*R, d_k)
     mask, has_neighbor = padding_mask(present.flatten(2).flatten(0, 1))
     assert has_neighbor is not None
+    mask = cca.with_positions(mask, queries, torch.arange(m, device=h.device), K, R)
+    mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
     # If a token's value is the one-hot number of its neighbor, attention returns each neighbor's weight.
-    keys = keys.float()  # shares of a model in half precision sum to 1 as well
+    # Shares of a model in half precision sum to 1 as well.
+    queries, keys = queries.transpose(1, 2).float(), keys.float()
     values = torch.eye(K, device=keys.device).repeat_interleave(R, dim=0)
     weights = written_out_attention(queries, keys, values.expand(B * C, cca.n_heads, -1, -1), attn_mask=mask)
     return torch.where(has_neighbor[:, None, None], weights.mean(dim=1), 0.0).view(B, C, m, K)
