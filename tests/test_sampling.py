@@ -18,7 +18,7 @@ from retro.dataset import DATASET_FILE, build_dataset
 from retro.decoding import CachedDecoder
 from retro.errors import InvalidOption, MissingDataOfRun
 from retro.evaluation.attention import attention_shares
-from retro.model import RetroModel
+from retro.model import ChunkedCrossAttention, RetroModel
 from retro.runs.run import corpus_of_run, read_run
 from retro.sample import Sampler, choose, start_of_window
 from retro.search.index_file import INDEX_FILE
@@ -271,6 +271,24 @@ def test_shares_of_attention_sum_to_one_in_half_precision(dtype, shape):
     expected, found = attention_shares(model, x, ret), attention_shares(model.to(dtype), x, ret)
     torch.testing.assert_close(found.sum(dim=-1), torch.ones(1, 3), rtol=0, atol=1e-5)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-2)
+
+
+def test_shares_of_attention_are_of_what_the_model_reads_positions_included(monkeypatch):
+    model, seen, attend = untrained(200, **PAPERS), [], ChunkedCrossAttention.attend
+
+    def noted(self, queries, keys, values, mask=None, is_causal=False):
+        seen.append((queries.transpose(1, 2) @ keys.mT * self.d_k**-0.5 + mask).softmax(dim=-1))
+        return attend(self, queries, keys, values, mask, is_causal)
+
+    x = torch.randint(200, (1, 4 * CHUNK_LEN), generator=torch.Generator().manual_seed(0))
+    ret = torch.randint(200, (1, 3, K, 2 * CHUNK_LEN), generator=torch.Generator().manual_seed(1))
+    found = attention_shares(model, x, ret)[0]
+    monkeypatch.setattr(ChunkedCrossAttention, "attend", noted)
+    model(x, ret)
+    (weights,) = seen  # (C, H, m, K*R)
+    by_hand = weights.unflatten(-1, (K, -1)).sum(dim=-1).mean(dim=(1, 2))
+    torch.testing.assert_close(found, by_hand)
+    assert by_hand.std() > 1e-3
 
 
 # From logits to a token.
