@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 from retro.errors import InvalidOption
@@ -109,6 +109,11 @@ class RetroConfig:
     d_ff: int = 512  # features of the feed-forward layers
     n_encoder_layers: int = 6  # L_enc, layers of the neighbor encoder
     encoder_ca_layers: tuple[int, ...] = (3,)  # P_enc, encoder layers that read the decoder, from 0
+    d_encoder: int | None = None  # features of the encoder's embeddings (896 in the paper); null for the decoder's
+    encoder_n_heads: int | None = None  # heads of the encoder's attention; null for the decoder's
+    encoder_d_k: int | None = None  # features of such a head; null for the decoder's
+    encoder_d_ff: int | None = None  # features of the encoder's feed-forward layers; null for the decoder's
+    own_embeddings: bool = False  # of the encoder; otherwise it has the decoder's, projected to its width
     norm: Literal["layer", "rms"] = "layer"  # LayerNorm, or the paper's RMSNorm
     final_norm: bool = False  # normalize states before the logits, as in the paper
     relative_positions: bool = False  # in cross-attention, as in the paper
@@ -121,9 +126,10 @@ class RetroConfig:
         if self.init_std == 0:
             raise InvalidOption("init_std", 0, "would let no layer differ from another")
         require_numbers(self)
-        kinds = {declared.name: declared.type for declared in fields(self)}
-        sizes = {name: value for name, value in asdict(self).items() if kinds[name] in ("int", "tuple[int, ...]")}
-        for name, value in sizes.items():
+        sizes = [f.name for f in fields(self) if f.type in ("int", "int | None", "tuple[int, ...]")]
+        for name, value in ((name, getattr(self, name)) for name in sizes):
+            if value is None:
+                continue
             most = MAX_LAYERS if name.endswith("layers") else MAX_WIDTH
             numbers = value if name.endswith("ca_layers") else (value,)
             least = 0 if name.endswith("ca_layers") else 1
@@ -131,8 +137,9 @@ class RetroConfig:
                 raise InvalidOption(name, value, f"is not of whole numbers from {least} to {most}")
         require_layers("ca_layers", self.ca_layers, self.n_layers)
         require_layers("encoder_ca_layers", self.encoder_ca_layers, self.n_encoder_layers)
-        if self.d_k % 2:
-            raise InvalidOption("d_k", self.d_k, "is odd, but rotary embeddings turn pairs of features")
+        for name in ("d_k", "encoder_d_k"):
+            if (getattr(self, name) or 0) % 2:
+                raise InvalidOption(name, getattr(self, name), "is odd, but rotary embeddings turn pairs of features")
 
 
 @dataclass(frozen=True)
@@ -289,6 +296,42 @@ class Preset:
     prompt: str | None = None  # what samples go on with; None for the beginning of a held-out document
 
 
+def _paper(
+    d_model: int, n_layers: int, n_heads: int, d_k: int, d_ff: int, lr: float, micro_batch: int, **others: Any
+) -> Preset:
+    """A model of the paper's table of models, with what it is trained on: 64 tokens a chunk, 2,048 a sample.
+
+    Layers 6, 9, ... read two neighbors (counted from 1). What the paper does not say, or says of its own data, is as in
+    GPT-3's models of the same size (arXiv:2005.14165, table 2.1): half a million tokens a step, `lr`, `micro_batch` of
+    its samples at once.
+    """
+    shape: dict[str, Any] = {
+        "d_model": d_model, "n_layers": n_layers, "ca_layers": tuple(range(5, n_layers, 3)), "n_heads": n_heads,
+        "d_k": d_k, "d_ff": d_ff, "n_encoder_layers": 2, "encoder_ca_layers": (1,), "d_encoder": 896,
+        "encoder_n_heads": 16, "encoder_d_k": 64, "encoder_d_ff": 3584, "own_embeddings": True, "norm": "rms",
+        "final_norm": True, "relative_positions": True, "init_std": 0.02,
+    }  # fmt: skip
+    return Preset(
+        corpus=CorpusConfig(tokenizer="bpe:32000"),
+        database=DatabaseConfig(chunk_len=64, index="auto", n_probe=None),
+        dataset=DatasetConfig(chunks_per_sample=32, skip_range=1),
+        model=shape | others,
+        train=TrainConfig(
+            batch_size=256,
+            micro_batch=micro_batch,
+            epochs=1,
+            lr=lr,
+            schedule="cosine",
+            warmup=1000,
+            clip=1.0,
+            beta2=0.95,
+            weight_decay=0.1,
+            precision="bf16",
+            interval=500,
+        ),
+    )
+
+
 PRESETS = {
     "tutorial": Preset(
         database=DatabaseConfig(embedder="bert-base-uncased"),
@@ -330,4 +373,29 @@ PRESETS = {
             random_neighbors=0.1,
         ),
     ),
+    "paper-172m": _paper(896, 12, 16, 64, 3584, 6e-4, 16),
+    "paper-425m": _paper(1536, 12, 12, 128, 6144, 3e-4, 8),
+    "paper-1.5b": _paper(2048, 24, 16, 128, 8192, 2e-4, 4),
+    "paper-7.5b": _paper(4096, 32, 32, 128, 16384, 1.2e-4, 1),
+    # The same at a size that two cores train.
+    "paper-tiny": Preset(
+        corpus=CorpusConfig(tokenizer="bpe:4096"),
+        database=DatabaseConfig(chunk_len=64, index="auto", n_probe=None),
+        dataset=DatasetConfig(chunks_per_sample=8, skip_range=1),
+        model=_paper(512, 8, 8, 64, 2048, 0.001, 1).model
+        | {"ca_layers": (2, 5), "d_encoder": 256, "encoder_n_heads": 4, "encoder_d_ff": 1024},
+        train=TrainConfig(
+            batch_size=8,
+            micro_batch=4,
+            steps=300,
+            lr=1e-3,
+            schedule="cosine",
+            warmup=30,
+            clip=1.0,
+            beta2=0.95,
+            weight_decay=0.1,
+            interval=100,
+        ),
+    ),
 }
+OF_OWN_TEXT = ("tutorial", "demo", "retrofit")  # presets that bring a text

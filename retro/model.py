@@ -18,9 +18,9 @@ With $m = 4$, tokens numbered from 0, and $u$ for $\text{RET}(C_u)$::
     predicts  |  1   2   3   4 |  5   6   7   8 |  9  10  11  12 |
     reads     |  -   -   -   1 |  1   1   1   2 |  2   2   2   3 |
 
-Where this differs from the paper it follows the tutorial: rotary positions in self-attention, and one
-embedding and one width for the decoder and the encoder. The paper's RMSNorm, its norm before the logits
-and its relative positions in cross-attention are options.
+Where this differs from the paper it follows the tutorial. Rotary positions in self-attention stay; the
+paper's RMSNorm, its norm before the logits, its relative positions in cross-attention and an encoder with
+width and embeddings of its own are options.
 
 Shapes: B batch, T tokens, C chunks, m `chunk_len`, K neighbors, R tokens of a neighbor (2m), D
 `d_model`, H heads. In a neighbor tensor -1 means "no token": it is masked wherever it could be
@@ -30,6 +30,7 @@ read, and a chunk all of whose neighbors are missing reads nothing at all.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,17 +104,24 @@ class Attention(nn.Module):
     * `d_k` is the number of features of a head
     * `norm` makes the layer that normalizes what comes in: `nn.LayerNorm`, or the paper's `nn.RMSNorm`
     * `most` is the largest distance that relative positions of cross-attention tell apart; None for no such positions
+    * `d_context` is the number of features of what cross-attention reads, if that is another
     """
 
     def __init__(
-        self, d_model: int, n_heads: int, d_k: int, norm: Norm = nn.LayerNorm, most: int | None = None
+        self,
+        d_model: int,
+        n_heads: int,
+        d_k: int,
+        norm: Norm = nn.LayerNorm,
+        most: int | None = None,
+        d_context: int | None = None,
     ) -> None:
         super().__init__()
         self.n_heads = n_heads
         self.d_k = d_k
         self.query = nn.Linear(d_model, n_heads * d_k)
-        self.key = nn.Linear(d_model, n_heads * d_k)
-        self.value = nn.Linear(d_model, n_heads * d_k)
+        self.key = nn.Linear(d_context or d_model, n_heads * d_k)
+        self.value = nn.Linear(d_context or d_model, n_heads * d_k)
         self.norm = norm(d_model)
         self.output = nn.Linear(n_heads * d_k, d_model)
         self.positions = None if most is None else RelativePositions(d_model, n_heads, d_k, most)
@@ -210,10 +218,8 @@ class ChunkedCrossAttention(Attention):
     Without relative positions, as in the tutorial, which part of a neighbor matters is found by content.
     """
 
-    def __init__(
-        self, d_model: int, n_heads: int, d_k: int, chunk_len: int, norm: Norm = nn.LayerNorm, most: int | None = None
-    ) -> None:
-        super().__init__(d_model, n_heads, d_k, norm, most)
+    def __init__(self, d_model: int, n_heads: int, d_k: int, chunk_len: int, *others: Any, **named: Any) -> None:
+        super().__init__(d_model, n_heads, d_k, *others, **named)
         self.chunk_len = chunk_len
 
     def forward(self, h: Tensor, e: Tensor, present: Tensor | None = None) -> Tensor:
@@ -310,7 +316,9 @@ class NearestNeighborEncoder(nn.Module):
     * `chunk_len` is the length of a chunk
     * `n_layers` is the number of layers, $L_{enc}$
     * `ca_layers` are the layers with cross-attention, $P_{enc}$, counted from 0
-    * `d_model`, `n_heads`, `d_k`, `d_ff`, `norm`, `positions` are as in `RetroModel`
+    * `d_model`, `n_heads`, `d_k`, `d_ff`, `norm`, `positions` are as in `RetroModel`, and may be others
+    * `d_decoder` is the number of features of the states of the decoder, if that is another
+    * `n_vocab` is the number of tokens in the vocabulary, for embeddings of its own; left out, it has the decoder's
     """
 
     def __init__(
@@ -324,16 +332,26 @@ class NearestNeighborEncoder(nn.Module):
         d_ff: int,
         norm: Norm = nn.LayerNorm,
         positions: bool = False,
+        d_decoder: int | None = None,
+        n_vocab: int | None = None,
     ) -> None:
         super().__init__()
         require_layers("ca_layers", ca_layers, n_layers)
+        self.d_model, d_decoder = d_model, d_decoder or d_model
         self.chunk_len = chunk_len
         self.ca_layers = tuple(sorted(ca_layers))
         most = 2 * chunk_len if positions else None
-        self.ca = nn.ModuleList([CrossAttention(d_model, n_heads, d_k, norm, most) for _ in self.ca_layers])
+        self.ca = nn.ModuleList([CrossAttention(d_model, n_heads, d_k, norm, most, d_decoder) for _ in self.ca_layers])
         self.attn = nn.ModuleList([SelfAttention(d_model, n_heads, d_k, False, norm) for _ in range(n_layers)])
         self.ffw = nn.ModuleList([FeedForward(d_model, d_ff, norm) for _ in range(n_layers)])
-        self.norm_h = norm(d_model)
+        self.norm_h = norm(d_decoder)
+        self.emb = None if n_vocab is None else nn.Embedding(n_vocab, d_model)
+        is_narrower = n_vocab is None and d_model != d_decoder
+        self.resize = nn.Linear(d_decoder, d_model) if is_narrower else nn.Identity()
+
+    def embed(self, ret: Tensor, emb: nn.Embedding) -> Tensor:
+        """Embeddings (B, C, K, R, D) of neighbors `ret` (B, C, K, R): its own, or those of the decoder, `emb`."""
+        return self.resize((emb if self.emb is None else self.emb)(ret.clamp(min=0)))
 
     def forward(self, e: Tensor, h: Tensor, present: Tensor | None = None) -> Tensor:
         """Encode neighbors' embeddings `e` (B, C, K, R, D), given decoder states `h` (B, T, D), T >= C*m.
@@ -406,9 +424,10 @@ class RetroModel(nn.Module):
         self.norm = norm(d_model) if final_norm else nn.Identity()
         self.read = None if tied else nn.Linear(d_model, n_vocab)
         # Last, so that with the same seed a decoder draws the same weights with and without it.
-        shape = (d_model, n_heads, d_k, chunk_len, norm, 2 * chunk_len if positions else None)
-        cca = [ChunkedCrossAttention(*shape) for _ in self.ca_layers]
-        self.cca, self.norm_e = nn.ModuleList(cca), norm(d_model)
+        d_encoder = d_model if encoder is None else encoder.d_model
+        shape = (d_model, n_heads, d_k, chunk_len, norm, 2 * chunk_len if positions else None, d_encoder)
+        self.cca = nn.ModuleList([ChunkedCrossAttention(*shape) for _ in self.ca_layers])
+        self.norm_e = norm(d_encoder)
 
     def forward(self, x: Tensor, ret: Tensor | None = None, stretches: Tensor | None = None) -> Tensor:
         """Logits for the token after each token.
@@ -447,20 +466,25 @@ class RetroModel(nn.Module):
     def encode(self, ret: Tensor, h: Tensor, present: Tensor | None) -> Tensor:
         """Neighbors `ret` (B, C, K, R) encoded with the decoder states `h` (B, T, D) -> (B, C, K, R, D)."""
         assert self.encoder is not None
-        return self.norm_e(self.encoder(self.emb(ret.clamp(min=0)), h, present))
+        return self.norm_e(self.encoder(self.encoder.embed(ret, self.emb), h, present))
 
     @staticmethod
     def from_config(config: RetroConfig) -> RetroModel:
         """A new model of this shape. With the same seed, its decoder is the same whether it reads neighbors or not."""
         c, encoder = config, None
-        shape, extras = (c.d_model, c.n_heads, c.d_k, c.d_ff), (NORMS[c.norm], c.relative_positions)
+        norm, positions = NORMS[c.norm], c.relative_positions
         if c.ca_layers:
             with torch.random.fork_rng(devices=[]):  # drawn aside, so that the decoder's draws do not depend on it
                 torch.manual_seed(torch.initial_seed() + 1)
-                encoder = NearestNeighborEncoder(c.chunk_len, c.n_encoder_layers, c.encoder_ca_layers, *shape, *extras)
-        of = (c.n_vocab, c.d_model, c.n_layers, c.ca_layers, c.chunk_len, c.n_heads, c.d_k, c.d_ff, encoder)
-        norm, positions = extras
-        model = RetroModel(*of, norm=norm, final_norm=c.final_norm, tied=c.tied, positions=positions)
+                encoder = NearestNeighborEncoder(
+                    c.chunk_len, c.n_encoder_layers, c.encoder_ca_layers, c.d_encoder or c.d_model,
+                    c.encoder_n_heads or c.n_heads, c.encoder_d_k or c.d_k, c.encoder_d_ff or c.d_ff,
+                    norm, positions, c.d_model, c.n_vocab if c.own_embeddings else None,
+                )  # fmt: skip
+        model = RetroModel(
+            c.n_vocab, c.d_model, c.n_layers, c.ca_layers, c.chunk_len, c.n_heads, c.d_k, c.d_ff, encoder,
+            norm=norm, final_norm=c.final_norm, tied=c.tied, positions=positions,
+        )  # fmt: skip
         return model if c.init_std is None else initialized(model, c.init_std)
 
 

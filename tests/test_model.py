@@ -12,6 +12,7 @@ from conftest import refused
 from labml_nn.transformers.retro import model as reference
 
 from retro.attention import written_out_attention
+from retro.config import PRESETS
 from retro.errors import InvalidOption
 from retro.model import (
     ChunkedCrossAttention,
@@ -456,3 +457,40 @@ def test_relative_positions_in_the_encoder_equal_a_loop():
         read = [(h[0, u, i], tau - i) for i in range(m)]
         expected = e[0, u, k, tau] + read_in_a_loop(ca, normalized[0, u, k, tau], read)
         torch.testing.assert_close(found[0, u, k, tau], expected)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_an_encoder_may_have_another_width_and_own_embeddings(own, tmp_path):
+    config = replace(CONFIG, d_encoder=24, encoder_n_heads=3, encoder_d_k=6, encoder_d_ff=40, own_embeddings=own)
+    model = RetroModel.from_config(config)
+    shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    assert shapes["encoder.attn.0.query.weight"] == (18, 24) and shapes["encoder.ffw.1.lin1.weight"] == (40, 24)
+    assert shapes["encoder.ca.0.query.weight"] == (18, 24) and shapes["encoder.ca.0.key.weight"] == (18, 64)
+    assert shapes["cca.0.query.weight"] == (64, 64) and shapes["cca.1.value.weight"] == (64, 24)
+    assert shapes.get("encoder.emb.weight") == ((300, 24) if own else None)
+    assert shapes.get("encoder.resize.weight") == (None if own else (24, 64))
+    x, ret = torch.arange(40).view(2, 20), torch.randint(300, (2, 2, 2, 16))
+    resize, embedded = model.encoder.resize, (model.encoder.emb if own else model.emb).weight[ret]
+    embedded = embedded if own else F.linear(embedded, resize.weight, resize.bias)
+    torch.testing.assert_close(model.encoder.embed(ret, model.emb), embedded)
+    assert not torch.equal(model(x, ret)[:, 7:], model(x)[:, 7:])
+    save_model(tmp_path, model, config)
+    assert torch.equal(load_model(tmp_path)(x, ret), model(x, ret))
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("paper-172m", 172), ("paper-425m", 425), ("paper-1.5b", 1451), ("paper-7.5b", 7532)]
+)
+def test_presets_of_the_paper_have_its_numbers_of_parameters(name, millions):
+    """Of its table of models, without embeddings. Its self-attention has relative positions too, where ours rotates."""
+    shape = PRESETS[name].model
+    with torch.device("meta"):
+        model = RetroModel.from_config(RetroConfig(n_vocab=10, chunk_len=64, **shape))
+        # A projection of cosines for each layer of self-attention.
+        replaced = shape["n_layers"] * shape["d_model"] * shape["n_heads"] * shape["d_k"] + 2 * 896 * 16 * 64
+        logits = model(torch.zeros(1, 2048, dtype=torch.long), torch.zeros(1, 32, 2, 128, dtype=torch.long))
+    embeddings = (model.emb.weight, model.encoder.emb.weight, model.read.weight)
+    n = sum(p.numel() for p in model.parameters()) - sum(weight.numel() for weight in embeddings) + replaced
+    assert n / 1e6 == pytest.approx(millions, abs=1.1)
+    assert logits.shape == (1, 2048, 10)
+    assert model.ca_layers[:2] == (5, 8) and model.encoder.ca_layers == (1,)

@@ -8,7 +8,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from retro.cli.options import add_config, config_from, data_path_of, new_parser, parse_with_preset, the_other_of
-from retro.config import CorpusConfig, DatabaseConfig, DatasetConfig, Preset
+from retro.config import OF_OWN_TEXT, CorpusConfig, DatabaseConfig, DatasetConfig, Preset
 from retro.errors import MissingArtifact
 from retro.progress import note
 
@@ -44,7 +44,7 @@ def database_command(argv: Sequence[str]) -> None:
 
     device, data_path = pick_device(options.device), data_path_of(options)
     folder = data_path / CORPUS_FOLDER
-    if not options.texts and options.preset is None:
+    if not options.texts and options.preset not in OF_OWN_TEXT:
         if not (folder / MANIFEST_FILE).exists():
             raise MissingArtifact(
                 folder, f"a TEXT is missing, and {folder} does not exist (for a first look at plays: --preset demo)"

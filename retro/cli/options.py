@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
-from retro.config import PRESETS, Preset
+from retro.config import OF_OWN_TEXT, PRESETS, Preset
 
 Config = TypeVar("Config")
 DATA = "data"  # where artifacts lie unless another folder is named
@@ -85,9 +85,9 @@ def parse_with_preset(
         parser = build(PRESETS[name])
         parser.add_argument(
             "--preset",
-            type=Literal["tutorial", "demo", "retrofit"] | None,
+            type=Literal[tuple(PRESETS)] | None,
             default=None,
-            help=f"a complete set-up, with text of its own; the defaults shown here are those of {name}",
+            help=f"a complete set-up ({', '.join(OF_OWN_TEXT)} bring a text); the defaults shown are those of {name}",
         )
         options = parser.parse_args(argv)
         given = set(parser.parse_args(argv, defaults=False).keys())

