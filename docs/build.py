@@ -41,8 +41,8 @@ READING_ORDER = {
         "evaluation/*",
     ),
     "Behind the scenes: Planning": ("planning/*",),
-    "Behind the scenes: Attention, first weights, processes, devices, progress": (
-        "attention", "initialization", "parallel", "device", "progress",
+    "Behind the scenes: Chunks, attention, first weights, processes, devices, progress": (
+        "chunks", "attention", "initialization", "parallel", "device", "progress",
     ),
     "Behind the scenes: The command line": ("cli/*", "__main__"),
     "Guides": ("docs/a_memory.md", "docs/at_scale.md", "docs/claims.md", "docs/mutants.md", "docs/glossary.md"),

@@ -30,19 +30,13 @@ read, and a chunk all of whose neighbors are missing reads nothing at all.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retro.attention import (
-    RelativePositions,
-    fused_linear,
-    is_faster_written_out,
-    padding_mask,
-    written_out_attention,
-)
+from retro.attention import RelativePositions, dot_product_attention, fused_linear, padding_mask
+from retro.chunks import back_in_place, chunks_of_readers, require_whole_chunks
 from retro.config import RetroConfig, require_layers
 from retro.initialization import initialized
 
@@ -74,13 +68,13 @@ class RotaryPositionalEmbeddings(nn.Module):
         return rotated.unflatten(-1, (-1, 2)).mT.flatten(-2)
 
     def rotations(self, start: int, end: int) -> Tensor:
-        r"""$e^{\mathrm{i} n \theta_i}$ for the positions from `start` to `end`: complex, `[end - start, 1, d/2]`."""
+        r"""Cosines and sines of $n \theta_i$ for the positions from `start` to `end`: `[end - start, 1, d/2, 2]`."""
         # Of the definition and not the parameter: in half precision, to which that may have been cast, an angle of some
         # hundred radians is off by a radian.
         theta = self._theta(self.theta.device)
         positions = torch.arange(start, end, device=theta.device, dtype=theta.dtype)
         angles = torch.outer(positions, theta)[:, None]
-        return torch.polar(torch.ones_like(angles), angles)
+        return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
     def _theta(self, device: torch.device | None) -> Tensor:
         return self.base ** -(torch.arange(0, self.d, 2, device=device).float() / self.d)
@@ -89,11 +83,16 @@ class RotaryPositionalEmbeddings(nn.Module):
     def rotate(x: Tensor, rotations: Tensor) -> Tensor:
         """Rotate `x` (..., T, H, d), in which the features i and i + d/2 of a pair lie side by side.
 
-        A pair is then a complex number, and rotating it is one product, in float32 at least.
+        A pair is then a complex number, and rotating it is one product, in float32 at least. What compiles a model has
+        no complex numbers, and makes one of their parts.
         """
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # (..., T, H, d/2)
-        return torch.view_as_real(pairs * rotations).flatten(-2).type_as(x)
+        pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))  # (..., T, H, d/2, 2)
+        if torch.compiler.is_compiling():
+            (a, b), (cos, sin) = pairs.unbind(dim=-1), rotations.unbind(dim=-1)
+            rotated = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+        else:
+            rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotations))
+        return rotated.flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
@@ -108,14 +107,9 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self,
-        d_model: int,
-        n_heads: int,
-        d_k: int,
-        norm: Norm = nn.LayerNorm,
-        most: int | None = None,
+        self, d_model: int, n_heads: int, d_k: int, norm: Norm = nn.LayerNorm, most: int | None = None,
         d_context: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.n_heads = n_heads
         self.d_k = d_k
@@ -144,8 +138,7 @@ class Attention(nn.Module):
         * `mask`, if given, is true where they may read, or is added to their scores
         """
         queries = queries.transpose(1, 2)  # (N, H, L, d_k)
-        attention = written_out_attention if is_faster_written_out(queries, keys) else F.scaled_dot_product_attention
-        read = attention(queries, keys, values, attn_mask=mask, is_causal=is_causal)  # (N, H, L, d_k)
+        read = dot_product_attention(queries, keys, values, mask, is_causal)  # (N, H, L, d_k)
         return self.output(read.transpose(1, 2).flatten(2))
 
 
@@ -169,7 +162,7 @@ class SelfAttention(Attention):
         n = self.n_heads * self.d_k
         qk, values = F.linear(self.norm(h), *self.projection()).split([2 * n, n], dim=-1)
         # For all heads at once, so that the product reads memory in order.
-        rotations = self.rotary_pe.rotations(0, h.shape[1]).expand(-1, 2 * self.n_heads, -1).contiguous()
+        rotations = self.rotary_pe.rotations(0, h.shape[1]).expand(-1, 2 * self.n_heads, -1, -1).contiguous()
         rotated = self.rotary_pe.rotate(self.split_heads(qk), rotations)
         queries, keys = rotated.chunk(2, dim=2)  # (N, T, H, d_k) each
         keys, values = keys.transpose(1, 2), self.split_heads(values).transpose(1, 2)  # (N, H, T, d_k)
@@ -218,8 +211,11 @@ class ChunkedCrossAttention(Attention):
     Without relative positions, as in the tutorial, which part of a neighbor matters is found by content.
     """
 
-    def __init__(self, d_model: int, n_heads: int, d_k: int, chunk_len: int, *others: Any, **named: Any) -> None:
-        super().__init__(d_model, n_heads, d_k, *others, **named)
+    def __init__(
+        self, d_model: int, n_heads: int, d_k: int, chunk_len: int, norm: Norm = nn.LayerNorm, most: int | None = None,
+        d_context: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(d_model, n_heads, d_k, norm, most, d_context)
         self.chunk_len = chunk_len
 
     def forward(self, h: Tensor, e: Tensor, present: Tensor | None = None) -> Tensor:
@@ -249,41 +245,15 @@ class ChunkedCrossAttention(Attention):
     ) -> Tensor | None:
         r"""The mask of readers in `rows` (L), with what their distances from the neighbors' tokens add to their scores.
 
+        Where rows of queries are of other readers each, `rows` is (N, 1, L).
+
         Row $i$ is $i - \tau + m - 1$ away from token $\tau$ of any neighbor: row 0, the last token of the chunk that
         retrieved it, stands where the first $m$ tokens of the neighbor end.
         """
         if self.positions is None:
             return mask
-        distances = rows[:, None] - torch.arange(R, device=rows.device).repeat(K) + self.chunk_len - 1
+        distances = rows[..., None] - torch.arange(R, device=rows.device).repeat(K) + self.chunk_len - 1
         return self.positions(queries, distances, mask, keys)
-
-
-def chunks_of_readers(h: Tensor, C: int, m: int) -> Tensor:
-    r"""States `h` (B, T, D) -> for each of C chunks the states (B*C, m, D) that read its neighbors.
-
-    Row 0 becomes the last token of $C_1$, the first that may know $\text{RET}(C_1)$. What exceeds the last chunk's m
-    readers is cut off, what is short of them is filled up.
-    """
-    B, T, D = h.shape
-    return F.pad(h, (0, 0, -(m - 1), C * m - (T - (m - 1)))).reshape(B * C, m, D)
-
-
-def back_in_place(read: Tensor, h: Tensor) -> Tensor:
-    """What was read (B*C, m, D), each row where its state stands in `h` (B, T, D); zeros for those who read nothing."""
-    (_, m, D), (B, T, _) = read.shape, h.shape
-    read = read.reshape(B, -1, D)  # (B, C*m, D)
-    return F.pad(read, (0, 0, m - 1, T - (m - 1) - read.shape[1]))
-
-
-def require_whole_chunks(x: Tensor, ret: Tensor, chunk_len: int) -> None:
-    """Raise `ValueError` where neighbors `ret` (B, C, K, R) are not of whole chunks of the texts `x` (B, T)."""
-    if len(ret) != len(x):
-        raise ValueError(f"there are neighbors for {len(ret)} texts, but tokens of {len(x)}; give each text its own")
-    if ret.shape[1] * chunk_len > x.shape[1]:
-        raise ValueError(
-            f"there are neighbors for {ret.shape[1]} chunks of {chunk_len} tokens, "
-            f"but the sequence has {x.shape[1]} tokens; drop the neighbors of incomplete chunks"
-        )
 
 
 class FeedForward(nn.Module):

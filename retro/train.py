@@ -105,7 +105,8 @@ class Trainer:
                 group["lr"] = lr * group.get("factor", 1.0)
         tgt = tgt.to(self.device, non_blocking=True)
         self.optimizer.zero_grad()
-        predicted, n_processes = tgt >= 0, self.accelerator.num_processes
+        predicted = tgt >= 0
+        n_processes = self.accelerator.num_processes
         n, n_samples = predicted.sum(), predicted.any(dim=-1).sum()  # a blank sample has nothing to predict
         counts = torch.stack([n, n_samples]).float()
         if n_processes > 1:

@@ -108,6 +108,7 @@ def try_all(mutants: list[Mutant], n_workers: int) -> dict[Mutant, bool]:
     if missing := [file for file in sorted(files) if not (ROOT / "tests" / file).exists()]:
         raise FileNotFoundError(f"there are no tests {', '.join(missing)}")  # whose failure would be taken for notice
     tests = " ".join(sorted({name for mutant in mutants for name in mutant.tests.split()}))
+    print(f"first the tests without a mistake: {tests}", flush=True)
     if tests_fail(ROOT, tests, 10 * SECONDS):
         raise SystemExit("some of the tests fail without any mistake: mend that first")
     waiting: queue.SimpleQueue[Mutant] = queue.SimpleQueue()

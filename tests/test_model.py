@@ -1,6 +1,7 @@
 import copy
 import itertools
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -234,6 +235,24 @@ def test_bf16_gives_nearly_the_loss_and_the_gradients_of_fp32(model, tokens, nei
 def test_the_model_compiles_as_one_graph(model, tokens, neighbors):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(tokens, neighbors), model(tokens, neighbors), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler of C++")
+def test_inductor_compiles_it_whole_and_gives_its_logits_and_gradients(recwarn):
+    config = RetroConfig(50, 32, 2, (1,), 8, 2, 16, 64, 1, (0,), norm="rms", final_norm=True, relative_positions=True)
+    model = RetroModel.from_config(config)
+    x, ret = torch.randint(50, (2, 32)), torch.randint(50, (2, 4, 2, 16))
+    ret[0, 1], ret[1, 2, 1, 9:] = -1, -1
+    gradients = []
+    for net in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        logits = net(x, ret)
+        logits.square().sum().backward()
+        gradients.append([logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+    assert not [w for w in recwarn if "complex" in str(w.message)]  # which it leaves to eager code
 
 
 def test_importing_the_model_brings_nothing_but_torch():

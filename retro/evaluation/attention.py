@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from retro.attention import padding_mask, written_out_attention
+from retro.chunks import chunks_of_readers
 from retro.evaluation.result import Evaluation
 from retro.evaluation.windows import windows
-from retro.model import ChunkedCrossAttention, RetroModel, chunks_of_readers
+from retro.model import ChunkedCrossAttention, RetroModel
 from retro.retrofit import Model, Retrofit
 
 
