@@ -192,6 +192,7 @@ class TrainConfig:
     weight_decay: float = 0.0  # of AdamW, times the learning rate; on matrices, not on embeddings, norms, biases
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast
     compile: bool = False  # by torch.compile, which takes a minute or two to begin with
+    recompute: bool = False  # what layers compute, once more in the backward pass, to keep less of it in memory
     interval: int | None = None  # steps between validations and checkpoints; null for an epoch
     missing_neighbors: float = 0.0  # share of neighbors that are kept back in training, so that any number can be read
     random_neighbors: float = 0.0  # share of chunks that get another text's in training, so that bad ones do no harm

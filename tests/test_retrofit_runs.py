@@ -185,7 +185,8 @@ def test_the_commands_take_a_base(here, capsys):
         ),
         ({"base": "small"}, {}, "--base small has 500 tokens, but its tokenizer has 512"),
         ({"base": "nowhere"}, {}, "--base nowhere"),
-        ({"base": "base"}, {"compile": True}, "is read through hooks, which neither fsdp nor compile takes"),
+        ({"base": "base"}, {"recompute": True}, "is read through hooks"),
+        ({"base": "base"}, {"compile": True}, "is read through hooks, which fsdp, compile and recompute do not take"),
         ({"base": "base", "ca_layers": (7,)}, {}, r"--ca-layers '\[7\]' do not exist; use 0\.\.3"),
     ],
 )

@@ -526,6 +526,30 @@ def test_a_step_in_parts_is_the_step_of_one_batch_and_exchanges_gradients_once(i
         torch.testing.assert_close(parts[name], weight, rtol=1e-5, atol=1e-6)
 
 
+def test_recomputing_layers_keeps_less_and_gives_the_same_gradients(workplace):
+    data, found, kept = TrainingData(Path("data")), [], []
+    batch = next(iter(data.batches("train", TrainConfig(), 0, 1, False)))
+    for recompute in (False, True):
+        config = TrainConfig(steps=1, recompute=recompute)
+        run = find_run(data, "recomputes", config, SHAPE, None)
+        engine, sizes = start_engine(run, torch.device("cpu"), False), {}
+
+        def keep(x, sizes=sizes):
+            sizes[x.data_ptr()] = x.numel()
+            return x
+
+        trainer = Trainer("cpu", engine.model, None, engine.optimizer, config=config, n_steps=1, engine=engine)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = trainer.loss(*batch)
+        own = {weight.data_ptr() for weight in engine.model.parameters()}
+        kept.append(sum(size for pointer, size in sizes.items() if pointer not in own))
+        loss.backward()
+        found.append([weight.grad for weight in engine.model.parameters() if weight.grad is not None])
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-8)
+    assert kept[1] < 0.5 * kept[0]
+
+
 def test_weight_decay_is_of_matrices_alone_and_adam_forgets_as_told(index):
     model = a_model(index)
     optimizer = new_optimizer(model, TrainConfig(weight_decay=0.25, beta2=0.75), fused=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch.utils.checkpoint import checkpoint
 
 from retro import parallel
 from retro.config import TrainConfig
@@ -48,21 +50,25 @@ def start_engine(run: Run, device: torch.device, fsdp: bool) -> Engine:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     model = run.model if run.model is not None else seeded_model(run.shape, config.seed)
-    if isinstance(model, Retrofit) and (fsdp or config.compile):
-        raise InvalidOption("base", model.config.base, "is read through hooks, which neither fsdp nor compile takes")
+    if isinstance(model, Retrofit) and (fsdp or config.compile or config.recompute):
+        reason = "is read through hooks, which fsdp, compile and recompute do not take"
+        raise InvalidOption("base", model.config.base, reason)
     if fsdp and config.micro_batch is not None:  # weights are gathered in each part, of which a process may have fewer
         raise InvalidOption("micro_batch", config.micro_batch, "does not go with fsdp, whose processes step together")
-    if (checkpoint := _checkpoint_to_go_on_from(run)) is not None:
-        load_weights(checkpoint, model)
+    if (saved := _checkpoint_to_go_on_from(run)) is not None:
+        load_weights(saved, model)
     if not fsdp:  # which puts on the device what is its own
         model.to(device)
     accelerator = new_accelerator(device, model)
     if fsdp:
         shard_model(model, device)
+    if config.recompute:
+        for layer in layers_of(model):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if config.compile:
         model.compile()
     optimizer = new_optimizer(model, config, fused=device.type in ("cuda", "cpu"))
-    progress = load_optimizer(checkpoint, optimizer) if checkpoint is not None else Progress()
+    progress = load_optimizer(saved, optimizer) if saved is not None else Progress()
     if run.continues and progress.step == run.continues.step:
         progress.seconds, progress.tokens = 0.0, 0  # those of the other run
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
@@ -128,6 +134,10 @@ def shard_model(model: Any, device: torch.device) -> None:
     if parallel.n_processes() < 2:
         raise ValueError("fsdp shards a model over processes; start several: torchrun --nproc-per-node N")
     mesh = init_device_mesh(device.type, (parallel.n_processes(),))
-    layers = [*model.attn, *model.ffw, *model.cca, *([model.encoder] if model.encoder is not None else [])]
-    for module in (*layers, model):
+    for module in (*layers_of(model), model):
         fully_shard(module, mesh=mesh)
+
+
+def layers_of(model: Any) -> list[Any]:
+    """The layers of a `RetroModel`; its encoder counts as one."""
+    return [*model.attn, *model.ffw, *model.cca, *([model.encoder] if model.encoder is not None else [])]
