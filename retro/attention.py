@@ -96,9 +96,8 @@ class RelativePositions(nn.Module):
         return self.project(self.cosines).unflatten(-1, (self.n_heads, -1))
 
     def forward(self, queries: Tensor, distances: Tensor, mask: Tensor | None, keys: Tensor | None = None) -> Tensor:
-        """What to add to the scores of queries (N, L, H, d_k) at some distances from keys -> (N, H, L, S).
+        """What to add to the scores of queries (N, L, H, d_k) at `distances` (L, S) from keys -> (N, H, L, S).
 
-        * `distances` (L, S), or (N, 1, L, S)
         * `mask` (N, 1, 1, S), if given, is true where there is something to read; elsewhere it is minus infinity
         * `keys` are what `keys` gives, if it was called before
         """

@@ -75,7 +75,7 @@ class Retrofit(nn.Module):
     def __init__(self, base: PreTrainedModel, config: RetrofitConfig) -> None:
         super().__init__()
         layers = attention_layers(base, config.attention)
-        chosen = tuple(sorted(config.ca_layers or reading_layers(len(layers))))
+        chosen = tuple(sorted(config.ca_layers or reading_layers(len(layers), config.encoder == "new")))
         require_layers("ca_layers", chosen, len(layers))
         self.config, self.ca_layers, self.chunk_len = replace(config, ca_layers=chosen), chosen, config.chunk_len
         self.base = base.requires_grad_(False).eval()
@@ -93,7 +93,7 @@ class Retrofit(nn.Module):
         if config.encoder == "new":
             D, d, n = self.d_model, self.d_model // H, config.n_encoder_layers
             # Conditioned on the base in every layer, of which there are few.
-            self.encoder = NearestNeighborEncoder(m, n, range(n), D, H, d, 4 * D, positions=True)
+            self.encoder = NearestNeighborEncoder(m, n, range(n), D, H, d, 4 * D)
             self.norm_e = nn.LayerNorm(D)
             self.cca = nn.ModuleList([NewReader(D, H, d, m) for _ in chosen])
             for part in (self.encoder, self.norm_e, self.cca):
@@ -312,10 +312,10 @@ class Reading:
         * `h` (B, T, D) are the states by which they look for it
         """
         if self.is_whole:
-            contexts, present, R = self.contexts, (self.ret >= 0).flatten(1), self.ret.shape[-1]
+            contexts, present = self.contexts, (self.ret >= 0).flatten(1)
         else:
             assert self.decoding is not None
-            contexts, present, R = self.decoding.contexts, self.decoding.present, self.decoding.neighbor_len
+            contexts, present = self.decoding.contexts, self.decoding.present
         if not contexts:
             return None
         m = self.of.chunk_len
@@ -326,7 +326,7 @@ class Reading:
             readers, rows = h, self.decoding.rows[:, None] + torch.arange(h.shape[1], device=h.device)  # type: ignore[union-attr]
         mask, has_any = padding_mask(present)
         with in_precision_of(h):
-            read = reader(readers, rows, *contexts[p], mask, R, self.shares).type_as(states)
+            read = reader(readers, rows, *contexts[p], mask, self.shares).type_as(states)
         read = torch.where(has_any[:, None, None], read, 0.0)  # type: ignore[index]
         if self.is_whole:
             read = begun_at(back_in_place(read, h), None if self.starts is None else -self.starts)
@@ -358,7 +358,6 @@ class Decoding:
         self.n_seen = 0  # tokens of each sequence so far
         self.contexts: Contexts = {}  # of B chunks, the last whole one of each text
         self.present = torch.zeros(len(starts), 1, dtype=torch.bool, device=starts.device)  # (B, S)
-        self.neighbor_len = 1  # R
         # Of the tokens of each text's unfinished chunk, where a new encoder will read it.
         self.states = torch.zeros(
             len(starts), model.chunk_len, model.d_model, dtype=model.base.dtype, device=starts.device
@@ -385,7 +384,6 @@ class Decoding:
             last = torch.arange(len(x), device=x.device) * ret.shape[1] + (n_whole - 1).clamp(min=0)
             self.contexts = {p: (keys[last], values[last]) for p, (keys, values) in reading.contexts.items()}
             self.present = (reading.ret >= 0).flatten(1)[last] & (n_whole > 0)[:, None]
-            self.neighbor_len = ret.shape[-1]
 
     @contextmanager
     def goes_on(self, n: int, ret: Tensor | None = None, texts: Tensor | None = None) -> Iterator[None]:
@@ -408,7 +406,6 @@ class Decoding:
     def take_up(self, ret: Tensor, texts: Tensor, contexts: Contexts) -> None:
         """Let the readers of some texts read other neighbors from now on."""
         B, S = len(self.starts), ret[0].numel()
-        self.neighbor_len = ret.shape[-1]
         if self.present.shape[1] != S:
             self.contexts, self.present = {}, self.present.new_zeros(B, S)
         self.present = self.present.index_copy(0, texts, (ret >= 0).flatten(1))

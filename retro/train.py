@@ -97,7 +97,7 @@ class Trainer:
         mean, done.loss_sum, done.loss_tokens = done.loss_sum / max(1, done.loss_tokens), 0.0, 0
         return mean
 
-    def train_step(self, src: torch.Tensor, tgt: torch.Tensor, neighbors: torch.Tensor) -> torch.Tensor:
+    def train_step(self, src: torch.Tensor, tgt: torch.Tensor, neighbors: torch.Tensor | None) -> torch.Tensor:
         """One step of the optimizer; returns nats, predicted tokens and samples (3) of all processes, on the device."""
         if self.schedules:
             lr = learning_rate(self.progress.step, self.n_steps, self.config, self.d_model)
@@ -119,7 +119,7 @@ class Trainer:
             # Gradients are averaged over processes, once for a step, and added up over the parts of a step; weighted by
             # its targets each counts as much as it should.
             with nullcontext() if is_last else self.accelerator.no_sync(self.net):
-                loss = self.loss(src[part], tgt[part], neighbors[part])
+                loss = self.loss(src[part], tgt[part], None if neighbors is None else neighbors[part])
                 n = predicted[part].sum()
                 self.accelerator.backward(loss * (n * n_processes / counts[0].clamp(min=1)))
             nats += loss.detach() * n

@@ -56,7 +56,9 @@ def dataset() -> int:
 def train() -> int:
     from retro.train import TrainConfig, train
 
-    train(config=TrainConfig(batch_size=3, steps=24, **TRAIN), model_shape=SHAPE, device="cpu")
+    # In parts of one sample, of which one process of two has two, and the other one.
+    config = TrainConfig(batch_size=3, micro_batch=1, steps=24, **TRAIN)
+    train(config=config, model_shape=SHAPE, device="cpu")
     return 0
 
 

@@ -433,7 +433,8 @@ def test_reading_layers_lie_behind_the_middle():
 
     assert reading_layers(30) == (16, 18, 20, 22)
     assert reading_layers(12) == (6, 7, 8, 9)
-    assert reading_layers(2) == (1,)
+    assert reading_layers(2) == (1,) == reading_layers(2, is_new=True)
+    assert reading_layers(30, is_new=True) == (20, 22, 24, 26)
 
 
 @pytest.mark.parametrize("trains", ["lora", "all"])

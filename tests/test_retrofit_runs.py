@@ -303,7 +303,7 @@ def test_a_model_is_made_as_its_config_says(place, monkeypatch):
 
     monkeypatch.chdir(place)
     model = new_model(RetrofitConfig("base", chunk_len=4, encoder="new", n_encoder_layers=1))
-    assert model.ca_layers == (2, 3) and len(model.encoder.attn) == 1 and not isinstance(model, RetroModel)
+    assert model.ca_layers == (3,) and len(model.encoder.attn) == 1 and not isinstance(model, RetroModel)
 
 
 WORDS = "anchor beacon cable deck engine ferry galley harbor island jetty keel lantern mast needle oar pilot quay"

@@ -294,7 +294,7 @@ def test_samples_and_tokens_of_all_processes_are_counted(index, monkeypatch):
 
         num_processes = 2
         backward = staticmethod(lambda loss: loss.backward())
-        reduce = staticmethod(lambda sums: sums + torch.tensor([18.0, 9.0, 3.0]))
+        reduce = staticmethod(lambda sums: sums + torch.tensor([9.0, 3.0] if len(sums) == 2 else [18.0]))
 
     model = a_model(index)
     trainer = Trainer("cpu", model, None, torch.optim.SGD(model.parameters(), lr=0.0))

@@ -45,9 +45,13 @@ def attention_layers(base: PreTrainedModel, pattern: str | None = None) -> list[
     return sorted(found, key=lambda module: module.layer_idx)
 
 
-def reading_layers(n_layers: int) -> tuple[int, ...]:
-    """Four layers behind the middle, where heads that copy lie: of SmolLM2's 30 layers 16, 18, 20 and 22."""
-    return tuple(sorted({min(n_layers - 1, round(n_layers * share / 30)) for share in (16, 18, 20, 22)}))
+def reading_layers(n_layers: int, is_new: bool = False) -> tuple[int, ...]:
+    """Four layers behind the middle, where heads that copy lie: of SmolLM2's 30 layers 16, 18, 20 and 22.
+
+    * `is_new`: what reads has no such heads, and is as good four layers on, where fewer are differentiated
+    """
+    shares = (share + 4 * is_new for share in (16, 18, 20, 22))
+    return tuple(sorted({min(n_layers - 1, round(n_layers * share / 30)) for share in shares}))
 
 
 def parent_of(base: nn.Module, child: nn.Module) -> nn.Module:

@@ -106,7 +106,7 @@ class CopiedReader(nn.Module):
         not zero; it is taken out, because where nothing is read nothing may be added.
         """
         with torch.enable_grad(), in_precision_of(h):
-            read = self(h, torch.arange(h.shape[1], device=h.device)[None], *example, None, 1)
+            read = self(h, torch.arange(h.shape[1], device=h.device)[None], *example, None)
             read.float().sum().backward()
         if self.sink.grad is None:
             raise TypeError("its attention function was not asked for")
@@ -130,14 +130,12 @@ class CopiedReader(nn.Module):
         keys: Tensor,
         values: Tensor,
         mask: Tensor | None,
-        neighbor_len: int,
         shares: list[Tensor] | None = None,
     ) -> Tensor:
         """Readers `h` (N, L, D), as the layer's self-attention gets them, read keys and values (N, H_kv, S, d_k).
 
         * `rows` (N or 1, L) are the readers' places among the m that read the same
         * `mask` (N, 1, 1, S), if given, is true where there is a token to read
-        * `neighbor_len` is R, the number of tokens of a neighbor; keys have seen their positions already
         * `shares`, if given, gets the attention of each head to each token, (N, H, L, S)
 
         Returns (N, L, D).
@@ -158,7 +156,7 @@ class NewReader(ChunkedCrossAttention):
     """The paper's chunked cross-attention, which begins with an output projection of zero; called as `CopiedReader`."""
 
     def __init__(self, d_model: int, n_heads: int, d_k: int, chunk_len: int) -> None:
-        super().__init__(d_model, n_heads, d_k, chunk_len, most=2 * chunk_len)
+        super().__init__(d_model, n_heads, d_k, chunk_len)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
@@ -169,20 +167,18 @@ class NewReader(ChunkedCrossAttention):
         keys: Tensor,
         values: Tensor,
         mask: Tensor | None,
-        neighbor_len: int,
         shares: list[Tensor] | None = None,
     ) -> Tensor:
         """States `h` (N, L, D) read keys and values (N, H, S, d_k) -> (N, L, D), in units of the size of `h`.
 
-        * `rows`, `mask`, `neighbor_len` and `shares` are as in `CopiedReader`
+        * `rows` are not needed, as there are no positions; `mask` and `shares` are as in `CopiedReader`
         """
-        queries, K = self.queries(h), keys.shape[2] // neighbor_len
-        mask = self.with_positions(mask, queries, rows[:, None], K, neighbor_len)  # (N, H, L, S), to be added
-        assert mask is not None
+        queries = self.queries(h)
         if shares is not None:
             scores = queries.transpose(1, 2).float() @ keys.float().mT * self.d_k**-0.5
-            shares.append((scores + mask).softmax(dim=-1).detach())
-        return self.attend(queries, keys, values, mask.type_as(queries)) * size_of(h)
+            scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+            shares.append(scores.softmax(dim=-1).detach())
+        return self.attend(queries, keys, values, mask) * size_of(h)
 
 
 def size_of(h: Tensor) -> Tensor:
