@@ -32,6 +32,7 @@ OURS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 @pytest.mark.parametrize(("name", "variant"), [*OURS, ("growth", "1"), ("curve", "fp32 0")])
 def test_every_stage_of_this_library_can_be_measured(folder, name, variant, monkeypatch):
