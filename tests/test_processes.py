@@ -89,6 +89,7 @@ def test_two_processes_killed_twice_leave_what_one_leaves(alone, tmp_path):
     require_trained_alike(*(next(folder.glob("logs/*/*/checkpoints/00000024")) for folder in (alone, tmp_path)))
 
 
+@pytest.mark.slow
 def test_weights_sharded_over_two_processes_are_whole_again_in_one(alone, tmp_path):
     (tmp_path / "data").symlink_to(alone / "data")
     process = torchrun("sharded", cwd=tmp_path)

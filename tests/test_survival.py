@@ -32,6 +32,7 @@ from retro.text.corpus import Corpus
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_ends_with_the_same_bytes():
     """Each stage twice, in the midst of its work, once by a signal from outside; `make chaos` has other points."""
     result = subprocess.run(

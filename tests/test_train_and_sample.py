@@ -257,6 +257,7 @@ def run_module(module, *arguments, cwd):
     return result
 
 
+@pytest.mark.slow
 def test_the_scripts_one_after_the_other(plays, tmp_path, monkeypatch, capsys):
     texts = tmp_path / "texts"
     texts.mkdir()
