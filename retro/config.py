@@ -297,9 +297,7 @@ class Preset:
     prompt: str | None = None  # what samples go on with; None for the beginning of a held-out document
 
 
-def _paper(
-    d_model: int, n_layers: int, n_heads: int, d_k: int, d_ff: int, lr: float, micro_batch: int, **others: Any
-) -> Preset:
+def _paper(d_model: int, n_layers: int, n_heads: int, d_k: int, d_ff: int, lr: float, micro_batch: int) -> Preset:
     """A model of the paper's table of models, with what it is trained on: 64 tokens a chunk, 2,048 a sample.
 
     Layers 6, 9, ... read two neighbors (counted from 1). What the paper does not say, or says of its own data, is as in
@@ -316,7 +314,7 @@ def _paper(
         corpus=CorpusConfig(tokenizer="bpe:32000"),
         database=DatabaseConfig(chunk_len=64, index="auto", n_probe=None),
         dataset=DatasetConfig(chunks_per_sample=32, skip_range=1),
-        model=shape | others,
+        model=shape,
         train=TrainConfig(
             batch_size=256,
             micro_batch=micro_batch,
