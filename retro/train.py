@@ -112,15 +112,13 @@ class Trainer:
         if n_processes > 1:
             counts = self.accelerator.reduce(counts)
         nats = counts.new_zeros(1)
-        size = self.config.micro_batch or max(1, len(src))
-        for start in range(0, max(1, len(src)), size):
-            part = slice(start, start + size)
-            is_last = start + size >= len(src)
+        parts = self.parts(src, tgt, neighbors)
+        for number, part in enumerate(parts, start=1):
+            is_last = number == len(parts)
             # Gradients are averaged over processes, once for a step, and added up over the parts of a step; weighted by
             # its targets each counts as much as it should.
             with nullcontext() if is_last else self.accelerator.no_sync(self.net):
-                loss = self.loss(src[part], tgt[part], None if neighbors is None else neighbors[part])
-                n = predicted[part].sum()
+                loss, n = self.loss(*part), (part[1] >= 0).sum()
                 self.accelerator.backward(loss * (n * n_processes / counts[0].clamp(min=1)))
             nats += loss.detach() * n
         sums = torch.cat([self.accelerator.reduce(nats) if n_processes > 1 else nats, counts])
@@ -129,6 +127,11 @@ class Trainer:
         self.optimizer.step()
         self.progress.step += 1
         return sums
+
+    def parts(self, *batch: Any) -> list[list[Any]]:
+        """A batch in parts of as many samples as are computed at once; what is None is so in each."""
+        size, n = self.config.micro_batch or max(1, len(batch[0])), max(1, len(batch[0]))
+        return [[x if x is None else x[start : start + size] for x in batch] for start in range(0, n, size)]
 
     def loss(self, src: torch.Tensor, tgt: torch.Tensor, neighbors: torch.Tensor | None) -> torch.Tensor:
         """Mean cross entropy of a batch, in nats per token; 0 where there is nothing to predict."""
@@ -146,7 +149,7 @@ class Trainer:
         """Mean loss over a dataloader, in nats per token; without retrieval no neighbor is read."""
         self.model.eval()
         total, n = 0.0, 0
-        for src, tgt, neighbors in dataloader:
+        for src, tgt, neighbors in (part for batch in dataloader for part in self.parts(*batch)):
             n_targets = int((tgt >= 0).sum())
             total += self.loss(src, tgt, neighbors if retrieval else None).item() * n_targets
             n += n_targets

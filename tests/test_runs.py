@@ -526,6 +526,18 @@ def test_a_step_in_parts_is_the_step_of_one_batch_and_exchanges_gradients_once(i
         torch.testing.assert_close(parts[name], weight, rtol=1e-5, atol=1e-6)
 
 
+def test_validation_computes_as_few_samples_at_once_and_gives_the_same(index):
+    model, batch = a_model(index), torch.randint(index.corpus.n_tokens, (5, 2, 2 * CHUNK_LEN))
+    seen, losses = [], []
+    model.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    batch[1, 1, 7:] = -100
+    for micro_batch in (None, 2):
+        config = TrainConfig(micro_batch=micro_batch)
+        trainer = Trainer("cpu", model, None, torch.optim.SGD(model.parameters(), lr=0.1), config=config)
+        losses.append(trainer.validate([(batch[:, 0], batch[:, 1], None)]))
+    assert seen == [5, 2, 2, 1] and losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_recomputing_layers_keeps_less_and_gives_the_same_gradients(workplace):
     data, found, kept = TrainingData(Path("data")), [], []
     batch = next(iter(data.batches("train", TrainConfig(), 0, 1, False)))
