@@ -42,7 +42,7 @@ READING_ORDER = {
     ),
     "Behind the scenes: Planning": ("planning/*",),
     "Behind the scenes: Chunks, attention, first weights, processes, devices, progress": (
-        "chunks", "attention", "initialization", "parallel", "device", "progress",
+        "chunks", "attention", "initialization", "loss", "parallel", "device", "progress",
     ),
     "Behind the scenes: The command line": ("cli/*", "__main__"),
     "Guides": ("docs/a_memory.md", "docs/at_scale.md", "docs/claims.md", "docs/mutants.md", "docs/glossary.md"),

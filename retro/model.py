@@ -39,6 +39,7 @@ from retro.attention import RelativePositions, dot_product_attention, fused_line
 from retro.chunks import back_in_place, chunks_of_readers, require_whole_chunks
 from retro.config import RetroConfig, require_layers
 from retro.initialization import initialized
+from retro.loss import cross_entropy_in_pieces
 
 Norm = Callable[[int], nn.Module]  # makes a layer that normalizes so many features
 NORMS: dict[str, Norm] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
@@ -397,17 +398,21 @@ class RetroModel(nn.Module):
         self.cca = nn.ModuleList([ChunkedCrossAttention(*shape) for _ in self.ca_layers])
         self.norm_e = norm(d_encoder)
 
-    def forward(self, x: Tensor, ret: Tensor | None = None, stretches: Tensor | None = None) -> Tensor:
-        """Logits for the token after each token.
+    def forward(
+        self, x: Tensor, ret: Tensor | None = None, stretches: Tensor | None = None, targets: Tensor | None = None
+    ) -> Tensor:
+        """Logits for the token after each token, or what the tokens that come after them cost.
 
         * `x` are tokens, of shape `[batch_size, seq_len]`
         * `ret` are the neighbors of the chunks of `x`, tokens or -1, of shape
           `[batch_size, chunks, neighbors, neighbor_len]`; without it, or with no chunks, nothing is read
         * `stretches` are numbers of shape `[batch_size, seq_len]`, where several texts share a sequence: a token reads
           tokens of its own number only
+        * `targets` are the tokens to predict, of shape `[batch_size, seq_len]`, or -100 for none
 
-        Returns logits of shape `[batch_size, seq_len, n_vocab]`. Raises `ValueError` when there
-        are neighbors of a chunk that `x` does not hold whole.
+        Returns logits of shape `[batch_size, seq_len, n_vocab]`; of `targets` the sum of their cross entropies in nats,
+        for which the logits are not all kept. Raises `ValueError` when there are neighbors of a chunk that `x` does not
+        hold whole.
         """
         h = self.emb(x)
         retrieving = ret is not None and ret.shape[1] > 0 and bool(self.ca_layers)
@@ -424,7 +429,7 @@ class RetroModel(nn.Module):
                     e = self.encode(ret, h, present)  # type: ignore[arg-type]
                 h = self.cca[self.ca_layers.index(p)](h, e, present)
             h = ffw(h)
-        return self.logits(h)
+        return self.logits(h) if targets is None else cross_entropy_in_pieces(self.logits, h, targets, self.n_vocab)
 
     def logits(self, h: Tensor) -> Tensor:
         """States (..., D) behind the last layer -> logits (..., n_vocab)."""

@@ -115,7 +115,9 @@ class Retrofit(nn.Module):
         # Once, so that a model that is frozen to be used keeps knowing what it has learnt.
         self.names = frozenset(name for name, weight in self.named_parameters() if weight.requires_grad)
 
-    def forward(self, x: Tensor, ret: Tensor | None = None, stretches: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, ret: Tensor | None = None, stretches: Tensor | None = None, targets: Tensor | None = None
+    ) -> Tensor:
         """Logits for the token after each token; arguments and errors are those of `RetroModel.forward`.
 
         * `x` are tokens, of shape `[batch_size, seq_len]`
@@ -123,8 +125,9 @@ class Retrofit(nn.Module):
           `[batch_size, chunks, neighbors, neighbor_len]`; without it, or with no chunks, nothing is read
         * `stretches` are numbers of shape `[batch_size, seq_len]`, where several texts share a sequence; each text has
           positions of its own
+        * `targets` are the tokens to predict, of shape `[batch_size, seq_len]`, or -100 for none
 
-        Returns logits of shape `[batch_size, seq_len, n_vocab]`.
+        Returns logits of shape `[batch_size, seq_len, n_vocab]`; of `targets` the sum of their cross entropies in nats.
         """
         mask = positions = None
         if stretches is not None:
@@ -142,7 +145,9 @@ class Retrofit(nn.Module):
             logits = self.base(input_ids=x, attention_mask=mask, position_ids=positions, use_cache=False).logits
         if torch.is_grad_enabled() and not (reading and reading.contexts):
             logits = logits + 0 * sum(weight.sum() for weight in self.added().values())  # a gradient of zero, not none
-        return logits
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
 
     @cached_property
     def _keeps_apart(self) -> bool:

@@ -27,7 +27,7 @@ from retro.config import TrainConfig
 from retro.device import pick_device
 from retro.retrofit import Model
 from retro.runs import data, loop, tracking
-from retro.runs.engine import Engine, new_engine, start_engine
+from retro.runs.engine import Engine, nats_of, new_engine, start_engine
 from retro.runs.run import find_run, saved_prompt, write_run
 from retro.sample import Sampler
 
@@ -140,8 +140,7 @@ class Trainer:
         inputs = [x if x is None else x.to(self.device, non_blocking=True) for x in inputs]
         tgt = tgt.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            logits = self.net(*inputs)
-        total = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tgt.flatten(), reduction="sum")
+            total = nats_of(self.model, self.net, inputs, tgt)
         return total / (tgt >= 0).sum().clamp(min=1)
 
     @torch.no_grad()

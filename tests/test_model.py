@@ -218,6 +218,43 @@ def test_angles_are_those_of_the_definition_whatever_the_parameter_was_cast_to()
     assert torch.equal(doubled[:, 0], x[:, 0].double() / 3), "position 0 is not rotated, nor rounded"
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_loss_in_pieces_is_the_whole_one_and_keeps_no_logits(tokens, neighbors, monkeypatch, tied):
+    torch.manual_seed(1)
+    model = RetroModel.from_config(
+        RetroConfig(N_VOCAB, 16, 2, (1,), CHUNK_LEN, 2, 8, 32, 1, (0,), norm="rms", final_norm=True, tied=tied)
+    )
+    targets = tokens.roll(-1, dims=1)
+    targets[0, 3:7], targets[1, -1] = -100, -100
+    kept, asked = [], []
+
+    def gradient(loss_of):
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x):
+            loss = loss_of()
+        loss.backward()
+        return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    def whole():
+        return F.cross_entropy(model(tokens, neighbors).flatten(0, 1), targets.flatten(), reduction="sum")
+
+    expected = gradient(whole)
+    rows = {shape[0] for shape in kept if shape[-1:] == (N_VOCAB,) and len(shape) > 1}
+    assert tokens.numel() in rows, "the plain loss keeps the logits of all tokens"
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda h: asked.append(len(h)) or logits(h))
+    for at_once, sizes in ((10**6, [32]), (5 * N_VOCAB + 1, [5] * 6 + [2]), (1, [1] * 32)):
+        monkeypatch.setattr("retro.loss.LOGITS_AT_ONCE", at_once)
+        kept.clear(), asked.clear()
+        torch.testing.assert_close(gradient(lambda: model(tokens, neighbors, targets=targets)), expected)
+        again = sizes[::-1] if len(sizes) > 1 else []  # pieces are computed once more
+        assert asked == sizes + again
+        if again:
+            assert not [shape for shape in kept if len(shape) == 2 and shape[-1] == N_VOCAB]
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, neighbors, targets=targets), expected[0])
+
+
 def test_bf16_gives_nearly_the_loss_and_the_gradients_of_fp32(model, tokens, neighbors):
     def gradient(enabled):
         model.zero_grad()

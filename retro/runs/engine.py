@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,8 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from retro import parallel
@@ -42,6 +45,16 @@ def new_engine(device: torch.device, model: Model, optimizer: Any) -> Engine:
     """An engine at its first step."""
     accelerator = new_accelerator(device, model)
     return Engine(model, accelerator.prepare_model(model, device_placement=False), optimizer, accelerator, Progress())
+
+
+def nats_of(model: Model, net: Any, inputs: list[Any], targets: Tensor) -> Tensor:
+    """Sum of the cross entropies of `targets` (B, T), in nats, of a model that is called as `net`.
+
+    One that is called with tokens and neighbors alone, as the tutorial's own is, gives all of its logits.
+    """
+    if "targets" in signature(model.forward).parameters:
+        return net(*inputs, targets=targets)
+    return cross_entropy(net(*inputs).float().flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 def start_engine(run: Run, device: torch.device, fsdp: bool) -> Engine:
