@@ -32,8 +32,8 @@ MOST_NEIGHBORS = 8  # that are retrieved; a variant reads the first k of them
 PAPER: dict[str, Any] = {
     "d_model": 128, "n_layers": 4, "ca_layers": (1, 3), "n_heads": 4, "d_k": 32, "d_ff": 512, "n_encoder_layers": 2,
     "encoder_ca_layers": (1,), "own_embeddings": True, "norm": "rms", "final_norm": True, "relative_positions": True,
-    "init_std": 0.05,  # as 0.02 at the paper's width of 896, by 1 / sqrt(width)
 }  # fmt: skip
+SMALL_INIT = {"init_std": 0.05}  # 0.02 at the paper's width of 896, as 1 / sqrt(width)
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Variant:
     k: int = 2  # neighbors that a chunk reads
     reads: str = "NF"  # of a neighbor: its chunk N, the continuation F
     train: dict[str, Any] = field(default_factory=dict)  # values of `TrainConfig`
+    beside: str = "paper"  # what it is compared with
 
 
 VARIANTS = {
@@ -60,14 +61,16 @@ VARIANTS = {
     "every layer": Variant("chunked cross-attention in every layer", {"ca_layers": (0, 1, 2, 3)}),
     "LayerNorm": Variant("LayerNorm", {"norm": "layer"}),
     "no final norm": Variant("no norm before the logits", {"final_norm": False}),
-    "PyTorch's init": Variant("PyTorch's initialization", {"init_std": None}),
-    "tied": Variant("tied input and output embeddings", {"tied": True}),
+    "small init": Variant("weights of standard deviation 0.05 to begin with", SMALL_INIT),
+    "tied": Variant(
+        "these, and tied embeddings; beside the one above", SMALL_INIT | {"tied": True}, beside="small init"
+    ),
     "shared": Variant("encoder with the decoder's embeddings", {"own_embeddings": False}),
     "narrow": Variant("encoder of half the width", {"d_encoder": 64, "encoder_n_heads": 2, "encoder_d_ff": 256}),
     "dropped": Variant("half of the neighbors kept back in training", train={"missing_neighbors": 0.5}),
     "tutorial": Variant(
         "the tutorial's choices for all of these",
-        {"norm": "layer", "final_norm": False, "relative_positions": False, "own_embeddings": False, "init_std": None},
+        {"norm": "layer", "final_norm": False, "relative_positions": False, "own_embeddings": False},
     ),
 }
 
@@ -244,7 +247,7 @@ def gathered(size: Size) -> dict[str, Any]:
             "on": ratio_of_sums(on, n_bytes),
             "off": ratio_of_sums(off, n_bytes),
         }
-    costs = judged({name: (bits[name] - bits["paper"], n_bytes) for name in VARIANTS if name != "paper"})
+    costs = judged({name: (bits[name] - bits[v.beside], n_bytes) for name, v in VARIANTS.items() if name != "paper"})
     for name, cost in costs.items():
         rows[name]["cost"] = cost
     return rows

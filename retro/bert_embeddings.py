@@ -86,16 +86,12 @@ class BERTChunkEmbeddings:
     def tokens_of(self, chunks: Sequence[str]) -> list[tuple[int, ...]]:
         """BERT's tokens of each chunk, trimmed first if this trims; chunks of the same tokens have one embedding."""
         texts = [self._trim_chunk(chunk) for chunk in chunks] if self.trim else list(chunks)
-        ids = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            truncation=True,
-            max_length=self.max_len,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        return [tuple(row) for row in ids]
+        # Past transformers, which makes more of a text than its ids, in twice the time.
+        tokenizer = self.tokenizer.backend_tokenizer
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [tuple(text.ids[: self.max_len]) for text in encoded]
 
     def __call__(
         self, chunks: Sequence[str], batch_size: int = 4096, progress: Callable[[int], Any] | None = None
