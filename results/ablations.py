@@ -148,8 +148,9 @@ def config(variant: Variant, size: Size, seed: int) -> Any:
 
 def name_of(name: str, size: Size, seed: int) -> str:
     """Of the file with what came out of a variant: another recipe has another."""
-    variant = VARIANTS[name]
-    return sha256_of_json([PAPER, asdict(variant), asdict(config(variant, size, seed)), size.n_windows])[:12] + ".json"
+    v = VARIANTS[name]
+    recipe = [PAPER | v.model, v.k, v.reads, asdict(config(v, size, seed)), size.n_windows]
+    return sha256_of_json(recipe)[:12] + ".json"
 
 
 def measure(name: str, size: Size, seed: int) -> None:
@@ -167,7 +168,7 @@ def measure(name: str, size: Size, seed: int) -> None:
     variant, data = VARIANTS[name], TrainingData(Path("data"))
     corpus, how = data.corpus, config(variant, size, seed)
     torch.manual_seed(seed)
-    shape = RetroConfig(n_vocab=corpus.n_tokens, chunk_len=CHUNK_LEN, **{**PAPER, **variant.model})
+    shape = RetroConfig(n_vocab=corpus.n_tokens, chunk_len=CHUNK_LEN, **(PAPER | variant.model))
     model = RetroModel.from_config(shape)
     batches = of_variant(data.batches("train", how, 0, size.steps, False), variant)
     optimizer = new_optimizer(model, how, fused=True)
