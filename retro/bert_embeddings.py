@@ -105,9 +105,14 @@ class BERTChunkEmbeddings:
         about one length. A text that has no BERT token (blank, or only control characters) gets the zero
         vector. Tokens beyond BERT's positions (512) are cut off.
         """
-        if not chunks:
+        return self.of_tokens(self.tokens_of(chunks), batch_size, progress)
+
+    def of_tokens(
+        self, tokens: Sequence[tuple[int, ...]], batch_size: int = 4096, progress: Callable[[int], Any] | None = None
+    ) -> Tensor:
+        """As a call, of chunks whose BERT tokens `tokens_of` gave, perhaps in another thread."""
+        if not tokens:
             return torch.zeros(0, self.d_emb, device=self.device)
-        tokens = self.tokens_of(chunks)
         row_of = {ids: row for row, ids in enumerate(dict.fromkeys(tokens))}
         chunks_of = Counter(tokens)
         embeddings = torch.zeros(len(row_of), self.d_emb, device=self.device)

@@ -154,16 +154,20 @@ class SelfAttention(Attention):
         self.is_causal = is_causal
         self.rotary_pe = RotaryPositionalEmbeddings(d_k)
 
-    def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+    def rotations(self, T: int) -> Tensor:
+        """What turns queries and keys of positions 0..T-1, for all heads so that memory is read in order."""
+        return self.rotary_pe.rotations(0, T).expand(-1, 2 * self.n_heads, -1, -1).contiguous()
+
+    def forward(self, h: Tensor, mask: Tensor | None = None, rotations: Tensor | None = None) -> Tensor:
         """`h` (N, T, D) reads itself -> (N, T, D), residual included.
 
         * `mask` (N, 1, 1, T) or (N, 1, T, T), if given, is true where there is a token to read; it is then all that
           bars a position
+        * `rotations` are what `rotations` gives, the same for all layers; left out, they are computed here
         """
         n = self.n_heads * self.d_k
         qk, values = F.linear(self.norm(h), *self.projection()).split([2 * n, n], dim=-1)
-        # For all heads at once, so that the product reads memory in order.
-        rotations = self.rotary_pe.rotations(0, h.shape[1]).expand(-1, 2 * self.n_heads, -1, -1).contiguous()
+        rotations = self.rotations(h.shape[1]) if rotations is None else rotations
         rotated = self.rotary_pe.rotate(self.split_heads(qk), rotations)
         queries, keys = rotated.chunk(2, dim=2)  # (N, T, H, d_k) each
         keys, values = keys.transpose(1, 2), self.split_heads(values).transpose(1, 2)  # (N, H, T, d_k)
@@ -333,8 +337,9 @@ class NearestNeighborEncoder(nn.Module):
         # H_u, the states of each chunk; an unfinished chunk at the end has retrieved nothing yet.
         h = self.norm_h(h[:, : C * m].unflatten(1, (C, m)))  # (B, C, m, D)
         mask, _ = padding_mask(None if present is None else present.flatten(0, 2))
+        rotations = self.attn[0].rotations(e.shape[3])  # type: ignore[operator]
         for p, (attn, ffw) in enumerate(zip(self.attn, self.ffw, strict=True)):
-            e = attn(e.flatten(0, 2), mask).view(e.shape)  # each neighbor for itself: (B*C*K, R, D)
+            e = attn(e.flatten(0, 2), mask, rotations).view(e.shape)  # each neighbor for itself: (B*C*K, R, D)
             if p in self.ca_layers:
                 e = self.ca[self.ca_layers.index(p)](e, h)
             e = ffw(e)
@@ -420,9 +425,10 @@ class RetroModel(nn.Module):
             require_whole_chunks(x, ret, self.chunk_len)  # type: ignore[arg-type]
         present = ret >= 0 if retrieving else None  # type: ignore[operator]
         mask = None if stretches is None else (stretches[:, None, :, None] == stretches[:, None, None]).tril()
+        rotations = self.attn[0].rotations(x.shape[1])  # type: ignore[operator]
         # Layer p of algorithm 1: ATTN, then CCA if p is in P, then FFW, each with its residual inside.
         for p, (attn, ffw) in enumerate(zip(self.attn, self.ffw, strict=True)):
-            h = attn(h, mask)
+            h = attn(h, mask, rotations)
             if retrieving and p in self.ca_layers:
                 if p == self.ca_layers[0]:
                     # Once for all reading layers, with the states that the first of them has.

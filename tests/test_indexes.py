@@ -288,6 +288,34 @@ def interrupted_after_the_manifest(folder, bert, monkeypatch, factory):
             build(folder, bert, index=factory)
 
 
+def test_lists_are_learnt_on_gpus_where_faiss_has_them_and_on_all_cores_where_others_wait(keyed, bert, monkeypatch):
+    build(keyed, bert, index="IVF8,Flat")
+    alone = (keyed / "retro.index").read_bytes()
+    learnt, threads = [], []
+    train = faiss.IndexIVFFlat.train
+
+    def watched(index, x):
+        learnt.append(index.clustering_index is not None and index.clustering_index.this == on_gpus.this)
+        threads.append(faiss.omp_get_max_threads())
+        train(index, x)
+
+    on_gpus = faiss.IndexFlatL2(bert.d_emb)  # stands for one on GPUs, which computes the same
+    monkeypatch.setattr(faiss.IndexIVFFlat, "train", watched)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", lambda index: on_gpus, raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(3))
+    monkeypatch.setattr("retro.parallel.n_processes", lambda: 2)
+    monkeypatch.setattr("retro.parallel.wait_for_everyone", lambda: None)
+    monkeypatch.setattr("retro.parallel._store", lambda: None)
+    monkeypatch.setattr("retro.parallel.my_share", lambda numbers: numbers)
+    before = faiss.omp_get_max_threads()
+    build(keyed, bert, index="IVF8,Flat", seed=1)
+    assert learnt == [True] and threads == [3] and faiss.omp_get_max_threads() == before
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
+    build(keyed, bert, index="IVF8,Flat")
+    assert learnt == [True, False] and (keyed / "retro.index").read_bytes() == alone
+
+
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_a_reader_finds_a_new_index_where_it_lies_and_renames_nothing(keyed, bert, monkeypatch, on_disk):
     if on_disk:

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,30 @@ def test_shards_of_other_texts_or_of_no_work_at_all_are_thrown_away(tmp_path):
     assert finished("x", "c") == ["x c 0", "x a 1"], "only the shard with another input is made again"
     assert len(list((tmp_path / "s").iterdir())) == 3
     assert finished("y", "c") == ["y c 0", "y c 1"]
+
+
+def test_a_shard_is_prepared_for_while_the_one_before_is_made(tmp_path):
+    shards = Shards(tmp_path / "s", {}, list("abcd"), ".txt")
+    shards.open()
+    with shards.written(1) as temporary:
+        temporary.write_text("1: there already")
+    begun = [threading.Event() for _ in range(4)]
+
+    def prepare(number):
+        begun[number].set()
+        if number == 3:
+            raise ValueError("nothing to prepare")
+        return f"for {number}"
+
+    def make(number, prepared, path, done):
+        following = {0: 2, 2: 3}[number]  # shard 1 needs nothing
+        assert begun[following].wait(10), "the next one is not prepared for before this one is made"
+        path.write_text(f"{number}: {prepared}")
+
+    with pytest.raises(ValueError, match="nothing to prepare"):
+        shards.make_missing("Make", "letter", [1] * 4, make, prepare)
+    assert [shards.path(i).read_text() for i in (0, 1, 2)] == ["0: for 0", "1: there already", "2: for 2"]
+    assert shards.missing() == [3] and not begun[1].is_set()
 
 
 @pytest.mark.parametrize("stage", ["database", "dataset"])

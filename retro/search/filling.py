@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import faiss
@@ -36,7 +37,8 @@ def fill_index(factory: str, keys: Keys, n_train: int, seed: int, folder: Path) 
     """
     if ivf_of(new_index(keys.d_emb, factory)) is None:  # cannot be merged of shards
         every = range(len(keys.chunks_of_shard))
-        return parallel.on_rank_zero(lambda: _add(_train(factory, keys, n_train, seed), keys, every))
+        with all_cores():
+            return parallel.on_rank_zero(lambda: _add(_train(factory, keys, n_train, seed), keys, every))
     # A shard of the index takes several shards of keys; shard 0 is what was learnt.
     shard_of = np.cumsum([len(chunks) for chunks in keys.chunks_of_shard]) // KEYS_PER_SHARD
     groups = [range(*np.searchsorted(shard_of, [shard, shard + 1])) for shard in range(shard_of[-1] + 1)]
@@ -53,7 +55,7 @@ def fill_index(factory: str, keys: Keys, n_train: int, seed: int, folder: Path) 
     def prepare() -> None:
         shards.open()
         if 0 in shards.missing(all_processes=True):
-            with shards.written(0) as temporary:
+            with shards.written(0) as temporary, all_cores():
                 write_faiss(_train(factory, keys, n_train, seed), temporary)
 
     parallel.on_rank_zero(prepare)
@@ -73,6 +75,9 @@ def _train(factory: str, keys: Keys, n_train: int, seed: int) -> faiss.Index:
         candidates = np.flatnonzero(keys.in_database)
         drawn = np.random.default_rng(seed).choice(len(candidates), size=n_train, replace=False)
         note(f"{factory} learns from {n_train:,} keys")
+        if (ivf := ivf_of(index)) is not None and getattr(faiss, "get_num_gpus", int)():  # in a build with GPUs only
+            # The nearest centroid of each key is found on the GPUs. Searches stay here, since they leave chunks out.
+            ivf.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(ivf.d))
         try:
             index.train(keys.rows(candidates[np.sort(drawn)]))
         except RuntimeError as error:  # as codes of residuals that need more keys than there are
@@ -80,6 +85,18 @@ def _train(factory: str, keys: Keys, n_train: int, seed: int) -> faiss.Index:
             raise InvalidOption("index", factory, reason) from None
     set_n_probe(index, 1)
     return taking_our_ids(index)
+
+
+@contextlib.contextmanager
+def all_cores() -> Iterator[None]:
+    """Inside, FAISS works with all cores of this process, while others wait: `torchrun` gives each a single thread."""
+    before = faiss.omp_get_max_threads()
+    if parallel.n_processes() > 1:
+        faiss.omp_set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def _add(index: faiss.Index, keys: Keys, shards: range) -> faiss.Index:

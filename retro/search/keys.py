@@ -89,12 +89,14 @@ class Keys:
         """
         require_match(self.shards.folder, bert.manifest, self.embedder)
 
-        def embed(number: int, path: Path, done: Callable[[int], Any]) -> None:
-            texts = self.corpus.texts(self.chunks_of_shard[number], self.chunk_len)
-            with open(path, "wb") as file:
-                np.save(file, bert(texts, batch_size, done).cpu().numpy(), allow_pickle=False)
+        def tokens_of(number: int) -> list[tuple[int, ...]]:
+            return bert.tokens_of(self.corpus.texts(self.chunks_of_shard[number], self.chunk_len))
 
-        self.shards.make_missing("Embed", "chunk", [len(chunks) for chunks in self.chunks_of_shard], embed)
+        def embed(number: int, tokens: list[tuple[int, ...]], path: Path, done: Callable[[int], Any]) -> None:
+            with open(path, "wb") as file:
+                np.save(file, bert.of_tokens(tokens, batch_size, done).cpu().numpy(), allow_pickle=False)
+
+        self.shards.make_missing("Embed", "chunk", [len(chunks) for chunks in self.chunks_of_shard], embed, tokens_of)
 
     def compute_alone(self, bert: BERTChunkEmbeddings) -> None:
         """As `compute`, while nobody else writes into the data folder."""

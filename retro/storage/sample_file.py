@@ -168,7 +168,7 @@ def write_samples(
     groups = [offsets[i : i + per_shard] for i in range(0, len(offsets), per_shard)]
     shards = Shards(shards_folder(path), header, [""] * len(groups), ".jsonl")
 
-    def make(number: int, temporary: Path, done: Callable[[int], Any]) -> None:
+    def make(number: int, _: None, temporary: Path, done: Callable[[int], Any]) -> None:
         lines = [json.dumps(sample) for sample in retrieve(groups[number])]
         temporary.write_bytes(("\n".join(lines) + "\n").encode())
         done(len(lines))

@@ -17,7 +17,9 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -84,20 +86,27 @@ class Shards:
         return missing
 
     def make_missing(
-        self, what: str, unit: str, sizes: Sequence[int], make: Callable[[int, Path, Callable[[int], Any]], None]
+        self,
+        what: str,
+        unit: str,
+        sizes: Sequence[int],
+        make: Callable[[int, Any, Path, Callable[[int], Any]], None],
+        prepare: Callable[[int], Any] | None = None,
     ) -> None:
         """Make the missing shards, each process its share, with a bar beside it.
 
         * `sizes` are how much work each shard is, in `unit`
-        * `make` is called with a shard's number, the path to write it to, and a function to call with how much is done
+        * `make` is called with a shard's number, what was prepared for it, the path to write it to, and a function to
+          call with how much is done
+        * `prepare` prepares for a shard, in a thread of its own, while the one before is made
         """
         parallel.on_rank_zero(self.open)
         missing = self.missing()
         mine = sum(sizes[number] for number in parallel.my_share(list(range(len(self)))))
         with bar(what, unit, mine, mine - sum(sizes[number] for number in missing)) as progress:
-            for number in missing:
+            for number, prepared in _ahead(prepare or (lambda number: None), missing):
                 with self.written(number) as temporary:
-                    make(number, temporary, progress.update)
+                    make(number, prepared, temporary, progress.update)
         parallel.wait_for_everyone()
 
     @contextmanager
@@ -140,3 +149,14 @@ class Shards:
             while block := content.read(BLOCK):
                 digest.update(block)
         return f"{number:06d}-{digest.hexdigest()[:HASH_LENGTH]}{self.suffix}"
+
+
+def _ahead(prepare: Callable[[int], Any], numbers: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """Each number with what was prepared for it, while the one before was made."""
+    with ThreadPoolExecutor(1) as pool:
+        futures = [pool.submit(prepare, number) for number in numbers[:1]]
+        for number, following in zip_longest(numbers, numbers[1:]):
+            prepared = futures.pop().result()
+            if following is not None:
+                futures.append(pool.submit(prepare, following))
+            yield number, prepared
