@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertModel
 
 from retro.bert_embeddings import BERTChunkEmbeddings
+from retro.config import PRESETS
 from retro.database import RetroIndex, build_database
 from retro.dataset import DATASET_FILE, Dataset, build_dataset
 from retro.model import RetroConfig, RetroModel
@@ -40,6 +41,7 @@ TEXT = "tiny_shakespeare.txt"
 PROMPT = "Second Citizen:\nOne word, good citizens.\n\nFirst Citizen:"
 INLINE_FILE = "whole_samples.json"  # the samples as the tutorial writes them
 BATCH = 4
+N_PROMPTS = 16
 CURVE_STEPS = 300
 Result = dict[str, Any]
 
@@ -156,23 +158,34 @@ def _published_model(module: Any) -> Any:
 
 
 def train(variant: str, folder: Path) -> Result:
-    """A step of the tutorial's model: forward, backward, optimizer; the median of several."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 65, (BATCH, 513), generator=generator)
-    neighbors = torch.randint(0, 65, (BATCH, 32, 2, 32), generator=generator)
+    """A step of the tutorial's model."""
+    return train_step(variant, folder, RetroConfig(n_vocab=65), 32)
+
+
+def paper(variant: str, folder: Path) -> Result:
+    """A step of the model of the preset paper-tiny; its encoder has as many heads as its decoder, as the peer's has."""
+    shape = PRESETS["paper-tiny"].model | {"encoder_n_heads": 8}
+    return train_step(variant, folder, RetroConfig(n_vocab=4096, chunk_len=64, **shape), 8)
+
+
+def train_step(variant: str, folder: Path, config: RetroConfig, n_chunks: int) -> Result:
+    """Forward, backward, optimizer, on samples of so many chunks: the median of several, and the most memory."""
+    generator, (V, m) = torch.Generator().manual_seed(0), (config.n_vocab, config.chunk_len)
+    tokens = torch.randint(0, V, (BATCH, n_chunks * m + 1), generator=generator)
+    neighbors = torch.randint(0, V, (BATCH, n_chunks, 2, 2 * m), generator=generator)
     src, tgt = tokens[:, :-1], tokens[:, 1:]
     torch.manual_seed(0)
+    before = most_memory()
     if variant.startswith("retro "):
-        model: Any = RetroModel.from_config(RetroConfig(n_vocab=65))
+        model: Any = RetroModel.from_config(config)
         shared = folder / "weights.pt"
-        if shared.exists():
+        if shared.exists() and V == 65:
             model.load_state_dict(torch.load(shared, weights_only=True))
         optimizer: Any = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
 
         def loss_of() -> torch.Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=variant == "retro bf16"):
-                logits = model(src, neighbors)
-            return cross_entropy(logits.float().flatten(0, 1), tgt.flatten())
+                return model(src, neighbors, targets=tgt) / tgt.numel()
     else:
         import peers
 
@@ -186,8 +199,10 @@ def train(variant: str, folder: Path) -> Result:
                 logits = model(src, neighbors)
                 return cross_entropy(logits.view(-1, logits.shape[-1]), tgt.reshape(-1))
         else:
-            model = peers.retro_pytorch(65)
+            model = peers.retro_pytorch(config)
             optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+            weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+            before = most_memory() - weights  # what it imports is not the step's
 
             def loss_of() -> torch.Tensor:
                 return model(tokens, neighbors, return_loss=True)
@@ -203,7 +218,8 @@ def train(variant: str, folder: Path) -> Result:
         first_loss = step()
     step()
     seconds = statistics.median(timed(step)[0] for _ in range(3))
-    result: Result = {"seconds": seconds, "units": 1, "first_loss": first_loss}
+    megabytes = most_memory() - before
+    result: Result = {"seconds": seconds, "units": 1, "first_loss": first_loss, "megabytes": megabytes}
     if variant.startswith("retro "):
         result |= {"flop": counter.get_total_flops(), "precision": variant.split()[1]}
     return result
@@ -228,6 +244,23 @@ def sample(variant: str, folder: Path, length: int) -> Result:
     sampler.sample(PROMPT, 20)
     seconds, text = timed(lambda: sampler.sample(PROMPT, length))
     return {"seconds": seconds, "units": length, "text": text}
+
+
+def many(variant: str, folder: Path) -> Result:
+    """Characters a second of 16 prompts of different lengths, one after the other or at once."""
+    torch.manual_seed(0)
+    corpus = Corpus.load(folder / "corpus")
+    model = RetroModel.from_config(RetroConfig(n_vocab=corpus.n_tokens))
+    index = RetroIndex(16, data_path=folder, corpus=corpus)
+    sampler = Sampler("cpu", model, corpus, 16, index=index, max_chunks=1 << 20)
+    prompts = [corpus.text(100 * i, 20 + 3 * i) for i in range(N_PROMPTS)]
+    sampler.sample(PROMPT, 20)
+    at_once = variant == "retro, at once"
+    length = 128
+    seconds, texts = timed(
+        lambda: sampler.sample_many(prompts, length) if at_once else [sampler.sample(p, length) for p in prompts]
+    )
+    return {"seconds": seconds, "units": N_PROMPTS * length, "text": texts[-1]}
 
 
 def read(variant: str, folder: Path) -> Result:
@@ -269,6 +302,11 @@ def memory() -> float:
     """Megabytes of this process that are in memory and its own, not pages of mapped files."""
     fields = Path("/proc/self/statm").read_text().split()
     return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGESIZE") / 1e6
+
+
+def most_memory() -> float:
+    """The most megabytes that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 def startup(variant: str, folder: Path) -> Result:
@@ -380,8 +418,10 @@ STAGES: dict[str, Callable[[str, Path], Result]] = {
     "database": database,
     "dataset": dataset,
     "train": train,
+    "paper": paper,
     "sample128": lambda variant, folder: sample(variant, folder, 128),
     "sample512": lambda variant, folder: sample(variant, folder, 512),
+    "many": many,
     "read": read,
     "startup": startup,
     "growth": growth,
@@ -392,5 +432,5 @@ if __name__ == "__main__":
     out = os.dup(1)
     os.dup2(2, 1)  # progress goes to stderr, the result alone to stdout
     result = STAGES[sys.argv[1]](sys.argv[2], Path(sys.argv[3]))
-    result["peak_megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    result["peak_megabytes"] = most_memory()
     os.write(out, (json.dumps(result) + "\n").encode())

@@ -18,7 +18,7 @@ import torch
 from labml import lab
 from transformers import BertModel, BertTokenizer  # before the stand-in for torchvision, for which it looks
 
-from retro.config import PACKAGED
+from retro.config import PACKAGED, RetroConfig
 from retro.text.pretrained import find_embedder
 
 
@@ -60,24 +60,25 @@ def labml(folder: Path) -> Any:
     )
 
 
-def retro_pytorch(n_vocab: int) -> torch.nn.Module:
-    """retro-pytorch's model in the tutorial's sizes, but 8 heads of 32 in place of 16 of 16: it allows none smaller."""
+def retro_pytorch(config: RetroConfig) -> torch.nn.Module:
+    """retro-pytorch's model in the sizes of a config, but heads of at least 32 features: it allows none smaller."""
     stand_in("autofaiss")
     from retro_pytorch import RETRO
 
     no_dropout = {f"{part}_{kind}_dropout": 0.0 for part in ("enc", "dec") for kind in ("attn", "ff")}
+    c, d_k = config, max(32, config.d_k)
     return RETRO(
-        num_tokens=n_vocab,
-        chunk_size=16,
+        num_tokens=c.n_vocab,
+        chunk_size=c.chunk_len,
         max_seq_len=512,
-        enc_dim=128,
-        enc_depth=6,
-        enc_cross_attn_layers=(4,),
-        dec_dim=128,
-        dec_depth=6,
-        dec_cross_attn_layers=(4, 6),
-        heads=8,
-        dim_head=32,
+        enc_dim=c.d_encoder or c.d_model,
+        enc_depth=c.n_encoder_layers,
+        enc_cross_attn_layers=tuple(p + 1 for p in c.encoder_ca_layers),  # which it counts from 1
+        dec_dim=c.d_model,
+        dec_depth=c.n_layers,
+        dec_cross_attn_layers=tuple(p + 1 for p in c.ca_layers),
+        heads=c.n_heads * c.d_k // d_k,
+        dim_head=d_k,
         **no_dropout,
     )
 

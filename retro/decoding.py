@@ -213,6 +213,127 @@ class CachedDecoder(Decoder):
                 layer.kept = kept
 
 
+class BatchDecoder:
+    """Runs a `RetroModel` over several growing texts of any lengths; a call takes in some tokens of some texts.
+
+    * `model` is the model
+    * `n_texts` is the number of texts, and `room` the most tokens of each
+
+    Shapes as in `CachedDecoder`; n are the texts of a call, L the tokens that it takes in of each.
+    """
+
+    def __init__(self, model: RetroModel, n_texts: int, room: int) -> None:
+        one, new = CachedDecoder(model), model.emb.weight.new_zeros
+        self.model, self.chunk_len, self.n_heads, self.d_k = model, model.chunk_len, one.n_heads, one.d_k
+        self.layers, self.readers = one.layers, one.readers
+        self.rotations = model.attn[0].rotary_pe.rotations(0, room)  # type: ignore[union-attr, operator]
+        self.lengths = [0] * n_texts
+        self.kept = [new(2, n_texts, one.n_heads, room, one.d_k) for _ in one.layers]  # keys and values
+        self.chunk = new(n_texts, model.chunk_len, model.d_model)  # states of the chunk, where the encoder reads them
+        self.contexts: dict[int, Tensor] = {}  # keys and values (2, n_texts, H, S, d_k) of the neighbors, by layer
+        self.mask = new(n_texts, 0, dtype=torch.bool)  # of the neighbors' tokens
+        self.has_neighbor = new(n_texts, dtype=torch.bool)
+        self.neighbors = (0, 0)  # how many they are, and of how many tokens
+
+    def restart(self, row: int) -> None:
+        """Forget the tokens of a text; its next one is its first."""
+        self.lengths[row] = 0
+        self.has_neighbor[row] = False
+
+    def completes_chunk(self, row: int) -> bool:
+        """Whether the next token of a text is the last of a chunk, so that its neighbors are due."""
+        return (self.lengths[row] + 1) % self.chunk_len == 0
+
+    def n_next(self, row: int) -> int:
+        """How many tokens of a text the next call of `feed` can take."""
+        return self.chunk_len if self.completes_chunk(row) else self.chunk_len - 1 - self.lengths[row] % self.chunk_len
+
+    def feed(self, rows: list[int], tokens: Tensor, neighbors: dict[int, Tensor]) -> Tensor:
+        """Take in tokens (n, L) of the texts `rows`; returns the logits (n, n_vocab) for the tokens after them.
+
+        The first tokens complete a chunk in all of these texts, or in none.
+
+        * `neighbors` are those (K, R) of the completed chunks, by text; one that is left out reads nothing from now on
+        """
+        L, device = tokens.shape[1], tokens.device
+        firsts = torch.tensor([self.lengths[row] for row in rows], device=device)
+        places = firsts[:, None] + torch.arange(L, device=device)  # (n, L)
+        at, end = torch.tensor(rows, device=device), max(self.lengths[row] for row in rows) + L
+        of_rows: Any = (
+            slice(None) if rows == list(range(len(self.lengths))) else at
+        )  # nothing is copied for all of them
+        mask = (torch.arange(end, device=device) <= places[:, :, None])[:, None]  # (n, 1, L, end)
+        h = self.model.emb(tokens)  # (n, L, D)
+        for p, (layer, kept) in enumerate(zip(self.layers, self.kept, strict=True)):
+            qkv = self._project(layer.project, layer.norm(h))  # (n, L, 3H, d_k)
+            rotated = RotaryPositionalEmbeddings.rotate(qkv[:, :, : 2 * self.n_heads], self.rotations[places])
+            queries, keys = rotated.chunk(2, dim=2)
+            kept[0, at[:, None], :, places] = keys
+            kept[1, at[:, None], :, places] = qkv[:, :, 2 * self.n_heads :]
+            h = h + self._read(layer.output, queries, kept[:, of_rows, :, :end], mask)
+            if p in self.readers:
+                if p == self.model.ca_layers[0]:
+                    self._take_up(rows, h, neighbors)
+                if self.contexts:
+                    h = h + self._read_neighbors(p, h, of_rows, places)
+            h = h + self._rows(layer.lin2, self._rows(layer.lin1, layer.norm_ffw(h)).relu_())
+        for row in rows:
+            self.lengths[row] += L
+        return self.model.logits(h[:, -1])
+
+    @staticmethod
+    def _rows(linear: _Linear, x: Tensor) -> Tensor:
+        """A layer that takes rows, over `x` (n, L, ...)."""
+        return linear(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    def _project(self, linear: _Linear, x: Tensor) -> Tensor:
+        """`x` (n, L, D) -> heads (n, L, H, d_k), or three times as many."""
+        return self._rows(linear, x).unflatten(-1, (-1, self.d_k))
+
+    def _read(self, output: _Linear, queries: Tensor, kept: Tensor, mask: Tensor) -> Tensor:
+        """Queries (n, L, H, d_k) read keys and values (2, n, H, S, d_k), as `mask` lets them -> (n, L, D)."""
+        read = F.scaled_dot_product_attention(queries.transpose(1, 2), kept[0], kept[1], attn_mask=mask)
+        return self._rows(output, read.transpose(1, 2).flatten(2))
+
+    def _read_neighbors(self, p: int, h: Tensor, of_rows: Any, places: Tensor) -> Tensor:
+        """What states (n, L, D) at `places` (n, L) read of the neighbors in layer `p` -> (n, L, D)."""
+        reader, mask = self.readers[p], self.mask[of_rows][:, None, None]  # (n, 1, 1, S)
+        queries = self._project(reader.query, reader.norm(h))
+        if reader.keys is not None:
+            readers = ((places + 1) % self.chunk_len)[:, None]  # (n, 1, L)
+            mask = reader.cca.with_positions(mask, queries, readers, *self.neighbors, reader.keys)
+        read = self._read(reader.output, queries, self.contexts[p][:, of_rows], mask)
+        return torch.where(self.has_neighbor[of_rows][:, None, None], read, 0.0)
+
+    def _take_up(self, rows: list[int], h: Tensor, neighbors: dict[int, Tensor]) -> None:
+        """Keep the states (n, L, D) of the texts' chunks; those that the first tokens complete read neighbors now."""
+        begun = [self.lengths[row] % self.chunk_len for row in rows]
+        if self.completes_chunk(rows[0]):
+            self.chunk[rows, -1] = h[:, 0]
+            self._encode(rows, neighbors)
+            h, begun = h[:, 1:], [0] * len(rows)
+        for row, start, of_row in zip(rows, begun, h, strict=True):
+            self.chunk[row, start : start + len(of_row)] = of_row
+
+    def _encode(self, rows: list[int], neighbors: dict[int, Tensor]) -> None:
+        """Keep keys and values of the neighbors of the chunks that are complete."""
+        self.has_neighbor[rows] = False
+        reading = [row for row in rows if row in neighbors and (neighbors[row] >= 0).any()]
+        if not reading:
+            return
+        ret = torch.stack([neighbors[row] for row in reading])  # (n, K, R)
+        present, self.neighbors = ret >= 0, (ret.shape[1], ret.shape[2])
+        e = self.model.encode(ret[:, None], self.chunk[reading], None if present.all() else present[:, None])
+        for p, cca in zip(self.model.ca_layers, self.model.cca, strict=True):
+            read = torch.stack(cca.keys_values(e.flatten(1, 3)))  # type: ignore[operator]
+            if p not in self.contexts:  # the first neighbors of all
+                self.contexts[p] = read.new_zeros(2, len(self.lengths), *read.shape[2:])
+                self.mask = present.new_ones(len(self.lengths), read.shape[3])
+            self.contexts[p][:, reading] = read
+        self.mask[reading] = present.flatten(1)
+        self.has_neighbor[reading] = True
+
+
 class _Linear:
     """A linear layer for few rows: its weight (in, out) lies in the order in which they read it."""
 

@@ -248,14 +248,14 @@ class ChunkedCrossAttention(Attention):
     def with_positions(
         self, mask: Tensor | None, queries: Tensor, rows: Tensor, K: int, R: int, keys: Tensor | None = None
     ) -> Tensor | None:
-        r"""The mask of readers in `rows` (L), with what their distances from the neighbors' tokens add to their scores.
+        r"""The mask of readers in `rows` (..., L), with what their distances from a neighbor add to the scores.
 
         Row $i$ is $i - \tau + m - 1$ away from token $\tau$ of any neighbor: row 0, the last token of the chunk that
         retrieved it, stands where the first $m$ tokens of the neighbor end.
         """
         if self.positions is None:
             return mask
-        distances = rows[:, None] - torch.arange(R, device=rows.device).repeat(K) + self.chunk_len - 1
+        distances = rows[..., None] - torch.arange(R, device=rows.device).repeat(K) + self.chunk_len - 1
         return self.positions(queries, distances, mask, keys)
 
 

@@ -14,7 +14,7 @@ position 0 on. Half at once, because then as many tokens are new as are read ane
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch import Tensor
 from retro.config import DatasetConfig, SampleConfig
 from retro.database import RetroIndex
 from retro.dataset import DATASET_FILE
-from retro.decoding import Decoder, decoder_of
+from retro.decoding import BatchDecoder, Decoder, decoder_of
 from retro.errors import InvalidOption, differences
 from retro.model import RetroModel
 from retro.retrofit import Model
@@ -109,6 +109,7 @@ class Sampler:
         self.max_chunks: int | None = max_chunks or model.max_chunks or trained_with("chunks_per_sample")
         self._index, self._folder = index, folder
         self.neighbors: list[list[Neighbor]] = []
+        self.neighbors_of: list[list[list[Neighbor]]] = []
 
     @cached_property
     def index(self) -> RetroIndex:
@@ -160,6 +161,63 @@ class Sampler:
         if sample_len < 1:
             raise InvalidOption("length", sample_len, "is not at least 1")
         return self._write(self._tokens_of(prompt), sample_len, config or SampleConfig())
+
+    @torch.inference_mode()
+    def sample_many(self, prompts: Sequence[str], sample_len: int, config: SampleConfig | None = None) -> list[str]:
+        """What `sample` gives for each of several prompts; a `RetroModel` computes a token of each at a time.
+
+        Afterwards `neighbors_of` has for each prompt what `neighbors` would have.
+        """
+        config, m = config or SampleConfig(), self.chunk_len
+        texts, self.neighbors_of = [self._tokens_of(prompt) for prompt in prompts], []
+        if not isinstance(self.model, RetroModel) or sample_len < 1 or not texts:
+            samples = []
+            for prompt in prompts:
+                samples.append(self.sample(prompt, sample_len, config))
+                self.neighbors_of.append(self.neighbors)
+            return samples
+        self.model.eval()
+        generators = [torch.Generator().manual_seed(config.seed) for _ in texts]
+        ends = [len(ids) + sample_len for ids in texts]
+        room = min(max(ends), (self.max_chunks or max(ends)) * m)
+        batch, values = BatchDecoder(self.model, len(texts), room), [dict[int, Tensor]() for _ in texts]
+        starts = [start_of_window(len(ids), m, self.max_chunks) for ids in texts]
+        self.neighbors_of = [[[] for _ in range(start // m)] for start in starts]
+        chunks_of_prompts = [(row, u) for row, ids in enumerate(texts) for u in range(starts[row] // m, len(ids) // m)]
+        self._look_up(chunks_of_prompts, texts, values)
+        while unfinished := [row for row, ids in enumerate(texts) if len(ids) < ends[row]]:
+            for row in unfinished:
+                if (moved := start_of_window(len(texts[row]), m, self.max_chunks)) > starts[row]:
+                    starts[row] = moved
+                    batch.restart(row)
+            unread = {row: len(texts[row]) - starts[row] - batch.lengths[row] for row in unfinished}  # tokens
+            n_tokens = {row: min(batch.n_next(row), n) for row, n in unread.items()}
+            L = max(n_tokens.values())
+            # First what is known is read, in calls as long as they may be. Then who comes to the end of a chunk waits
+            # for the others, so that neighbors are looked up and encoded together.
+            going = [row for row in unfinished if n_tokens[row] == L]
+            completing = [row for row in going if batch.completes_chunk(row)]
+            going = [row for row in going if row not in completing] or completing
+            at = {row: starts[row] + batch.lengths[row] for row in going}
+            chunk = {row: i // m for row, i in at.items() if batch.completes_chunk(row)}
+            self._look_up([(row, u) for row, u in chunk.items() if u not in values[row]], texts, values)
+            neighbors = {row: values[row][u] for row, u in chunk.items() if u in values[row]}
+            tokens = torch.tensor([texts[row][i : i + L] for row, i in at.items()], device=self.device)
+            logits = batch.feed(going, tokens, neighbors).float().cpu()
+            for row, of_row in zip(going, logits, strict=True):
+                if unread[row] == L:  # all of the text is read
+                    texts[row].append(choose(of_row, config, generators[row]))
+        return [self._text(ids, end - sample_len, end) for ids, end in zip(texts, ends, strict=True)]
+
+    def _look_up(self, chunks: list[tuple[int, int]], texts: list[list[int]], values: list[dict[int, Tensor]]) -> None:
+        """Retrieve the neighbors of chunks, each given by the number of its text and its own, at once."""
+        if not chunks or not self.model.ca_layers:
+            return
+        m = self.chunk_len
+        found = self._retrieve([self._text(texts[row], u * m, u * m + m) for row, u in chunks])
+        for (row, u), (neighbors, tokens) in zip(chunks, found, strict=True):
+            self.neighbors_of[row].append(neighbors)
+            values[row][u] = torch.from_numpy(tokens).to(self.device)
 
     def _tokens_of(self, prompt: str) -> list[int]:
         try:

@@ -302,6 +302,50 @@ def draws(n=4000, seed=0, logits=None, **options):
     return [choose(logits, config, generator) for _ in range(n)]
 
 
+@pytest.mark.parametrize(("shape", "max_chunks"), [({}, None), (PAPERS, 3), ({"ca_layers": ()}, 2), ({}, 1)])
+def test_many_prompts_at_once_go_on_as_each_alone(index, monkeypatch, shape, max_chunks):
+    """Of different lengths, so that chunks end at different times; some chunks lack a neighbor, or all of them."""
+    corpus, model = index.corpus, untrained(index.corpus.n_tokens, **shape)
+    prompts = [corpus.text(50 * i, n) for i, n in enumerate((1, 15, 16, 17, 31, 40, 5 * CHUNK_LEN))]
+    seen: dict[int, list] = {}
+
+    def chosen(logits, config, generator):
+        seen.setdefault(id(generator), []).append((generator, logits.clone()))
+        return choose(logits, config, generator)
+
+    class Gaps(Sampler):
+        def _retrieve(self, chunks):
+            found = super()._retrieve(chunks)
+            for text, (_, values) in zip(chunks, found, strict=True):
+                values[: len(text.split()) % (K + 1)] = -1  # the first few, or all
+            return found
+
+    monkeypatch.setattr("retro.sample.choose", chosen)
+    sampler = Gaps("cpu", model, corpus, CHUNK_LEN, index=index, n_neighbors=K, max_chunks=max_chunks)
+    drawing, alone = SampleConfig(temperature=1.0, seed=3), []
+    for prompt in prompts:
+        alone.append((sampler.sample(prompt, 45, drawing), sampler.neighbors))
+    expected = [[logits for _, logits in rows] for rows in seen.values()]
+    seen.clear()
+    retrieve = Gaps._retrieve
+    asked = []
+    monkeypatch.setattr(Gaps, "_retrieve", lambda self, chunks: asked.append(len(chunks)) or retrieve(self, chunks))
+    assert sampler.sample_many(prompts, 45, drawing) == [text for text, _ in alone]
+    read = [[(n.document, n.offset, n.text) for chunk in of for n in chunk] for of in sampler.neighbors_of]
+    assert read == [[(n.document, n.offset, n.text) for chunk in of for n in chunk] for _, of in alone]
+    together = [torch.stack([logits for _, logits in rows]) for rows in seen.values()]  # in another order
+    for logits in map(torch.stack, expected):
+        closest = min(together, key=lambda found: (found - logits).abs().max())
+        torch.testing.assert_close(closest, logits, rtol=0, atol=2e-5)
+    if model.ca_layers:
+        assert max(asked) > 1, "chunks that end at the same time are looked up together"
+        # Once each, but for those that a prompt's window has passed by.
+        assert len(asked) < sum(asked) == sum(bool(chunk) for of in sampler.neighbors_of for chunk in of)
+    assert sampler.sample_many([], 5) == [] and sampler.neighbors_of == []
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        sampler.sample_many(["To be", ""], 5)
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_tokens_are_drawn_as_often_as_the_logits_over_the_temperature_say(temperature):
     powers = [p ** (1 / temperature) for p in (0.1, 0.4, 0.2, 0.3)]
