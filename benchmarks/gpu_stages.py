@@ -29,7 +29,7 @@ from gpu import last_lines, result_of
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from retro.config import DatabaseConfig, RetroConfig, SampleConfig, TrainConfig
+from retro.config import PRESETS, DatabaseConfig, RetroConfig, SampleConfig, TrainConfig
 from retro.model import RetroModel
 
 HERE = Path(__file__).resolve().parent
@@ -51,12 +51,14 @@ class Setting:
 
 
 def model_config(s: Setting, large: bool = False) -> RetroConfig:
-    """The tutorial's model, or one a hundred times as large; if tiny, of the same kinds of layers."""
+    """The tutorial's model, or a hundred times as large that of the preset paper-172m; if tiny, of the same layers."""
+    shape: dict[str, Any] = PRESETS["paper-172m"].model if large else {}
     if s.tiny:
-        return RetroConfig(65, 32, 2, (1,), n_heads=2, d_ff=64, n_encoder_layers=1, encoder_ca_layers=(0,))
-    if large:
-        return RetroConfig(32_000, 896, 12, (5, 8, 11), 64, 16, 64, 3584, n_encoder_layers=2, encoder_ca_layers=(1,))
-    return RetroConfig(n_vocab=65)
+        small = {"d_model": 32, "n_layers": 2, "ca_layers": (1,), "n_heads": 2, "d_k": 16, "d_ff": 64}
+        small |= {"n_encoder_layers": 1, "encoder_ca_layers": (0,)}
+        small |= {"d_encoder": 16, "encoder_n_heads": 1, "encoder_d_k": 16, "encoder_d_ff": 32} if large else {}
+        return RetroConfig(n_vocab=65, **(shape | small))
+    return RetroConfig(n_vocab=32_000, chunk_len=64, **shape) if large else RetroConfig(n_vocab=65)
 
 
 def new_model(config: RetroConfig) -> RetroModel:
@@ -343,7 +345,7 @@ def embedding(s: Setting, note: Note) -> None:
     """Chunks a second, how much of the time is tokenizing, and calls of BERT of more tokens."""
     from retro.bert_embeddings import TOKENS_PER_BATCH, BERTChunkEmbeddings
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as the command line sets it
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # as the command line sets it
     bert = BERTChunkEmbeddings(s.device)
     note("precision", bert.precision)
     default, text = bert.tokens_per_batch, plays(s)
@@ -357,15 +359,15 @@ def embedding(s: Setting, note: Note) -> None:
         starts = range(0, len(text) - n_chars, min(n_chars, 128))
         chunks = list(dict.fromkeys(text[i : i + n_chars] for i in starts))[:n_chunks]
         bert.tokens_of(chunks[:10])  # warms up
-        tokens = measure("tokenizing alone", bert.tokens_of, chunks)
-        os.environ["TOKENIZERS_PARALLELISM"] = "true"
-        measure("tokenizing alone, on all cores", bert.tokens_of, chunks)
+        tokens = measure("tokenizing alone, on all cores", bert.tokens_of, chunks)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        measure("tokenizing alone, in one thread", bert.tokens_of, chunks)
+        os.environ["TOKENIZERS_PARALLELISM"] = "true"
         n = {"chunks": len(chunks), "of different tokens": len(set(tokens)), "tokens": sum(map(len, tokens))}
         note(f"{n_chars} characters", n)
         bert(chunks[::10])  # warms up
         measure("all", bert, chunks)
-        # The rest without tokenizing, in calls of BERT of more tokens.
+        # The rest without tokenizing, which a build does for the next chunks meanwhile, in calls of BERT of more tokens.
         bert.tokens_of = lambda _, tokens=tokens: tokens  # type: ignore[method-assign, misc]
         for times in (4, 16, 64):
             bert.tokens_per_batch = times * TOKENS_PER_BATCH

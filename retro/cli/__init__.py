@@ -106,7 +106,7 @@ def _without_old_flags(name: str, options: list[str]) -> tuple[str, list[str]]:
 
 def _run(name: str, options: list[str]) -> int:
     """Run a command; what users can cause becomes a message and an exit status, without a traceback."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warnings from the tokenizer library
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # on all cores; said, so that it warns of no fork
     if parallel.rank():  # rank 0 speaks for all
         os.environ["TQDM_DISABLE"] = "1"
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
