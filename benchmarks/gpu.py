@@ -43,7 +43,7 @@ EXPECTED = {
     "curve": "the losses of 50 steps differ by less than 1e-3 nats in fp32",
     "devices": "both losses, which differ by less than 1e-3: accelerate begins anew on another kind of device",
     "step": "batch 4: 34 steps/s, bf16 25; batch 64: 8.6 and 12.5, with rotations made once a step a tenth more",
-    "embedding": "16 characters: 60,000 chunks/s (24,600 before): tokenizing has all cores, and no way around by Python",
+    "embedding": "16 characters: 60,000 chunks/s (24,600 before): tokenizing has all cores, and nothing else to do",
     "sampling": "420 tokens/s, as before",
     "large": "paper-172m: bf16 26% of the device's peak, as a model of LayerNorm had; batch 8 fits, in 20 GB",
     "large compiled": "paper-172m: 45% of the peak, now that rotations compile (34% before)",

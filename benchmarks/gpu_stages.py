@@ -367,7 +367,7 @@ def embedding(s: Setting, note: Note) -> None:
         note(f"{n_chars} characters", n)
         bert(chunks[::10])  # warms up
         measure("all", bert, chunks)
-        # The rest without tokenizing, which a build does for the next chunks meanwhile, in calls of BERT of more tokens.
+        # The rest, while a build tokenizes the next chunks, in calls of BERT of more tokens.
         bert.tokens_of = lambda _, tokens=tokens: tokens  # type: ignore[method-assign, misc]
         for times in (4, 16, 64):
             bert.tokens_per_batch = times * TOKENS_PER_BATCH
