@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo retrofit test check format lint layers types wheel chaos fuzz mutants bench scale gpu results docs clean
+.PHONY: demo retrofit test check format lint layers types wheel chaos fuzz mutants bench scale gpu results ablations docs clean
 
 # From text to samples, on eight plays. QUICK=1 takes three plays and ten steps, twice, in a folder of its own.
 demo: .venv/installed
@@ -75,6 +75,10 @@ gpu: .venv/installed
 # What retrieval brings, on two corpora, in an hour; QUICK=1 takes eleven minutes.
 results: .venv/installed
 	$(BIN)/python results/run.py $(if $(QUICK),--quick)
+
+# Each part of the paper's model beside the whole, in less than three hours; QUICK=1 takes a few steps of each.
+ablations: .venv/installed
+	$(BIN)/python results/ablations.py $(if $(QUICK),--quick)
 
 # The annotated pages, in site/: offline once KaTeX, which sets their formulas, is in docs/node_modules.
 docs: .venv/installed docs/node_modules/installed

@@ -259,9 +259,8 @@ class BatchDecoder:
         firsts = torch.tensor([self.lengths[row] for row in rows], device=device)
         places = firsts[:, None] + torch.arange(L, device=device)  # (n, L)
         at, end = torch.tensor(rows, device=device), max(self.lengths[row] for row in rows) + L
-        of_rows: Any = (
-            slice(None) if rows == list(range(len(self.lengths))) else at
-        )  # nothing is copied for all of them
+        all_rows = rows == list(range(len(self.lengths)))
+        of_rows: Any = slice(None) if all_rows else at  # of all of them nothing is copied
         mask = (torch.arange(end, device=device) <= places[:, :, None])[:, None]  # (n, 1, L, end)
         h = self.model.emb(tokens)  # (n, L, D)
         for p, (layer, kept) in enumerate(zip(self.layers, self.kept, strict=True)):

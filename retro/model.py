@@ -39,7 +39,7 @@ from retro.attention import RelativePositions, dot_product_attention, fused_line
 from retro.chunks import back_in_place, chunks_of_readers, require_whole_chunks
 from retro.config import RetroConfig, require_layers
 from retro.initialization import initialized
-from retro.loss import cross_entropy_in_pieces
+from retro.loss import cross_entropy_in_parts
 
 Norm = Callable[[int], nn.Module]  # makes a layer that normalizes so many features
 NORMS: dict[str, Norm] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
@@ -435,7 +435,7 @@ class RetroModel(nn.Module):
                     e = self.encode(ret, h, present)  # type: ignore[arg-type]
                 h = self.cca[self.ca_layers.index(p)](h, e, present)
             h = ffw(h)
-        return self.logits(h) if targets is None else cross_entropy_in_pieces(self.logits, h, targets, self.n_vocab)
+        return self.logits(h) if targets is None else cross_entropy_in_parts(self.logits, h, targets, self.n_vocab)
 
     def logits(self, h: Tensor) -> Tensor:
         """States (..., D) behind the last layer -> logits (..., n_vocab)."""

@@ -52,6 +52,7 @@ from retro.bases.readers import CopiedReader, NewReader, in_precision_of, size_o
 from retro.chunks import back_in_place, begun_at, chunks_of_readers, require_whole_chunks
 from retro.config import RetrofitConfig, require_layers
 from retro.errors import InvalidOption
+from retro.loss import cross_entropy
 from retro.model import NearestNeighborEncoder, RetroModel
 from retro.text.base_model import base_sha256
 
@@ -147,7 +148,7 @@ class Retrofit(nn.Module):
             logits = logits + 0 * sum(weight.sum() for weight in self.added().values())  # a gradient of zero, not none
         if targets is None:
             return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+        return cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     @cached_property
     def _keeps_apart(self) -> bool:

@@ -15,6 +15,7 @@ from labml_nn.transformers.retro import model as reference
 from retro.attention import written_out_attention
 from retro.config import PRESETS
 from retro.errors import InvalidOption
+from retro.loss import cross_entropy
 from retro.model import (
     ChunkedCrossAttention,
     CrossAttention,
@@ -253,6 +254,36 @@ def test_the_loss_in_pieces_is_the_whole_one_and_keeps_no_logits(tokens, neighbo
             assert not [shape for shape in kept if len(shape) == 2 and shape[-1] == N_VOCAB]
     with torch.no_grad():
         torch.testing.assert_close(model(tokens, neighbors, targets=targets), expected[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_and_its_gradient_are_torchs_a_few_rows_at_a_time(monkeypatch, dtype):
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(17, 50)).to(dtype)
+    targets = torch.randint(50, (17,))
+    targets[3:6] = -100
+
+    def gradient(function, kept):
+        ours = kept.clone().requires_grad_()
+        loss = 0.3 * function(ours, targets)
+        loss.backward()
+        assert loss.dtype == torch.float32
+        return loss.detach(), ours.grad
+
+    expected = gradient(lambda x, y: F.cross_entropy(x.float(), y, reduction="sum"), logits)
+    for at_once in (10**6, 4 * 50, 1):
+        monkeypatch.setattr("retro.loss.ROWS_AT_ONCE", at_once)
+        loss, found = gradient(cross_entropy, logits)
+        torch.testing.assert_close(loss, expected[0])
+        torch.testing.assert_close(
+            found, expected[1], **({} if dtype == torch.float32 else {"rtol": 0.02, "atol": 1e-4})
+        )
+        assert not found[3:6].any()
+        assert cross_entropy(logits, targets) == pytest.approx(loss.item() / 0.3, rel=1e-5)
+    loss = cross_entropy(logits.requires_grad_(), targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="used up by the backward pass before"):
+        loss.backward()
 
 
 def test_bf16_gives_nearly_the_loss_and_the_gradients_of_fp32(model, tokens, neighbors):

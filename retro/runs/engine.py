@@ -12,12 +12,12 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from retro import parallel
 from retro.config import TrainConfig
 from retro.errors import InvalidOption
+from retro.loss import cross_entropy
 from retro.retrofit import Model, Retrofit
 from retro.runs.checkpoints import (
     Progress,
@@ -54,7 +54,7 @@ def nats_of(model: Model, net: Any, inputs: list[Any], targets: Tensor) -> Tenso
     """
     if "targets" in signature(model.forward).parameters:
         return net(*inputs, targets=targets)
-    return cross_entropy(net(*inputs).float().flatten(0, 1), targets.flatten(), reduction="sum")
+    return cross_entropy(net(*inputs).flatten(0, 1), targets.flatten())
 
 
 def start_engine(run: Run, device: torch.device, fsdp: bool) -> Engine:
