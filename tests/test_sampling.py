@@ -338,7 +338,7 @@ def test_many_prompts_at_once_go_on_as_each_alone(index, monkeypatch, shape, max
         closest = min(together, key=lambda found: (found - logits).abs().max())
         torch.testing.assert_close(closest, logits, rtol=0, atol=2e-5)
     if model.ca_layers:
-        assert max(asked) > 1, "chunks that end at the same time are looked up together"
+        assert max(asked[1:]) > 1, "not only those of the prompts are looked up together"
         # Once each, but for those that a prompt's window has passed by.
         assert len(asked) < sum(asked) == sum(bool(chunk) for of in sampler.neighbors_of for chunk in of)
     assert sampler.sample_many([], 5) == [] and sampler.neighbors_of == []
