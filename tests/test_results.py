@@ -110,6 +110,7 @@ def test_variants_of_one_seed_differ_in_one_thing_and_are_measured_on_the_same_b
     }
     assert len({tuple(of["bytes"]) for of in read.values()}) == 1
     assert read["none", 0]["on"] == read["none", 0]["off"], "without retrieval neighbors change nothing"
+    assert all(read[name, 0]["on"] != read[name, 0]["off"] for name in names if name != "none"), "they read neighbors"
     on = {tuple(read[name, 0]["on"]) for name in names}
     assert len(on) == len(names) and read["paper", 0]["on"] != read["paper", 1]["on"]
 
