@@ -146,8 +146,13 @@ def config(variant: Variant, size: Size, seed: int) -> Any:
     )
 
 
+def measured(name: str, size: Size, seed: int) -> Path:
+    """The file with what came out of a variant."""
+    return Path("measured") / name_of(name, size, seed)
+
+
 def name_of(name: str, size: Size, seed: int) -> str:
-    """Of the file with what came out of a variant: another recipe has another."""
+    """The name of that file: another recipe has another."""
     v = VARIANTS[name]
     recipe = [PAPER | v.model, v.k, v.reads, asdict(config(v, size, seed)), size.n_windows]
     return sha256_of_json(recipe)[:12] + ".json"
@@ -190,7 +195,7 @@ def measure(name: str, size: Size, seed: int) -> None:
         nats = losses(model, corpus, reader, read, cut, 8, "cpu", f"{name}, {retrieval}")
         found[retrieval] = by_document(nats / math.log(2))
     facts = {"n_parameters": sum(p.numel() for p in model.parameters()), "train_nats": train_loss}
-    write_json(Path("measured") / name_of(name, size, seed), facts | {"by_document": found})
+    write_json(measured(name, size, seed), facts | {"by_document": found})
 
 
 def retrieve_held_out() -> None:
@@ -208,22 +213,23 @@ def retrieve_held_out() -> None:
         Path("part.npy").rename(file)
 
 
-def measure_all(size: Size, quick: bool, workers: int) -> None:
+def measure_all(size: Size, workers: int) -> None:
     """Measure each variant with each seed, if that has not been done: in processes that each have one thread."""
     jobs = [(name, seed) for seed in size.seeds for name in VARIANTS]
-    left = [job for job in jobs if not (Path("measured") / name_of(job[0], size, job[1])).exists()]
+    left = [(name, seed) for name, seed in jobs if not measured(name, size, seed).exists()]
     print(f"\n{len(jobs) - len(left)} of {len(jobs)} trainings are there; {len(left)} to go", flush=True)
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
     started = time.perf_counter()
 
     def run(job: tuple[str, int]) -> None:
-        command = [sys.executable, __file__, "--variant", job[0], "--seed", str(job[1]), *["--quick"] * quick]
+        name, seed = job
+        command = [sys.executable, __file__, "--variant", name, "--seed", str(seed), *["--quick"] * (size == QUICK)]
         done = subprocess.run(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            raise SystemExit(f"{job[0]}, seed {job[1]} failed:\n{done.stderr[-3000:]}")
-        n = sum((Path("measured") / name_of(*(job[0], size, job[1]))).exists() for job in jobs)
+            raise SystemExit(f"{name}, seed {seed} failed:\n{done.stderr[-3000:]}")
+        n = sum(measured(name, size, seed).exists() for name, seed in jobs)
         minutes = (time.perf_counter() - started) / 60
-        print(f"{n} of {len(jobs)}: {VARIANTS[job[0]].title}, seed {job[1]} ({minutes:.0f} minutes)", flush=True)
+        print(f"{n} of {len(jobs)}: {VARIANTS[name].title}, seed {seed} ({minutes:.0f} minutes)", flush=True)
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(run, left))
@@ -237,7 +243,7 @@ def gathered(size: Size) -> dict[str, Any]:
     bits: dict[str, np.ndarray] = {}
     n_bytes = np.zeros(0)
     for name in VARIANTS:
-        runs = [json.loads((Path("measured") / name_of(name, size, seed)).read_text()) for seed in size.seeds]
+        runs = [json.loads(measured(name, size, seed).read_text()) for seed in size.seeds]
         n_bytes = np.array(runs[0]["by_document"]["bytes"])
         on, off = (np.array([run["by_document"][retrieval] for run in runs]) for retrieval in ("on", "off"))
         bits[name] = on
@@ -329,7 +335,7 @@ def main() -> None:
     prepare(Path("data"))
     retrieve_held_out()
     Path("measured").mkdir(exist_ok=True)
-    measure_all(size, args.quick, args.workers)
+    measure_all(size, args.workers)
 
     from retro.text.corpus import open_corpus
 

@@ -27,6 +27,16 @@ def decoder_of(model: Model) -> Decoder:
     return RetrofitDecoder(model) if isinstance(model, Retrofit) else RecomputingDecoder(model)
 
 
+def completes_chunk(length: int, chunk_len: int) -> bool:
+    """Whether the token after `length` tokens is the last of a chunk, so that its neighbors are due."""
+    return (length + 1) % chunk_len == 0
+
+
+def n_next(length: int, chunk_len: int) -> int:
+    """How many tokens after `length` tokens read the same neighbors, so that one call can take them."""
+    return chunk_len if completes_chunk(length, chunk_len) else chunk_len - 1 - length % chunk_len
+
+
 class Decoder(ABC):
     """A model over one growing text.
 
@@ -45,12 +55,11 @@ class Decoder(ABC):
     @property
     def completes_chunk(self) -> bool:
         """Whether the next token is the last of a chunk, so that its neighbors are due."""
-        return (self.length + 1) % self.chunk_len == 0
+        return completes_chunk(self.length, self.chunk_len)
 
     def n_next(self) -> int:
         """How many tokens the next call of `feed` can take."""
-        m = self.chunk_len
-        return m if self.completes_chunk else m - 1 - self.length % m
+        return n_next(self.length, self.chunk_len)
 
     @abstractmethod
     def feed(self, tokens: Tensor, ret: Tensor | None = None) -> Tensor:
@@ -242,11 +251,11 @@ class BatchDecoder:
 
     def completes_chunk(self, row: int) -> bool:
         """Whether the next token of a text is the last of a chunk, so that its neighbors are due."""
-        return (self.lengths[row] + 1) % self.chunk_len == 0
+        return completes_chunk(self.lengths[row], self.chunk_len)
 
     def n_next(self, row: int) -> int:
         """How many tokens of a text the next call of `feed` can take."""
-        return self.chunk_len if self.completes_chunk(row) else self.chunk_len - 1 - self.lengths[row] % self.chunk_len
+        return n_next(self.lengths[row], self.chunk_len)
 
     def feed(self, rows: list[int], tokens: Tensor, neighbors: dict[int, Tensor]) -> Tensor:
         """Take in tokens (n, L) of the texts `rows`; returns the logits (n, n_vocab) for the tokens after them.

@@ -37,7 +37,7 @@ def fill_index(factory: str, keys: Keys, n_train: int, seed: int, folder: Path) 
     """
     if ivf_of(new_index(keys.d_emb, factory)) is None:  # cannot be merged of shards
         every = range(len(keys.chunks_of_shard))
-        with all_cores():
+        with _all_cores():
             return parallel.on_rank_zero(lambda: _add(_train(factory, keys, n_train, seed), keys, every))
     # A shard of the index takes several shards of keys; shard 0 is what was learnt.
     shard_of = np.cumsum([len(chunks) for chunks in keys.chunks_of_shard]) // KEYS_PER_SHARD
@@ -55,7 +55,7 @@ def fill_index(factory: str, keys: Keys, n_train: int, seed: int, folder: Path) 
     def prepare() -> None:
         shards.open()
         if 0 in shards.missing(all_processes=True):
-            with shards.written(0) as temporary, all_cores():
+            with shards.written(0) as temporary, _all_cores():
                 write_faiss(_train(factory, keys, n_train, seed), temporary)
 
     parallel.on_rank_zero(prepare)
@@ -88,7 +88,7 @@ def _train(factory: str, keys: Keys, n_train: int, seed: int) -> faiss.Index:
 
 
 @contextlib.contextmanager
-def all_cores() -> Iterator[None]:
+def _all_cores() -> Iterator[None]:
     """Inside, FAISS works with all cores of this process, while others wait: `torchrun` gives each a single thread."""
     before = faiss.omp_get_max_threads()
     if parallel.n_processes() > 1:
