@@ -194,6 +194,7 @@ class TrainConfig:
     compile: bool = False  # by torch.compile, which takes a minute or two to begin with
     recompute: bool = False  # what layers compute, once more in the backward pass, to keep less of it in memory
     interval: int | None = None  # steps between validations and checkpoints; null for an epoch
+    save_minutes: float | None = None  # about so many between checkpoints within an interval; null for none there
     missing_neighbors: float = 0.0  # share of neighbors that are kept back in training, so that any number can be read
     random_neighbors: float = 0.0  # share of chunks that get another text's in training, so that bad ones do no harm
     n_valid_batches: int = 16  # of an interim validation
@@ -215,6 +216,8 @@ class TrainConfig:
         for name in ("lr", "clip"):
             if getattr(self, name) == 0:
                 raise InvalidOption(name, 0, "would leave the weights as they are")
+        if self.save_minutes == 0:
+            raise InvalidOption("save_minutes", 0, "would do nothing but save")
 
 
 @dataclass(frozen=True)

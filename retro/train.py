@@ -74,8 +74,11 @@ class Trainer:
         self.d_model: int = getattr(model, "d_model", 0) or model.emb.embedding_dim  # type: ignore[assignment, union-attr]
         self.net = engine.net  # called in place of the model: with several processes it averages their gradients
 
-    def __call__(self) -> float:
-        """Train on every batch of the dataloader; returns the mean loss, in nats per predicted token."""
+    def __call__(self, closes: bool = True) -> float:
+        """Train on every batch of the dataloader; returns the mean loss, in nats per predicted token.
+
+        * `closes`: otherwise the next call goes on with the mean
+        """
         self.model.train()
         done, n_recorded = self.progress, 0
         if not done.loss_tokens:
@@ -94,7 +97,9 @@ class Trainer:
             done.loss_tokens += int(counts[0])
             done.tokens += int(counts[0])
             tracking.record_samples(counts[1], n_recorded)
-        mean, done.loss_sum, done.loss_tokens = done.loss_sum / max(1, done.loss_tokens), 0.0, 0
+        mean = done.loss_sum / max(1, done.loss_tokens)
+        if closes:
+            done.loss_sum, done.loss_tokens = 0.0, 0
         return mean
 
     def train_step(self, src: torch.Tensor, tgt: torch.Tensor, neighbors: torch.Tensor | None) -> torch.Tensor:

@@ -104,6 +104,50 @@ def test_weights_sharded_over_two_processes_are_whole_again_in_one(alone, tmp_pa
     assert read_manifest(run.parents[1] / "run.json")["continues"]["step"] == 12
 
 
+HALVES = """
+import copy, torch
+from retro import parallel
+from retro.config import RetroConfig, TrainConfig
+from retro.model import RetroModel
+from retro.runs.engine import shard_model
+from retro.train import Trainer
+
+torch.manual_seed(0)
+cpu, config = torch.device("cpu"), TrainConfig(precision="bf16")
+shape = dict(d_model=32, n_heads=2, d_k=16, d_ff=64, n_layers=3, ca_layers=(1,), n_encoder_layers=1)
+model = RetroModel.from_config(RetroConfig(64, chunk_len=8, encoder_ca_layers=(0,), relative_positions=True, **shape))
+batch = torch.randint(64, (2, 32)), torch.randint(64, (2, 32)), torch.randint(64, (2, 4, 2, 16))
+parallel.join_group(cpu)
+whole = copy.deepcopy(model)
+expected = Trainer(cpu, whole, None, torch.optim.SGD(whole.parameters()), config=config).loss(*batch)
+expected.backward()
+shard_model(model, cpu, config.precision)
+gathered = []
+for inner in model.ffw[0].children():  # where weights are whole
+    inner.register_forward_hook(lambda module, *_: gathered.extend(p.dtype for p in module.parameters()))
+trainer = Trainer(cpu, whole, None, torch.optim.SGD(whole.parameters()), config=config)
+trainer.model = trainer.net = model
+loss = trainer.loss(*batch)
+loss.backward()
+assert set(gathered) == {torch.bfloat16}, gathered
+assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters() if p.grad is not None} == {
+    torch.float32
+}
+torch.testing.assert_close(loss, expected, rtol=2e-3, atol=0)
+for (name, ours), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
+    if theirs.grad is not None and theirs.grad.norm() > 1e-3:
+        cosine = torch.cosine_similarity(ours.grad.full_tensor().flatten(), theirs.grad.flatten(), dim=0)
+        assert cosine > 0.99, (name, cosine)
+"""
+
+
+def test_sharded_weights_are_gathered_in_16_bits_and_learnt_in_32(tmp_path):
+    (script := tmp_path / "halves.py").write_text(HALVES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    result = subprocess.run(list(map(str, command)), env=ONE_THREAD, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
 WAITING = """
 import os, time
 from datetime import timedelta

@@ -190,6 +190,43 @@ def test_a_longer_run_that_is_stopped_ends_as_if_it_had_not_been(run, monkeypatc
     assert all(weight.equal(expected[name]) for name, weight in load_model(again).state_dict().items())
 
 
+def test_checkpoints_within_an_interval_change_nothing_and_are_gone_on_from(run, monkeypatch):
+    """`save_minutes` so few that each step is saved."""
+    config, written = replace(CONFIG, save_minutes=1e-9), []
+
+    def spy(*arguments):
+        save(*arguments)
+        written.append((arguments[4].step, sorted(p.name for p in run.parent.parent.glob("b/*/checkpoints/*"))))
+
+    save = loop.save_checkpoint
+    monkeypatch.setattr(loop, "FEW_STEPS", 1)
+    monkeypatch.setattr(loop, "save_checkpoint", spy)
+    with monkeypatch.context() as patch, pytest.raises(InterruptedInStep):
+        patch.setattr(Trainer, "validate", lambda *_: pytest.fail("an interval has not ended"))
+        made = watched(patch)
+        step = Trainer.train_step
+
+        def killed(self, *batch):
+            if len(made) == 2:
+                raise InterruptedInStep  # which saves nothing
+            return step(self, *batch)
+
+        patch.setattr(Trainer, "train_step", killed)
+        train(config=config, model_shape=SHAPE, device="cpu", name="b")
+    made = watched(monkeypatch)
+    folder, summary = train(config=config, model_shape=SHAPE, device="cpu", name="b")
+    assert [step for step, *_ in made] == [2, 3, 4, 5]
+    names = [f"{step:08d}" for step in range(7)]
+    assert written == [
+        (1, names[1:2]), (2, names[2:3]), (3, names[3:4]),
+        (4, names[3:5]), (5, [names[3], names[5]]), (6, [names[3], names[6]]),
+    ]  # fmt: skip
+    speed = {"tokens_per_second"}
+    assert {k: v for k, v in summary.items() if k not in speed}.items() <= read_manifest(run / "summary.json").items()
+    expected = load_model(run).state_dict()
+    assert all(weight.equal(expected[name]) for name, weight in load_model(folder).state_dict().items())
+
+
 def test_a_longer_run_is_the_latest_one_as_soon_as_it_is_there(run, monkeypatch):
     def killed(*_):
         raise InterruptedInStep  # which saves nothing

@@ -74,7 +74,7 @@ def start_engine(run: Run, device: torch.device, fsdp: bool) -> Engine:
         model.to(device)
     accelerator = new_accelerator(device, model)
     if fsdp:
-        shard_model(model, device)
+        shard_model(model, device, config.precision)
     if config.recompute:
         for layer in layers_of(model):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -139,16 +139,23 @@ def forget_other_device(device: torch.device) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def shard_model(model: Any, device: torch.device) -> None:
-    """Shard the weights over the processes, rows by rows; each module gathers its own while it computes."""
+def shard_model(model: Any, device: torch.device, precision: str) -> None:
+    """Shard the weights over the processes, rows by rows; each module gathers its own while it computes.
+
+    In `bf16` they are gathered in 16 bits, which is what autocast would make of them. The optimizer has them in 32, and
+    gradients are added up in 32.
+    """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if parallel.n_processes() < 2:
         raise ValueError("fsdp shards a model over processes; start several: torchrun --nproc-per-node N")
     mesh = init_device_mesh(device.type, (parallel.n_processes(),))
+    gathered = torch.bfloat16 if precision == "bf16" else None
+    # Autocast rounds what modules are given, where it should; rotations and distances it leaves in 32 bits.
+    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*layers_of(model), model):
-        fully_shard(module, mesh=mesh)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
 def layers_of(model: Any) -> list[Any]:

@@ -15,6 +15,8 @@ from retro.runs.data import TrainingData
 from retro.runs.run import Run
 from retro.runs.tracking import InterruptedInStep, report_progress
 
+FEW_STEPS = 10  # whose time tells how many more to make before a checkpoint
+
 
 def fit(trainer: Any, run: Run, data: TrainingData, sample: Callable[[], str] | None) -> dict[str, Any]:
     """Train to the end of a run; returns its summary.
@@ -40,17 +42,25 @@ def fit(trainer: Any, run: Run, data: TrainingData, sample: Callable[[], str] | 
     def tokens_per_second() -> float:
         return done.tokens / done.seconds if done.seconds else 0.0
 
+    def steps_between_saves() -> int:
+        """As many as lately took `save_minutes`, in the first process; a few where none is measured."""
+        if config.save_minutes is None:
+            return run.n_steps
+        seconds_a_step = done.seconds / max(1, done.step - run.first_step)
+        wanted = int(60 * config.save_minutes / seconds_a_step) if seconds_a_step else FEW_STEPS
+        return max(1, parallel.broadcast_from_rank_zero(lambda: wanted))
+
     tracker.set_global_step(data.n_samples_before(done.step, config.batch_size))
     while done.step < run.n_steps or done.loss_tokens:
         # An interval that was stopped at its very last step has no step left, and is closed.
         last = done.step - bool(done.loss_tokens)
-        stop = min(run.n_steps, (last // run.interval + 1) * run.interval)
+        end = min(run.n_steps, (last // run.interval + 1) * run.interval)
+        stop = min(end, done.step + steps_between_saves())
         trainer.dataloader = data.batches("train", config, done.step, stop, pin_memory)
         first = done.loss_from if done.loss_tokens else done.step
-        bits = data.bits_per_nat("train", config, first, stop)
         started = time.perf_counter()
         try:
-            done.train_bpb = trainer() * bits
+            mean = trainer(closes=stop == end)
         except InterruptedInStep:
             raise
         except KeyboardInterrupt:
@@ -60,6 +70,10 @@ def fit(trainer: Any, run: Run, data: TrainingData, sample: Callable[[], str] | 
                 note(f"step {done.step:,} of {run.n_steps:,}: stopped, with a checkpoint")
             raise
         done.seconds += time.perf_counter() - started
+        if stop < end:
+            save()
+            continue
+        done.train_bpb = mean * data.bits_per_nat("train", config, first, end)
         save()
         on, off = validate(min(n_valid, config.n_valid_batches))
         losses = {"train": done.train_bpb, "valid": on, "valid without neighbors": off}
