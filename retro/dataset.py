@@ -147,7 +147,7 @@ def retrieve_samples(offsets: Offsets, header: dict[str, Any], index: RetroIndex
     chunks, n_chunks = chunks_of_stretches(starts, stretch_lengths(corpus, starts, C * m), m)
     stretches, ends = np.repeat(starts, n_chunks), np.cumsum(n_chunks)  # start of the stretch of each chunk
     excluded = excluded_ranges(chunks, stretches, header, index)
-    distances, found = index.search(index.embed_at(chunks), header["n_neighbors"], excluded)
+    distances, found = index.nearest_at(chunks, header["n_neighbors"], excluded)
     last = ends[np.cumsum([len(sample) for sample in offsets]) - 1]  # behind the chunks of each sample
     for sample, rows in zip(offsets, np.split(np.arange(len(chunks)), last[:-1]), strict=True):
         yield {

@@ -99,7 +99,7 @@ class Sampler:
             if number is not None and number < 1:
                 raise InvalidOption(name, number, "is not at least 1")
         _require_fit(model, self.corpus, chunk_len, index)
-        folder = Path(data_path) if index is None else index.keys.data_path
+        folder = Path(data_path) if index is None else index.data_path
         trained_with = partial(_field_of_dataset, folder, self.corpus, chunk_len)
         self.n_neighbors: int = (
             n_neighbors
@@ -128,7 +128,7 @@ class Sampler:
 
     def _retrieve(self, chunks: list[str]) -> list[tuple[list[Neighbor], np.ndarray]]:
         """For each chunk, its neighbors as text and as tokens (K, 2m)."""
-        distances, offsets = self.index.search(self.index.embed(chunks), self.n_neighbors)
+        distances, offsets = self.index.nearest(chunks, self.n_neighbors)
         values = self.index.values(offsets)  # (chunks, K, 2m)
         documents = self.corpus.document_of(np.maximum(offsets, 0))
         return [

@@ -480,7 +480,7 @@ def test_an_evaluation_without_room_for_a_neighbor_has_neither_copyable_tokens_n
 
 def test_the_index_may_be_another_than_in_training(index, evaluation, data, bert):
     again = RetroIndex(CHUNK_LEN, data_path=data, bert=bert)
-    again.index = faiss.read_index(str(data / "retro.index"))  # in memory; the other is mapped from its file
+    again.dense.index = faiss.read_index(str(data / "retro.index"))  # in memory; the other is mapped from its file
     again.index.remove_ids(np.unique(evaluation.neighbors[:, 0]))  # nobody's nearest neighbor is left
     other = evaluate(model_of(index), index.corpus, again, config=IN_WINDOWS)
     assert not np.isin(other.neighbors, evaluation.neighbors[:, 0]).any() and (other.neighbors >= 0).all()

@@ -262,8 +262,7 @@ def test_a_dataset_without_a_single_neighbor_is_refused_and_not_written(data, be
     def search(queries, *_):
         return np.zeros((len(queries), 2)), np.tile(found, (len(queries), 1))
 
-    monkeypatch.setattr(index, "search", search)
-    monkeypatch.setattr(index, "embed_at", np.array)
+    monkeypatch.setattr(index, "nearest_at", search)
     message = "--exclude document leaves no chunk of the train samples a neighbor.*--n-probe.*--exclude sample"
     with refused(InvalidOption, message):
         build_dataset(None, 4, data_path=tmp_path, corpus=index.corpus, index=index)

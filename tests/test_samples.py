@@ -15,6 +15,7 @@ from retro.database import RetroIndex, build_database
 from retro.dataset import DATASET_FILE, Dataset, build_dataset, sample_offsets, stretch_lengths
 from retro.model import RetroModel
 from retro.runs.data import split_stretches
+from retro.search.chunks import Chunks
 from retro.text.build import build_corpus
 from retro.text.corpus import Corpus, DocumentEntry
 from retro.text.tokenizer import CharTokenizer
@@ -218,7 +219,7 @@ def test_no_chunk_of_the_database_is_embedded_again(
         if way == "stored":
             assert len(chunks) - len(new) == n_train if skip_range == 1 else 0 < len(chunks) - len(new) < n_train / 2
         lines[way] = [dataset.line(idx) for dataset in made for idx in range(len(dataset))]
-        monkeypatch.setattr(index, "embed_at", lambda at: index.embed(corpus.texts(at, CHUNK_LEN)))
+        monkeypatch.setattr(index.retriever, "embedded", lambda queries: index.embed(queries.texts))
     distances = [np.array([d for line in lines[way] for row in line["distances"] for d in row]) for way in lines]
     assert [line["offsets"] for line in lines["stored"]] == [line["offsets"] for line in lines["embedded"]]
     neighbors = [[row for line in lines[way] for row in line["neighbors"]] for way in lines]
@@ -236,7 +237,7 @@ def test_the_query_of_a_chunk_in_the_database_is_its_key_bit_for_bit(data, bert)
     known = np.array([7, 3, 3, len(keys.offsets) - 1])
     others = [int(keys.offsets[3]) + 1, len(corpus.tokens) - CHUNK_LEN, int(corpus.starts[corpus.n_train])]
     offsets = np.insert(keys.offsets[known], [0, 2, 4], others)
-    queries = index.embed_at(offsets)
+    queries = index.retriever.embedded(Chunks(corpus, offsets, CHUNK_LEN))
     assert queries[[1, 2, 4, 5]].tobytes() == keys.rows(known).tobytes()
     np.testing.assert_allclose(queries[[0, 3, 6]], index.embed(corpus.texts(np.array(others), CHUNK_LEN)), atol=1e-4)
     assert np.unique(queries, axis=0).shape == (6, keys.d_emb)
@@ -249,5 +250,5 @@ def test_an_index_of_whole_keys_serves_without_the_keys_on_disk(data, bert, tmp_
     shard.write_bytes(shard.read_bytes()[:-1])
     index = RetroIndex(data_path=tmp_path / "data", bert=bert)
     embedded.clear()
-    assert index.search(index.embed_at(offsets), 1)[1][:, 0].tolist() == offsets.tolist()
+    assert index.nearest_at(offsets, 1)[1][:, 0].tolist() == offsets.tolist()
     assert embedded == index.corpus.texts(offsets, CHUNK_LEN)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from retro import parallel
 from retro.cli.presets import texts_of
-from retro.config import CorpusConfig, DatabaseConfig, DatasetConfig
+from retro.config import BERT, CorpusConfig, DatabaseConfig, DatasetConfig
 from retro.errors import ArtifactError, DamagedFile, MissingArtifact, StaleArtifact, require_match
 from retro.progress import note
 from retro.storage.files import remove_unfinished
@@ -151,19 +151,25 @@ def prepare_database(
 ) -> dict[str, Any]:
     """The database's manifest: found, or built. Keys that are damaged are made again, and the index stays."""
     from retro.database import build_database
-    from retro.search.building import SHARDS_FOLDER, database_cache_key, embedder_of
+    from retro.search.building import SHARDS_FOLDER, database_cache_key, embedder_of, files_beside
     from retro.search.index_file import MANIFEST_FILE, finish_writing, read_database_manifest, read_index
     from retro.search.keys import Keys
     from retro.search.querying import holds_keys
 
     path, cache_key = data_path / MANIFEST_FILE, database_cache_key(corpus, config)
-    needs_keys = False
+    embeds, needs_keys = config.parts[0] is not None, False
 
     def found() -> bool:
         nonlocal needs_keys
         if not is_current(path, lambda _: read_database_manifest(data_path), cache_key, rebuild):
             return False
         manifest = read_database_manifest(data_path)
+        files = files_beside(data_path, corpus, manifest)
+        if files is not None and whole(files.open) is None:
+            files.done.unlink(missing_ok=True)
+            return False
+        if not embeds:
+            return True
         if (index := whole(lambda: read_index(data_path, manifest))) is None:
             return False
         keys = Keys(data_path, corpus, manifest["chunk_len"], manifest)
@@ -174,11 +180,12 @@ def prepare_database(
         manifest = build_database(config=config, corpus=corpus, data_path=data_path, device=device)
     else:
         manifest = read_database_manifest(data_path)
-        keys = Keys(data_path, corpus, manifest["chunk_len"], manifest)
-        if parallel.broadcast_from_rank_zero(lambda: needs_keys):
-            keys.compute_alone(embedder_of(keys, manifest, device))
-        parallel.on_rank_zero(lambda: finish_writing(data_path))
-        parallel.on_rank_zero(lambda: remove_unfinished(data_path, data_path / SHARDS_FOLDER, *keys.others))
+        if embeds:
+            keys = Keys(data_path, corpus, manifest["chunk_len"], manifest)
+            if parallel.broadcast_from_rank_zero(lambda: needs_keys):
+                keys.compute_alone(embedder_of(keys, manifest, device))
+            parallel.on_rank_zero(lambda: finish_writing(data_path))
+            parallel.on_rank_zero(lambda: remove_unfinished(data_path, data_path / SHARDS_FOLDER, *keys.others))
     if manifest["note"]:
         note(f"note: {manifest['note']}")
     note(f"database: {describe(manifest)}")
@@ -187,8 +194,13 @@ def prepare_database(
 
 def describe(database: dict[str, Any]) -> str:
     """A database's manifest in a line: how many chunks, in which index, with which recall."""
+    from retro.storage.sample_file import retriever_of
+
     recall = ", ".join(f"{share:.1%} {k}" for k, share in database["recall"].items()) or "not known"
-    return f"{database['n_chunks']:,} chunks of {database['chunk_len']} tokens in {database['index']}; recall {recall}"
+    by = f", retrieved by {how}" if (how := retriever_of(database)) not in (BERT, database["index"]) else ""
+    return (
+        f"{database['n_chunks']:,} chunks of {database['chunk_len']} tokens in {database['index']}{by}; recall {recall}"
+    )
 
 
 def prepare_dataset(

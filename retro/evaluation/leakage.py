@@ -9,6 +9,7 @@ import numpy as np
 
 from retro.database import RetroIndex
 from retro.progress import bar
+from retro.search.chunks import common_runs
 from retro.text.corpus import Corpus
 
 N_LEAKAGE_NEIGHBORS = 10  # section 2.6 of the paper
@@ -25,7 +26,7 @@ def retrieve(corpus: Corpus, index: RetroIndex, offsets: np.ndarray, k: int) -> 
         for start in range(0, len(offsets), CHUNKS_AT_ONCE):
             part = offsets[start : start + CHUNKS_AT_ONCE]
             barred = index.corpus.barred_ranges(part) if is_own else None
-            found.append(index.search(index.embed(corpus.texts(part, index.chunk_len)), k, barred))
+            found.append(index.nearest_at(part, k, barred, corpus))
             progress.update(len(part))
     return np.concatenate([neighbors for _, neighbors in found]), np.concatenate([distances for distances, _ in found])
 
@@ -60,15 +61,5 @@ def longest_common(corpus: Corpus, index: RetroIndex, offsets: np.ndarray, neigh
 
 
 def longest_common_run(chunks: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Length (N) of the longest run of tokens of `chunks` (N, m) in one of `values` (N, K, R); -1 equals nothing.
-
-    At step i, `run` is the length of the common run that ends at token i of the chunk and at each token of a value:
-    one more than it was a token earlier in both.
-    """
-    run = np.zeros((*values.shape[:2], values.shape[2] + 1), dtype=np.int16)
-    longest = np.zeros(len(chunks), dtype=np.int16)
-    for i in range(chunks.shape[1]):
-        token = chunks[:, i, None, None]
-        run[..., 1:] = np.where((values == token) & (token >= 0), run[..., :-1] + 1, 0)
-        longest = np.maximum(longest, run.max(axis=(1, 2)))
-    return longest.astype(np.int64)
+    """Length (N) of the longest run of tokens of `chunks` (N, m) in one of `values` (N, K, R); -1 equals nothing."""
+    return common_runs(chunks, values).max(axis=1, initial=0)

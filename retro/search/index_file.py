@@ -21,7 +21,7 @@ import faiss
 from retro.errors import ArtifactError, DamagedFile, FolderInUse, MissingArtifact, require_match
 from retro.search.factory import ivf_of, reason_of
 from retro.storage.files import atomic_write, exclusive_lock, sha256_of_file
-from retro.storage.manifests import Fields, read_manifest, require_positive, write_manifest
+from retro.storage.manifests import Fields, read_manifest, require_fields, require_positive, write_manifest
 
 MANIFEST_FILE, INDEX_FILE, LISTS_FILE = "retro.index.json", "retro.index", "retro.ivfdata"
 FILES = {LISTS_FILE: "lists_sha256", INDEX_FILE: "index_sha256"}  # and their hashes in the manifest
@@ -52,12 +52,14 @@ MANIFEST_FIELDS: Fields = {
     "additions": list,
     "removed": dict,
 }
+SINCE = {"retriever": "bert", "rerank": 0}  # fields that came later, and what databases from before are made with
 
 
 def read_database_manifest(data_path: str | Path) -> dict[str, Any]:
     """The manifest of the database in a folder. Raises if it is missing or damaged."""
     path = Path(data_path) / MANIFEST_FILE
-    manifest = read_manifest(path, MANIFEST_FIELDS)
+    manifest = SINCE | read_manifest(path, MANIFEST_FIELDS)
+    require_fields(path, manifest, {name: type(value) for name, value in SINCE.items()})
     require_positive(path, manifest, "chunk_len", "n_probe", "d_emb")
     return manifest
 

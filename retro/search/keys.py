@@ -8,7 +8,7 @@ float32 rows, and the rows of all shards, one after the other, are those of `chu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -17,9 +17,9 @@ from typing import Any
 import faiss
 import numpy as np
 
-from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.errors import ArtifactError, DamagedFile, require_match
 from retro.search.index_file import INDEX_FILE
+from retro.search.sentences import Embedder
 from retro.storage.files import exclusive_lock
 from retro.storage.manifests import sha256_of_json
 from retro.storage.shards import TOKENS_PER_SHARD, Shards
@@ -82,23 +82,23 @@ class Keys:
         """Which of the keys are of documents that have not been removed, of shape `[n]`."""
         return ~np.isin(self.corpus.document_of(self.offsets), list(self.corpus.removed))
 
-    def compute(self, bert: BERTChunkEmbeddings, batch_size: int = 4096) -> None:
+    def compute(self, bert: Embedder, batch_size: int = 4096) -> None:
         """Embed the chunks whose shards are missing, each shard by itself, so that it has the same bytes always.
 
         Raises `StaleArtifact` for a BERT that is not the one the keys are of.
         """
         require_match(self.shards.folder, bert.manifest, self.embedder)
 
-        def tokens_of(number: int) -> list[tuple[int, ...]]:
+        def tokens_of(number: int) -> Sequence[Any]:
             return bert.tokens_of(self.corpus.texts(self.chunks_of_shard[number], self.chunk_len))
 
-        def embed(number: int, tokens: list[tuple[int, ...]], path: Path, done: Callable[[int], Any]) -> None:
+        def embed(number: int, tokens: Sequence[Any], path: Path, done: Callable[[int], Any]) -> None:
             with open(path, "wb") as file:
                 np.save(file, bert.of_tokens(tokens, batch_size, done).cpu().numpy(), allow_pickle=False)
 
         self.shards.make_missing("Embed", "chunk", [len(chunks) for chunks in self.chunks_of_shard], embed, tokens_of)
 
-    def compute_alone(self, bert: BERTChunkEmbeddings) -> None:
+    def compute_alone(self, bert: Embedder) -> None:
         """As `compute`, while nobody else writes into the data folder."""
         with exclusive_lock(self.data_path):
             self.compute(bert)

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import faiss
 import numpy as np
 
-from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.search.factory import ivf_of, set_n_probe
 from retro.search.keys import Keys
 from retro.search.querying import search_outside
+from retro.search.sentences import Embedder
 from retro.text.corpus import Corpus
 
 N_RECALL_QUERIES = 256
@@ -85,7 +85,7 @@ class ExactNeighbors:
     distances: np.ndarray  # (q, 10) to the nearest of the others, ascending; inf where there are fewer
 
     @staticmethod
-    def of(keys: Keys, bert: BERTChunkEmbeddings, seed: int) -> ExactNeighbors:
+    def of(keys: Keys, bert: Embedder, seed: int) -> ExactNeighbors:
         """Chunks drawn with `seed`, embedded by the keys' `bert`, and compared with all keys."""
         corpus, m = keys.corpus, keys.chunk_len
         offsets = query_offsets(corpus, m, seed)

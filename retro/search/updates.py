@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from retro import parallel
-from retro.bert_embeddings import BERTChunkEmbeddings
+from retro.config import retriever_parts
 from retro.errors import EmptyDatabase, NameTaken, SeenText, require_match
 from retro.search.building import (
     SHARDS_FOLDER,
@@ -35,6 +35,8 @@ from retro.search.building import (
     config_of_database,
     documents_in_database,
     embedder_of,
+    files_beside,
+    without_index,
 )
 from retro.search.factory import set_n_probe
 from retro.search.filling import add_rows
@@ -50,6 +52,8 @@ from retro.search.index_file import (
 )
 from retro.search.keys import Keys
 from retro.search.recall import ExactNeighbors
+from retro.search.retrievers import Retriever
+from retro.search.sentences import Embedder
 from retro.storage.files import atomic_write, exclusive_lock, sha256_of_file
 from retro.storage.manifests import read_manifest, sha256_of_json, write_manifest
 from retro.text import corpus as corpus_files
@@ -65,10 +69,13 @@ def add_documents(
     paths: Sequence[str | Path],
     data_path: str | Path = "data",
     *,
-    bert: BERTChunkEmbeddings | None = None,
+    bert: Embedder | None = None,
     device: torch.device | str = "cpu",
+    retriever: Retriever | None = None,
 ) -> dict[str, Any]:
     """Add texts to the database in `data_path`; returns its manifest.
+
+    * `bert` embeds them, `retriever` is what finds them; left out, those that the database was built with
 
     What is in it already is passed over, what was removed comes back. Raises `SeenText` for text near to what is held
     out, `NameTaken` for another version of a document that is there, `ValueError` for what the tokenizer cannot write.
@@ -79,7 +86,7 @@ def add_documents(
         new, restored = split_new_and_restored(corpus, list(read_documents(find_texts(paths))))
         if new or restored:
             _rewrite(data_path / CORPUS_FOLDER, corpus, new, corpus.removed - set(restored))
-        manifest = update_index(data_path, bert, device)
+        manifest = update_index(data_path, bert, device, retriever)
     return manifest or _rebuild(data_path, bert, device)
 
 
@@ -87,8 +94,9 @@ def remove_documents(
     names: Sequence[str],
     data_path: str | Path = "data",
     *,
-    bert: BERTChunkEmbeddings | None = None,
+    bert: Embedder | None = None,
     device: torch.device | str = "cpu",
+    retriever: Retriever | None = None,
 ) -> dict[str, Any]:
     """Take documents out of the database in `data_path`; returns its manifest.
 
@@ -118,7 +126,7 @@ def remove_documents(
             raise EmptyDatabase("this would leave no document in the database; add another one first")
         if removed != corpus.removed:
             _rewrite(data_path / CORPUS_FOLDER, corpus, [], removed)
-        manifest = update_index(data_path, bert, device)
+        manifest = update_index(data_path, bert, device, retriever)
     return manifest or _rebuild(data_path, bert, device)
 
 
@@ -229,14 +237,37 @@ def _copy_to_append(file: Path, copy: Path, n_bytes: int, manifest: dict[str, An
 
 
 def update_index(
-    data_path: Path, bert: BERTChunkEmbeddings | None, device: torch.device | str
+    data_path: Path, bert: Embedder | None, device: torch.device | str, retriever: Retriever | None = None
 ) -> dict[str, Any] | None:
-    """Bring the index to where the corpus is; None if it is of a kind that cannot forget."""
+    """Bring what finds chunks to where the corpus is; None if the FAISS index is of a kind that cannot forget.
+
+    What finds them otherwise is built anew: what BM25 says of one chunk depends on all.
+    """
     corpus, manifest = Corpus.load(data_path / CORPUS_FOLDER), read_database_manifest(data_path)
+    files = files_beside(data_path, corpus, manifest, retriever)
+    embeds, _ = retriever_parts(manifest["retriever"])
     if manifest["database_sha256"] == corpus.database_sha256:
-        promote_new_index(data_path, manifest)
+        if embeds:
+            promote_new_index(data_path, manifest)
         return manifest
     require_match(data_path / MANIFEST_FILE, manifest, {"corpus_sha256": corpus.sha256})
+    if files is not None:
+        files.build()
+    if embeds:
+        manifest_or_none = _update_keys(data_path, corpus, manifest, bert, device)
+    else:
+        assert files is not None
+        manifest_or_none = manifest | without_index(files)
+        write_manifest(data_path / MANIFEST_FILE, manifest_or_none)
+    if files is not None:
+        files.remove_others()
+    return manifest_or_none
+
+
+def _update_keys(
+    data_path: Path, corpus: Corpus, manifest: dict[str, Any], bert: Embedder | None, device: torch.device | str
+) -> dict[str, Any] | None:
+    """As `update_index`, of the keys and the FAISS index over them."""
     keys = Keys(data_path, corpus, manifest["chunk_len"], manifest)
     bert = embedder_of(keys, manifest, device, bert)
     keys.compute(bert)
@@ -276,7 +307,7 @@ def _writable_index(data_path: Path, manifest: dict[str, Any]) -> faiss.Index:
     return read_index(copy, manifest, writable=True)
 
 
-def _rebuild(data_path: Path, bert: BERTChunkEmbeddings | None, device: torch.device | str) -> dict[str, Any]:
+def _rebuild(data_path: Path, bert: Embedder | None, device: torch.device | str) -> dict[str, Any]:
     """Build the index anew from the keys, which are all there."""
     corpus, manifest = Corpus.load(data_path / CORPUS_FOLDER), read_database_manifest(data_path)
     keys = Keys(data_path, corpus, manifest["chunk_len"], manifest)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from retro import parallel
-from retro.config import NEIGHBOR_SPAN, DatasetConfig
+from retro.config import BERT, NEIGHBOR_SPAN, DatasetConfig
 from retro.errors import ArtifactError, DamagedFile, InvalidOption, MissingArtifact, differences, require_match
 from retro.storage.files import BLOCK, atomic_write, exclusive_lock, remove_unfinished, sha256_of_file
 from retro.storage.manifests import (
@@ -124,7 +124,7 @@ def read_header(path: Path) -> dict[str, Any]:
             first = file.readline(MAX_HEADER)
     except FileNotFoundError:
         raise MissingArtifact(path) from None
-    header = parse_manifest(path, first, HEADER_FIELDS)
+    header = {"retriever": BERT} | parse_manifest(path, first, HEADER_FIELDS)  # the only one, once
     require_positive(path, header, "chunk_len", "chunks_per_sample", "n_neighbors", "n_samples")
     return header
 
@@ -143,7 +143,13 @@ def dataset_cache_key(database: Mapping[str, Any], corpus: Any, config: DatasetC
         "corpus_sha256": database["corpus_sha256"],
         "tokenizer_sha256": corpus.tokenizer.sha256,
         "index_sha256": database["index_sha256"],
+        "retriever": retriever_of(database),
     }
+
+
+def retriever_of(database: Mapping[str, Any]) -> str:
+    """What found the neighbors, in a word or two; `database` is a manifest."""
+    return database["retriever"] + (f", {database['rerank']} by overlap" if database["rerank"] else "")
 
 
 def write_samples(

@@ -1,0 +1,90 @@
+"""Chunks as retrievers take them, to search for or to be found: text and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from retro.text.corpus import NO_TOKEN, Corpus
+
+NO_DISTANCE = np.finfo(np.float32).max  # of a neighbor that is missing
+AT_ONCE = 4096  # chunks whose comparisons with something are in memory together
+
+
+class Chunks:
+    """Chunks of texts, or of a corpus.
+
+    * `corpus` has the tokenizer; the chunks are its own if `offsets` are given
+    * `offsets` (n) are where they start, `chunk_len` is how many tokens each has, unless its document ends before
+    * `texts` are chunks from elsewhere, in place of offsets
+    """
+
+    def __init__(
+        self, corpus: Corpus, offsets: np.ndarray | None = None, chunk_len: int = 0, texts: Sequence[str] | None = None
+    ) -> None:
+        self.corpus, self.offsets, self.chunk_len, self._texts = corpus, offsets, chunk_len, texts
+
+    def __len__(self) -> int:
+        """Number of chunks."""
+        return len(self.offsets if self.offsets is not None else self._texts or ())
+
+    def __getitem__(self, part: slice) -> Chunks:
+        """Some of them."""
+        if self.offsets is not None:
+            return Chunks(self.corpus, self.offsets[part], self.chunk_len)
+        return Chunks(self.corpus, texts=(self._texts or ())[part])
+
+    def parts(self) -> Iterator[tuple[slice, Chunks]]:
+        """All of them in order, so many that what is compared with each fits in memory, and where these are."""
+        for start in range(0, len(self), AT_ONCE):
+            part = slice(start, min(start + AT_ONCE, len(self)))
+            yield part, self[part]
+
+    @cached_property
+    def texts(self) -> Sequence[str]:
+        """The text of each."""
+        return self._texts or [] if self.offsets is None else self.corpus.texts(self.offsets, self.chunk_len)
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """The tokens of each, of shape `[n, chunk_len]`; -1 after the last. Those of texts may be fewer or more."""
+        if self.offsets is not None:
+            return self.corpus.values(self.offsets, self.chunk_len)
+        ids = [self.corpus.tokenizer.encode(text) for text in self.texts]
+        tokens = np.full((len(ids), max(map(len, ids), default=0)), NO_TOKEN, dtype=np.int64)
+        for row, of_text in zip(tokens, ids, strict=True):
+            row[: len(of_text)] = of_text
+        return tokens
+
+
+def nothing(n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distances and offsets (n, k) of no neighbors."""
+    return np.full((n, k), NO_DISTANCE, dtype=np.float32), np.full((n, k), -1, dtype=np.int64)
+
+
+def is_barred(offsets: np.ndarray, excluded: np.ndarray | None) -> np.ndarray:
+    """Which of `offsets` (n), or (q, n), each query may not find, of shape `[q, n]`; `[1, n]` if nothing is excluded.
+
+    * `excluded` are ranges `(first, end)` of offsets, of shape `[q, r, 2]`
+    """
+    barred = np.zeros((1, offsets.shape[-1]), dtype=bool)
+    for first, end in () if excluded is None else np.moveaxis(excluded, 0, -1)[..., None]:  # of each of r, (q, 1)
+        barred = barred | ((offsets >= first) & (offsets < end))
+    return barred
+
+
+def common_runs(chunks: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Length (N, K) of the longest run of tokens of `chunks` (N, m) in each of `values` (N, K, R); -1 equals nothing.
+
+    At step i, `run` is the length of the common run that ends at token i of the chunk and at each token of a value:
+    one more than it was a token earlier in both.
+    """
+    run = np.zeros((*values.shape[:2], values.shape[2] + 1), dtype=np.int16)
+    longest = np.zeros(values.shape[:2], dtype=np.int16)
+    for i in range(chunks.shape[1]):
+        token = chunks[:, i, None, None]
+        run[..., 1:] = np.where((values == token) & (token >= 0), run[..., :-1] + 1, 0)
+        longest = np.maximum(longest, run.max(axis=2))
+    return longest.astype(np.int64)

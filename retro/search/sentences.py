@@ -1,0 +1,126 @@
+"""Embeddings by any model of sentence-transformers, in the place of the tutorial's BERT.
+
+Pooling, normalization and prompts (`query: ` and `passage: ` of e5, the instruction of bge) are the model's own: chunks
+of the database are encoded as documents, those that are looked for as queries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from retro.bert_embeddings import BERTChunkEmbeddings
+from retro.config import BERT, PACKAGED
+from retro.device import has_bf16
+from retro.errors import InvalidOption
+from retro.text.pretrained import find_embedder, naming_what_cannot_be_loaded
+
+TOKENS_AT_ONCE = 8192  # of texts that are encoded together, as many as their model takes at most
+
+
+class Embedder(Protocol):
+    """What turns chunks into keys."""
+
+    embedder: str  # its name
+    d_emb: int  # features of a key
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """`embedder`, `embedder_sha256`, `trim`, `precision` and `d_emb`: what keys depend on."""
+        ...
+
+    def tokens_of(self, chunks: Sequence[str]) -> Sequence[Any]:
+        """What `of_tokens` is given of each chunk of the database; called in another thread."""
+        ...
+
+    def of_tokens(self, tokens: Any, batch_size: int = 4096, progress: Callable[[int], Any] | None = None) -> Tensor:
+        """Keys of shape `[n, d_emb]`, float32."""
+        ...
+
+    def __call__(self, chunks: Sequence[str]) -> Tensor:
+        """Embeddings of chunks that are looked for, of shape `[n, d_emb]`, float32."""
+        ...
+
+
+class SentenceEmbeddings:
+    """Embeddings of chunks by a model of sentence-transformers; called as `BERTChunkEmbeddings` is.
+
+    * `name` is a folder, a name on the hub, or the packaged one
+    * `trim` strips partial words from the ends of each chunk
+
+    Raises `InvalidOption` where there is no such model, or sentence-transformers is not installed.
+    """
+
+    def __init__(self, device: torch.device | str, name: str, trim: bool = True, precision: str = "auto") -> None:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError:
+            reason = "is a model of sentence-transformers, which is not installed: pip install sentence-transformers"
+            raise InvalidOption("retriever", name, reason) from None
+        self.device, self.embedder, self.trim = torch.device(device), name, trim
+        self.precision = ("bf16" if has_bf16(self.device) else "fp32") if precision == "auto" else precision
+        options = {"dtype": torch.bfloat16 if self.precision == "bf16" else torch.float32, "use_safetensors": True}
+        with naming_what_cannot_be_loaded("retriever", name, "model of sentence-transformers", PACKAGED):
+            self.model = SentenceTransformer(find_embedder(name), device=str(self.device), model_kwargs=options)
+        self.model.eval().requires_grad_(False)
+        self.d_emb = int(self.model.get_embedding_dimension() or 0)
+        prompts = {kind: self.model.prompts.get(kind) or "" for kind in ("query", "document", "passage")}
+        # Whether a chunk is encoded to be found as it is to look for others.
+        self.is_symmetric = prompts["query"] == (prompts["document"] or prompts["passage"])
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What embeddings depend on, as it stands in a database's manifest: among it a hash of weights and modules."""
+        modules = [[type(module).__name__, repr(module)] for module in self.model]
+        digest = hashlib.sha256(json.dumps([modules, self.model.prompts], sort_keys=True).encode())
+        for weight_name, weight in sorted(self.model.state_dict().items()):
+            digest.update(weight_name.encode())
+            digest.update(weight.float().cpu().contiguous().numpy().tobytes())
+        return {
+            "embedder": self.embedder, "embedder_sha256": digest.hexdigest(), "trim": self.trim,
+            "precision": self.precision, "d_emb": self.d_emb,
+        }  # fmt: skip
+
+    def tokens_of(self, chunks: Sequence[str]) -> list[str]:
+        """The chunks as they are encoded: trimmed, if this trims."""
+        return [BERTChunkEmbeddings._trim_chunk(chunk) for chunk in chunks] if self.trim else list(chunks)
+
+    def of_tokens(
+        self, tokens: Sequence[str], batch_size: int = 4096, progress: Callable[[int], Any] | None = None
+    ) -> Tensor:
+        """Embeddings `[n, d_emb]` of chunks of the database, float32."""
+        return self._encoded(self.model.encode_document, tokens, batch_size, progress)
+
+    def __call__(
+        self, chunks: Sequence[str], batch_size: int = 4096, progress: Callable[[int], Any] | None = None
+    ) -> Tensor:
+        """Embeddings `[n, d_emb]` of chunks that are looked for, float32."""
+        return self._encoded(self.model.encode_query, self.tokens_of(chunks), batch_size, progress)
+
+    def _encoded(
+        self, encode: Any, texts: Sequence[str], batch_size: int, progress: Callable[[int], Any] | None
+    ) -> Tensor:
+        distinct = list(dict.fromkeys(texts))
+        if not distinct:
+            return torch.zeros(0, self.d_emb, device=self.device)
+        n = max(1, min(batch_size, TOKENS_AT_ONCE // (self.model.max_seq_length or 512)))
+        found = encode(distinct, batch_size=n, convert_to_tensor=True, show_progress_bar=False).float()
+        row_of = {text: row for row, text in enumerate(distinct)}
+        if progress:
+            progress(len(texts))
+        return found[torch.tensor([row_of[text] for text in texts], device=found.device)].to(self.device)
+
+
+def load_embedder(
+    kind: str, embedder: str, device: torch.device | str, trim: bool, precision: str = "auto"
+) -> Embedder:
+    """What embeds: the frozen BERT `embedder`, or for any other `kind` that model of sentence-transformers."""
+    if kind == BERT:
+        return BERTChunkEmbeddings(device, embedder, trim, precision)
+    return SentenceEmbeddings(device, kind, trim, precision)
