@@ -22,7 +22,6 @@ sample goes on to predict the text from 1016 on. Here the search leaves out, for
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,9 @@ import torch
 from torch.utils.data import Dataset as PyTorchDataset
 
 from retro.config import DatasetConfig, with_given
-from retro.database import RetroIndex
+from retro.database import RetroIndex, build_database
 from retro.errors import InvalidOption, TextTooShort, require_match
+from retro.search.retrievers import Given
 from retro.storage.sample_file import SampleFile, dataset_cache_key, is_tutorials, read_tutorials, write_samples
 from retro.text.corpus import NO_TOKEN, Corpus, open_corpus
 
@@ -52,6 +52,7 @@ def build_dataset(
     data_path: str | Path = "data",
     index: RetroIndex | None = None,
     device: Any = "cpu",
+    neighbors: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Retrieve the neighbors of all samples; the first arguments are the tutorial's.
 
@@ -62,6 +63,7 @@ def build_dataset(
     * `config` has these, with the tutorial's defaults, and more; what is given beside it goes before it
     * `corpus` is a `Corpus` or a labml `TextDataset`; left out, the one in `data_path`
     * `index` retrieves; left out, the database in `data_path`, its BERT on `device`
+    * `neighbors` are your own: offsets (n) of the chunks, as of `sample_chunks`, and of their neighbors (n, K), or -1
 
     Writes a file for the training and one for the validation documents into `data_path` and returns their headers, in
     which `n_targets` is the number of tokens that are predicted. Raises `TextTooShort` when there is not enough for a
@@ -69,7 +71,10 @@ def build_dataset(
     """
     config = with_given(config or DatasetConfig(), {"chunks_per_sample": chunks_per_sample, "skip_range": skip_range})
     corpus = open_corpus(data_path) if corpus is None else Corpus.of(corpus)
-    index = index or RetroIndex(chunk_len, data_path=data_path, corpus=corpus, device=device)
+    given = None if neighbors is None else Given(*neighbors)
+    if given:
+        build_database(chunk_len, corpus=corpus, data_path=data_path, retriever=given)
+    index = index or RetroIndex(chunk_len, data_path=data_path, corpus=corpus, device=device, retriever=given)
     if chunk_len is not None:
         require_match(Path(data_path), index.manifest, {"chunk_len": chunk_len})
     headers = {}
@@ -111,7 +116,7 @@ def sample_offsets(corpus: Corpus, split: str, chunk_len: int, config: DatasetCo
             if n == C * m:
                 samples.append([i])
             else:
-                if used + math.ceil(n / m) > C:
+                if used + -(n // -m) > C:
                     samples.append(shared)
                     shared, used = [], 0
                 shared.append(i)
@@ -133,18 +138,24 @@ def stretch_lengths(corpus: Corpus, offsets: Any, most: int) -> np.ndarray:
     return np.minimum(most, corpus.ends_of(offsets) - 1 - offsets)
 
 
-def chunks_of_stretches(stretches: np.ndarray, lengths: np.ndarray, chunk_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the whole chunks of stretches of these starts and lengths start, and how many each stretch has."""
-    n_chunks = lengths // chunk_len
+def sample_chunks(corpus: Corpus, chunk_len: int, config: DatasetConfig) -> np.ndarray:
+    """Where all chunks start that read neighbors, in training and validation samples (n)."""
+    starts = np.concatenate([x for split in DATASET_FILE for x in sample_offsets(corpus, split, chunk_len, config)])
+    return chunks_of_stretches(corpus, starts, chunk_len, config.chunks_per_sample)[0]
+
+
+def chunks_of_stretches(corpus: Corpus, starts: np.ndarray, m: int, C: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the whole chunks of stretches start that are up to `C` chunks of `m` long, and how many each has."""
+    n_chunks = stretch_lengths(corpus, starts, C * m) // m
     first = np.repeat(np.cumsum(n_chunks) - n_chunks, n_chunks)  # number of the first chunk of each one's stretch
-    return np.repeat(stretches, n_chunks) + chunk_len * (np.arange(n_chunks.sum()) - first), n_chunks
+    return np.repeat(starts, n_chunks) + m * (np.arange(n_chunks.sum()) - first), n_chunks
 
 
 def retrieve_samples(offsets: Offsets, header: dict[str, Any], index: RetroIndex) -> Iterator[dict[str, Any]]:
     """The samples at `offsets`, with neighbors and distances of each whole chunk; all are retrieved at once."""
     corpus, m, C = index.corpus, header["chunk_len"], header["chunks_per_sample"]
     starts = np.concatenate(offsets)
-    chunks, n_chunks = chunks_of_stretches(starts, stretch_lengths(corpus, starts, C * m), m)
+    chunks, n_chunks = chunks_of_stretches(corpus, starts, m, C)
     stretches, ends = np.repeat(starts, n_chunks), np.cumsum(n_chunks)  # start of the stretch of each chunk
     excluded = excluded_ranges(chunks, stretches, header, index)
     distances, found = index.nearest_at(chunks, header["n_neighbors"], excluded)

@@ -41,7 +41,7 @@ class Neighbor:
 
     document: str
     offset: int  # tokens from the start of the document
-    distance: float  # squared L2 distance of the embeddings
+    distance: float  # squared L2 distance of the embeddings, or minus a score
     text: str
 
 

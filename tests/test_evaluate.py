@@ -24,7 +24,7 @@ from retro.evaluation.figures import table
 from retro.evaluation.held_out import require_held_out
 from retro.evaluation.intervals import judged
 from retro.evaluation.leakage import longest_common_run
-from retro.evaluation.result import joined, saved_bits
+from retro.evaluation.result import DATABASE_FIELDS, joined, saved_bits
 from retro.evaluation.windows import losses, predicted_bytes, shuffled_neighbors, windows
 from retro.model import RetroConfig, RetroModel
 from retro.storage.manifests import read_manifest
@@ -217,7 +217,7 @@ def by_hand() -> Evaluation:
     bits = {"on": [0, 1, 2, 2, 0, 3, 4, 4], "off": [0, 2, 2, 4, 0, 3, 4, 2]}
     nats = {name: np.array(values) * math.log(2) for name, values in bits.items()}
     n_bytes = np.array([0, 1, 1, 1, 0, 1, 2, 2.0])
-    manifest = dict.fromkeys(("n_chunks", "index", "n_probe", "recall", "embedder", "index_sha256"), 0)
+    manifest = dict.fromkeys(DATABASE_FIELDS, 0) | {"retriever": "bert"}
     index = type("Index", (), {"chunk_len": 2, "corpus": corpus, "manifest": manifest | {"chunk_len": 2}})()
     none = np.full((4, 10), -1)
     return Evaluation(

@@ -82,7 +82,7 @@ def tokens_of(row):
 
 def neighbors_of(row):
     """(document, offset in it, share in percent) of each neighbor in a row."""
-    pattern = r"(\S+) from token ([\d,]+)\s+squared distance ([\d.]+)\s+(\d+)% of attention"
+    pattern = r"(\S+) from token ([\d,]+)\s+distance ([\d.]+)\s+(\d+)% of attention"
     found = [re.fullmatch(pattern, summary.text.strip()).groups() for summary in row.all("summary")]
     return [(name, int(offset.replace(",", "")), int(share)) for name, offset, _, share in found]
 

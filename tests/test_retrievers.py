@@ -19,7 +19,7 @@ from retro.cli import main
 from retro.cli.stages import prepare_dataset
 from retro.config import DatabaseConfig, DatasetConfig, RetroConfig
 from retro.database import RetroIndex, build_database
-from retro.dataset import DATASET_FILE, Dataset, build_dataset
+from retro.dataset import DATASET_FILE, Dataset, build_dataset, sample_chunks
 from retro.errors import InvalidOption, MissingArtifact, StaleArtifact
 from retro.evaluation.audit import audit
 from retro.evaluation.leakage import longest_common_run
@@ -318,6 +318,42 @@ def test_an_own_retriever_takes_the_place_of_bert_and_faiss(texts, tmp_path):
         RetroIndex(data_path=index.data_path)
     with refused(InvalidOption, "--retriever bm25 is not the database's, shared words"):
         RetroIndex(data_path=index.data_path, retriever=bm25.BM25())
+
+
+def test_neighbors_that_someone_else_has_found_make_a_dataset(texts, lexical, tmp_path):
+    folder, corpus, config = shutil.copytree(texts, tmp_path / "data"), lexical.corpus, DatasetConfig(4)
+    chunks = sample_chunks(corpus, CHUNK_LEN, config)
+    found = lexical.nearest_at(chunks, 3, corpus.barred_ranges(chunks))[1]
+    shuffled = np.random.default_rng(0).permutation(len(chunks))
+    build_dataset(CHUNK_LEN, config=config, data_path=folder, neighbors=(chunks[shuffled], found[shuffled]))
+    build_dataset(config=config, data_path=tmp_path / "expected", corpus=corpus, index=lexical)
+    for name in DATASET_FILE.values():
+        given, expected = Dataset(folder / name, corpus), Dataset(tmp_path / "expected" / name, corpus)
+        assert len(given) == len(expected) > 1
+        for idx in range(len(given)):
+            assert given.line(idx)["neighbors"] == expected.line(idx)["neighbors"]
+            for ours, theirs in zip(given[idx], expected[idx], strict=True):
+                assert torch.equal(ours, theirs)
+    with refused(InvalidOption, "retriever given is none of those that ship"):
+        RetroIndex(data_path=folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda chunks, found: (chunks[1:], found[1:]), r"neighbors 'of chunk \d+' are not given"),
+        (lambda chunks, found: (chunks, found + 1), r"neighbors \d+ is where no chunk of the database starts"),
+        (lambda chunks, found: (chunks, found * 0), "neighbors 0 may not be read by chunk .* near-duplicate"),
+        (lambda chunks, found: (chunks, found[:, 0]), "are not neighbors .n, K. of"),
+    ],
+)
+def test_neighbors_that_leak_or_are_not_there_are_refused(texts, lexical, tmp_path, change, message):
+    folder, config = shutil.copytree(texts, tmp_path / "data"), DatasetConfig(4)
+    chunks = sample_chunks(lexical.corpus, CHUNK_LEN, config)
+    found = lexical.nearest_at(chunks, 2, lexical.corpus.barred_ranges(chunks))[1]
+    with refused(InvalidOption, message):
+        build_dataset(CHUNK_LEN, config=config, data_path=folder, neighbors=change(chunks, found))
+    assert not list(folder.glob("*.jsonl"))
 
 
 def test_the_example_of_an_own_retriever_is_short():

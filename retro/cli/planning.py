@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from retro.cli.building import TEXTS, database_config
 from retro.cli.options import add_config, config_from, data_path_of, new_parser, parse_with_preset
 from retro.cli.presets import texts_of
-from retro.config import CorpusConfig, DatabaseConfig, Preset
+from retro.config import BERT, CorpusConfig, DatabaseConfig, Preset
 from retro.errors import InvalidOption
 from retro.progress import note
 
@@ -32,6 +32,8 @@ def plan_command(argv: Sequence[str]) -> None:
     if options.n_tokens is None:
         raise InvalidOption("n_tokens", None, "is no size; name one: retro plan --n-tokens 1e9 [TEXT ...]")
     corpus, database = config_from(CorpusConfig, options), database_config(options, given, named)
+    if database.retriever != BERT:
+        raise InvalidOption("retriever", database.retriever, f"is not planned; {BERT} is")
     from retro.device import pick_device
     from retro.planning.plan import check_size, describe, plan
     from retro.planning.rates import measure

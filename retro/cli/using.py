@@ -76,6 +76,7 @@ def write_sample(
     from retro.database import RetroIndex
     from retro.runs.run import read_run
     from retro.sample import Sampler
+    from retro.search.chunks import how_far
 
     dataset = read_run(run)["dataset"]
     m, K, index = dataset["chunk_len"], dataset["n_neighbors"], None
@@ -105,7 +106,7 @@ def write_sample(
         origin = "prompt" if u * m <= len(ids) else "sample"
         note(f"\n--- neighbors of chunk {u} ({origin}) ---" + ("" if neighbors else "\nnone"))
         for n in neighbors:
-            note(f"[{n.document}, token {n.offset:,}, distance {n.distance:.2f}] {' '.join(n.text.split())}")
+            note(f"[{n.document}, token {n.offset:,}, {how_far(n.distance)}] {' '.join(n.text.split())}")
 
 
 def evaluate_command(argv: Sequence[str]) -> None:

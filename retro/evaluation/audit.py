@@ -68,7 +68,7 @@ def _chunks_of(dataset: Dataset, lines: list[dict[str, Any]]) -> tuple[np.ndarra
     corpus, m, C = dataset.corpus, dataset.header["chunk_len"], dataset.header["chunks_per_sample"]
     stretches = np.array([offset for line in lines for offset in line["offsets"]], dtype=np.int64)
     lengths = stretch_lengths(corpus, stretches, C * m)
-    chunks, n_chunks = chunks_of_stretches(stretches, lengths, m)
+    chunks, n_chunks = chunks_of_stretches(corpus, stretches, m, C)
     return chunks, np.repeat(stretches + lengths + 1, n_chunks)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from retro.evaluation.intervals import Gain, counted, format_interval, format_p
 from retro.evaluation.result import VARIANTS
+from retro.storage.sample_file import retriever_of
 
 COLORS = ("C0", "C1", "C7", "C2", "C4")  # of the variants, as matplotlib numbers them
 
@@ -18,7 +19,7 @@ def table(summary: dict[str, Any]) -> str:
         f"held out  {len(summary['documents']):,} documents, {summary['n_bytes']:,.0f} bytes predicted, "
         f"{summary['n_chunks']:,} chunks; windows of {summary['window']} tokens, {summary['stride']} apart",
         f"database  {d['n_documents']:,} documents, {d['n_chunks']:,} chunks in {d['index']}; "
-        f"{summary['n_neighbors']} neighbors",
+        f"{summary['n_neighbors']} neighbors by {retriever_of(d)}",
         f"behind each number: {behind(summary)}",
         "",
         f"{'':<27}{'bits per byte':<28}{'gain of retrieval over it':<32}{'p':<10}gain?",

@@ -38,6 +38,7 @@ from retro.evaluation.passages import (
 )
 from retro.evaluation.result import VARIANTS, Evaluation
 from retro.retrofit import Model
+from retro.search.chunks import how_far
 from retro.storage.files import atomic_write
 from retro.text.corpus import Corpus
 
@@ -139,7 +140,7 @@ def _neighbors(evaluation: Evaluation, number: int, shares: Tensor) -> list[dict
         found.append(
             {
                 "place": _place(index.corpus, offset),
-                "distance": float(evaluation.distances[number - 1, k]),  # squared L2, to the chunk before
+                "distance": how_far(evaluation.distances[number - 1, k]),  # to the chunk before
                 "share": share,
                 "run_in_chunk": (start + a, start + a + n),
                 "is_open": len(found) < N_OPEN or n > 0,

@@ -30,7 +30,17 @@ ALPHAS = tuple(step / 8 for step in range(1, 9))  # 12.5% to 100%, as in figure 
 COPY_LENGTHS = (4, 8, 16)  # tokens in a row that could be copied; a whole chunk is added
 # By evaluations that are joined.
 SHARED = ("documents", "window", "stride", "n_windows", "n_neighbors", "n_shuffles", "database")
-DATABASE_FIELDS = ("n_chunks", "chunk_len", "index", "n_probe", "recall", "embedder", "index_sha256")
+DATABASE_FIELDS = (
+    "n_chunks",
+    "chunk_len",
+    "index",
+    "n_probe",
+    "recall",
+    "retriever",
+    "rerank",
+    "embedder",
+    "index_sha256",
+)
 
 
 @dataclass(frozen=True)

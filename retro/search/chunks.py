@@ -64,6 +64,11 @@ def nothing(n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     return np.full((n, k), NO_DISTANCE, dtype=np.float32), np.full((n, k), -1, dtype=np.int64)
 
 
+def how_far(distance: float) -> str:
+    """A distance in words; where retrievers have scores, minus one of these."""
+    return f"distance {distance:.2f}" if distance >= 0 else f"score {-distance:.3g}"
+
+
 def is_barred(offsets: np.ndarray, excluded: np.ndarray | None) -> np.ndarray:
     """Which of `offsets` (n), or (q, n), each query may not find, of shape `[q, n]`; `[1, n]` if nothing is excluded.
 

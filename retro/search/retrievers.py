@@ -14,6 +14,7 @@ Each can be asked for more than is wanted, of which those are taken that share t
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 from retro import parallel
 from retro.errors import InvalidOption, MissingArtifact
 from retro.search.bm25 import BM25
-from retro.search.chunks import NO_DISTANCE, Chunks, common_runs
+from retro.search.chunks import NO_DISTANCE, Chunks, common_runs, is_barred
 from retro.search.keys import Keys, chunk_offsets
 from retro.search.querying import search_outside
 from retro.storage.manifests import read_manifest, sha256_of_json, write_manifest
@@ -138,6 +139,48 @@ def _first(distances: np.ndarray, found: np.ndarray, k: int) -> tuple[np.ndarray
     distances = np.where(found >= 0, distances, NO_DISTANCE).astype(np.float32)
     order = np.argsort(distances, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(distances, order, axis=1), np.take_along_axis(found, order, axis=1)
+
+
+class Given:
+    """Neighbors that someone has found, for the chunks of a dataset: a `Retriever` of no other queries.
+
+    * `offsets` (n) are the chunks', `neighbors` (n, K) where theirs start, nearest first, -1 for none
+    """
+
+    name = "given"
+
+    def __init__(self, offsets: np.ndarray, neighbors: np.ndarray) -> None:
+        order = np.argsort(offsets, kind="stable")
+        self.offsets, self.neighbors = np.asarray(offsets)[order], np.asarray(neighbors, dtype=np.int64)[order]
+        if self.neighbors.shape[:1] != self.offsets.shape or self.neighbors.ndim != 2:
+            reason = f"are not neighbors (n, K) of {len(self.offsets)} chunks"
+            raise InvalidOption("neighbors", [*self.neighbors.shape], reason)
+        digest = hashlib.sha256(self.offsets.astype(np.int64).tobytes() + self.neighbors.tobytes())
+        self.made_with: Mapping[str, Any] = {"sha256": digest.hexdigest()}
+
+    def build(self, chunks: Chunks, folder: Path) -> None:
+        """Nothing: who has found them keeps them."""
+
+    def open(self, chunks: Chunks, folder: Path) -> None:
+        """Raises `InvalidOption` where a neighbor is no chunk of the database."""
+        assert chunks.offsets is not None
+        if len(unknown := np.setdiff1d(self.neighbors, [*chunks.offsets.tolist(), -1])):
+            raise InvalidOption("neighbors", int(unknown[0]), "is where no chunk of the database starts")
+
+    def nearest(self, queries: Chunks, k: int, excluded: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """As of `Finds`; distances are ranks. Raises `InvalidOption` for a chunk without a row, or a leaking one."""
+        if queries.offsets is None:
+            raise InvalidOption("retriever", self.name, "knows the neighbors of a dataset's chunks only")
+        rows = np.minimum(np.searchsorted(self.offsets, queries.offsets), len(self.offsets) - 1)
+        if len(missing := np.flatnonzero(self.offsets[rows] != queries.offsets)):
+            raise InvalidOption("neighbors", f"of chunk {queries.offsets[missing[0]]}", "are not given")
+        found = self.neighbors[rows][:, :k]
+        if len(leaking := np.argwhere(is_barred(found, excluded) & (found >= 0))):
+            row, column = leaking[0]
+            reason = f"may not be read by chunk {queries.offsets[row]}: it is of its document, or a near-duplicate"
+            raise InvalidOption("neighbors", int(found[row, column]), reason)
+        found = np.pad(found, ((0, 0), (0, k - found.shape[1])), constant_values=-1)
+        return _first(np.broadcast_to(np.arange(k), found.shape), found, k)
 
 
 class Files:
