@@ -11,7 +11,8 @@ It is measured several times over the same windows of text:
 * `off`: there are no neighbors, so chunked cross-attention passes states through,
 * `random`: each chunk has the neighbors of a chunk drawn from the other documents (if there are none, of an earlier
   one); the mean over three such shuffles,
-* `baseline`: another model, trained without retrieval, if there is one.
+* `baseline`: another model, trained without retrieval, if there is one,
+* rivals: other ways to use what was retrieved, or as much computing (`retro.evaluation.rivals`).
 
 A model that gains from what was retrieved, and not just from having something to read, is better
 `on` than `off`, `random` *and* `baseline`.
@@ -44,6 +45,7 @@ from retro.errors import InvalidOption
 from retro.evaluation.held_out import held_out_texts, require_held_out
 from retro.evaluation.leakage import N_LEAKAGE_NEIGHBORS, copyable, overlaps, retrieve
 from retro.evaluation.result import Evaluation
+from retro.evaluation.rivals import rival_losses
 from retro.evaluation.windows import chunk_offsets, is_scored, losses, predicted_bytes, shuffled_neighbors, windows
 from retro.retrofit import Model
 from retro.text.corpus import Corpus
@@ -59,6 +61,7 @@ def evaluate(
     config: EvaluateConfig | None = None,
     baseline: Model | None = None,
     others: Sequence[str] = ("off", "random"),
+    against: Sequence[str] = (),
     device: torch.device | str = "cpu",
 ) -> Evaluation:
     """Measure a model on the validation documents of a corpus.
@@ -69,6 +72,7 @@ def evaluate(
       windows of 32 chunks, and a stride of half a window
     * `baseline` is a model without retrieval to compare with
     * `others` are what to measure beside `on`; each takes another pass over the text
+    * `against` are rivals (`retro.evaluation.rivals`), which are measured on the same tokens, for each chunk anew
     * `n_shuffles` is how often random neighbors are drawn, from a fixed seed; each takes a pass, and a token's loss is
       the mean over them. Each chunk draws its own, so what is left of chance counts as noise of the documents
 
@@ -100,6 +104,9 @@ def evaluate(
     nats = {
         name: np.mean([losses(net, corpus, index, r, cut, config.batch_size, device, name) for r in rets], axis=0)
         for name, (net, rets) in passes.items()
+    }
+    nats |= {
+        rival: rival_losses(rival, model, corpus, index, read, cut, config.batch_size, device) for rival in against
     }
     overlap = overlaps(corpus, index, offsets, neighbors[:, :N_LEAKAGE_NEIGHBORS])
     copied, n_bytes = copyable(corpus, index, offsets, read), predicted_bytes(corpus) * is_scored(corpus, cut)

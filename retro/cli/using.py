@@ -117,6 +117,7 @@ def evaluate_command(argv: Sequence[str]) -> None:
         texts=TEXTS,
         of_a_run=True,
     )
+    against_help = "rivals to measure besides, with commas between: in-context, longer-context, both"
     baseline_help = "a run of retro train --no-retrieval, or logs/NAME for its latest"
     parser.add_argument("--run", type=str, default=None, help=RUN_HELP)
     parser.add_argument("--base", type=str, default=None, help=BASE_HELP)
@@ -130,6 +131,7 @@ def evaluate_command(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--report", metavar="FILE.html", type=str, default=None, help="write a page: what each token gained"
     )
+    parser.add_argument("--against", metavar="NAMES", type=str, default="", help=against_help)
     add_config(parser, EvaluateConfig, EvaluateConfig())
     options = parser.parse_args(list(argv))
     config = config_from(EvaluateConfig, options)
@@ -193,7 +195,9 @@ def _evaluate(
         window=config.window or dataset["chunk_len"] * dataset["chunks_per_sample"],
     )
     index = RetroIndex(dataset["chunk_len"], corpus=in_database, data_path=database, device=device)
-    return evaluate(model, held_out, index, config=config, baseline=baseline, device=device), model, differing
+    rivals = [name.strip() for name in options.against.split(",") if name.strip()]
+    evaluation = evaluate(model, held_out, index, config=config, baseline=baseline, against=rivals, device=device)
+    return evaluation, model, differing
 
 
 def _write_figures(summary: dict[str, Any], out: Path) -> None:

@@ -25,6 +25,9 @@ VARIANTS = {
     "off": "retrieval off",
     "random": "random neighbors",
     "baseline": "trained without retrieval",
+    "in-context": "neighbors in its context",
+    "longer-context": "a longer context",
+    "both": "on, and in its context",
 }
 ALPHAS = tuple(step / 8 for step in range(1, 9))  # 12.5% to 100%, as in figure 6 of the paper
 COPY_LENGTHS = (4, 8, 16)  # tokens in a row that could be copied; a whole chunk is added

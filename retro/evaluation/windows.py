@@ -108,33 +108,41 @@ def losses(
     batch_size: int,
     device: torch.device | str,
     name: str,
+    before: Sequence[np.ndarray] | None = None,
 ) -> np.ndarray:
     """Cross entropy (n) of each token of the validation documents, in nats; 0 for a document's first.
 
     * `neighbors` (c, K) are offsets in the index's corpus of what each chunk retrieved, or None
     * `cut` are the windows, of which `batch_size` are evaluated at once
     * `name` stands beside the progress bar
+    * `before` are tokens that stand before each window, which no one predicts; whole chunks, if there are neighbors
     """
     model.eval()
     m, base, offsets = model.chunk_len, corpus.n_train_tokens, chunk_offsets(corpus, model.chunk_len)
     nats = np.zeros(corpus.end_of_valid - base)
-    cut = sorted(cut, key=lambda w: w[0] - w[1])  # long ones first: those of a batch have about the same length
-    batches = [cut[i : i + batch_size] for i in range(0, len(cut), batch_size)]
-    for batch in each(batches, f"Evaluate ({name})", "batch"):
-        n_chunks = math.ceil((batch[0][1] - batch[0][0]) / m)
+    texts = [corpus.tokens[start : end + 1].astype(np.int64) for start, end, _ in cut]
+    read = texts if before is None else [np.concatenate(both) for both in zip(before, texts, strict=True)]
+    # Long ones first: those of a batch have about the same length.
+    order = sorted(range(len(cut)), key=lambda i: -len(read[i]))
+    for batch in each(
+        [order[i : i + batch_size] for i in range(0, len(order), batch_size)], f"Evaluate ({name})", "batch"
+    ):
+        n_chunks = math.ceil((len(read[batch[0]]) - 1) / m)
         src = torch.zeros(len(batch), n_chunks * m, dtype=torch.long)  # (B, T)
         tgt = torch.full_like(src, IGNORED_TARGET)
         ret = np.full((len(batch), n_chunks, 1 if neighbors is None else neighbors.shape[1]), -1)  # (B, C, K)
-        for row, (start, end, _) in enumerate(batch):
-            tokens = torch.from_numpy(corpus.tokens[start : end + 1].astype(np.int64))
-            src[row, : end - start], tgt[row, : end - start] = tokens[:-1], tokens[1:]
+        for row, i in enumerate(batch):
+            tokens, (start, end, _) = torch.from_numpy(read[i]), cut[i]
+            src[row, : len(tokens) - 1], tgt[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
             if neighbors is not None:
                 first, n_whole = int(np.searchsorted(offsets, start)), (end - start) // m
-                ret[row, :n_whole] = neighbors[first : first + n_whole]
+                put_before = (len(tokens) - len(texts[i])) // m
+                ret[row, put_before : put_before + n_whole] = neighbors[first : first + n_whole]
         values = None if neighbors is None else torch.from_numpy(index.values(ret)).to(device)
         logits = model(src.to(device), values)
-        for row, (start, end, scored) in enumerate(batch):  # one by one: a copy in float32 takes vocabulary x window
-            of_window = slice(scored - 1 - start, end - start)
+        for row, i in enumerate(batch):  # one by one: a copy in float32 takes vocabulary x window
+            _, end, scored = cut[i]
+            of_window = slice(len(read[i]) - 2 - (end - scored), len(read[i]) - 1)
             predicted = logits[row, of_window].float()
             loss = F.cross_entropy(predicted, tgt[row, of_window].to(device), reduction="none")
             nats[scored - base : end + 1 - base] = loss.cpu().numpy()

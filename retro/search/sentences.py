@@ -61,7 +61,7 @@ class SentenceEmbeddings:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError:
-            reason = "is a model of sentence-transformers, which is not installed: pip install 'retro[sentences]'"
+            reason = "is a model of sentence-transformers, which is not installed: pip install sentence-transformers"
             raise InvalidOption("retriever", name, reason) from None
         self.device, self.embedder, self.trim = torch.device(device), name, trim
         self.precision = ("bf16" if has_bf16(self.device) else "fp32") if precision == "auto" else precision

@@ -1,0 +1,91 @@
+r"""Rivals: what else could be done with what was retrieved, or with as much computing, measured on the same tokens.
+
+* `in-context` puts the neighbors of a chunk before the text, and the same model goes on, with retrieval switched off
+  (arXiv:2302.00083). As a chunk's neighbors are read by the next one in RETRO, they are put before that one here, anew
+  for each chunk, the nearest last.
+* `longer-context` is a control for its computing: in the place of neighbors there are as many more tokens of the
+  document itself, from before the window.
+* `both` is retrieval, with the neighbors before the text besides.
+
+None reads more than the model was made for: its own limit, or a window where it has none; the oldest text goes first.
+
+A generated token costs a pass of its own, and for each chunk what has to be read anew: with neighbors before the text
+all that is behind them too, because it stands elsewhere now, while chunked cross-attention encodes the neighbors alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from retro.database import RetroIndex
+from retro.errors import InvalidOption
+from retro.evaluation.windows import Window, chunk_offsets, losses
+from retro.retrofit import Model
+from retro.text.corpus import Corpus
+
+RIVALS = ("in-context", "longer-context", "both")
+
+
+class Piece(NamedTuple):
+    """A window that scores tokens of one chunk, with tokens put before it."""
+
+    window: Window
+    before: np.ndarray
+
+
+def pieces(
+    rival: str, corpus: Corpus, index: RetroIndex, neighbors: np.ndarray, cut: Sequence[Window], most: int
+) -> list[Piece]:
+    """Windows, each cut into one for each chunk, with what a rival reads besides.
+
+    * `neighbors` (c, K) are offsets in the index's corpus of what each chunk retrieved
+    * `cut` are the windows
+    * `most` is how many tokens the model reads
+    """
+    m, offsets, found = index.chunk_len, chunk_offsets(corpus, index.chunk_len), []
+    n_more = 2 * m * neighbors.shape[1]
+    for start, end, scored in cut:
+        first = int(np.searchsorted(offsets, start))
+        for nth in range((scored - start) // m, (end - start) // m + 1):
+            first_target, last = max(scored, start + nth * m), min(end, start + (nth + 1) * m - 1)
+            before, begins = np.zeros(0, dtype=np.int64), start
+            if nth and rival == "longer-context":
+                begins = max(int(corpus.starts[corpus.document_of(start)]), start - n_more)
+            elif nth:
+                values = index.values(neighbors[first + nth - 1])[::-1].ravel()  # (K, 2m), the nearest last
+                before = values[values >= 0]
+                before = before[len(before) % m :]  # whole chunks, so that those of the text stay what they are
+            dropped = -(-max(0, last - begins + len(before) - most) // m) * m
+            found.append(Piece((min(begins + dropped, start + nth * m), last, first_target), before))
+    return found
+
+
+def rival_losses(
+    rival: str,
+    model: Model,
+    corpus: Corpus,
+    index: RetroIndex,
+    neighbors: np.ndarray,
+    cut: Sequence[Window],
+    batch_size: int,
+    device: torch.device | str,
+) -> np.ndarray:
+    """Cross entropy (n) of each token of the validation documents, in nats, as `losses` gives it for a model alone.
+
+    Raises `InvalidOption` for a rival that there is not, or one for which the model has no room.
+    """
+    if rival not in RIVALS:
+        raise InvalidOption("against", rival, f"is not one of {', '.join(RIVALS)}")
+    window, m = max(end - start for start, end, _ in cut), index.chunk_len
+    most = window if model.max_chunks is None else model.max_chunks * m
+    if most < 2 * m * neighbors.shape[1] + m:
+        raise InvalidOption("against", rival, f"needs more than the {most} tokens that the model reads")
+    found = pieces(rival, corpus, index, neighbors, cut, most)
+    read = neighbors if rival == "both" else None
+    return losses(
+        model, corpus, index, read, [p.window for p in found], batch_size, device, rival, [p.before for p in found]
+    )
