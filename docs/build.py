@@ -37,7 +37,8 @@ READING_ORDER = {
     "Behind the scenes: Storage": ("storage/files", "storage/manifests", "storage/shards", "storage/*"),
     "Behind the scenes: Runs": ("runs/data", "runs/engine", "runs/loop", "runs/checkpoints", "runs/*"),
     "Behind the scenes: Evaluation": (
-        "evaluation/held_out", "evaluation/windows", "evaluation/leakage", "evaluation/result", "evaluation/intervals",
+        "evaluation/held_out", "evaluation/windows", "evaluation/rivals", "evaluation/knn_lm", "evaluation/leakage",
+        "evaluation/result", "evaluation/intervals",
         "evaluation/*",
     ),
     "Behind the scenes: Planning": ("planning/*",),
@@ -45,8 +46,14 @@ READING_ORDER = {
         "chunks", "attention", "initialization", "loss", "parallel", "device", "progress",
     ),
     "Behind the scenes: The command line": ("cli/*", "__main__"),
-    "Guides": ("docs/a_memory.md", "docs/at_scale.md", "docs/claims.md", "docs/mutants.md", "docs/glossary.md"),
-    "Worked examples": ("examples/own_text.py", "examples/lm_eval_task.py", "examples/compare_with_reference.py"),
+    "Guides": (
+        "docs/a_memory.md", "docs/retrievers.md", "docs/at_scale.md", "docs/claims.md", "docs/mutants.md",
+        "docs/glossary.md",
+    ),
+    "Worked examples": (
+        "examples/own_text.py", "examples/own_retriever.py", "examples/lm_eval_task.py",
+        "examples/compare_with_reference.py",
+    ),
 }  # fmt: skip
 
 

@@ -105,9 +105,12 @@ def evaluate(
         name: np.mean([losses(net, corpus, index, r, cut, config.batch_size, device, name) for r in rets], axis=0)
         for name, (net, rets) in passes.items()
     }
-    nats |= {
-        rival: rival_losses(rival, model, corpus, index, read, cut, config.batch_size, device) for rival in against
-    }
+    for rival in against:
+        if "off" not in nats:
+            raise InvalidOption("against", rival, "is compared with the model alone: measure off as well")
+        nats[rival] = rival_losses(
+            rival, model, corpus, index, read, nats["off"], cut, stride, config.batch_size, device
+        )
     overlap = overlaps(corpus, index, offsets, neighbors[:, :N_LEAKAGE_NEIGHBORS])
     copied, n_bytes = copyable(corpus, index, offsets, read), predicted_bytes(corpus) * is_scored(corpus, cut)
     return Evaluation(

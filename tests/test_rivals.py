@@ -12,11 +12,14 @@ from test_evaluate import model_of
 from retro.config import EvaluateConfig
 from retro.errors import InvalidOption
 from retro.evaluate import evaluate
+from retro.evaluation import knn_lm
+from retro.evaluation.knn_lm import Memory, chosen, knn_lm_losses, knn_probability, mixed
 from retro.evaluation.rivals import RIVALS, pieces, rival_losses
 from retro.evaluation.windows import losses, windows
-from retro.text.corpus import Corpus
+from retro.text.corpus import Corpus, DocumentEntry
 
 M, K, WINDOW, STRIDE = CHUNK_LEN, 2, 8 * CHUNK_LEN, 6 * CHUNK_LEN
+IN_WORDS = RIVALS[:3]  # those that read more
 CONFIG = EvaluateConfig(n_neighbors=K, window=WINDOW, stride=STRIDE, n_windows=3, batch_size=5)
 
 
@@ -28,7 +31,7 @@ def roomy(index, most):
 
 
 @pytest.mark.parametrize("most", [None, 9, 40])
-@pytest.mark.parametrize("rival", RIVALS)
+@pytest.mark.parametrize("rival", IN_WORDS)
 def test_a_rivals_losses_are_those_of_a_loop_over_tokens(index, rival, most):
     model, corpus = roomy(index, most), index.corpus
     found = evaluate(model, corpus, index, config=CONFIG, others=("off",), against=(rival,))
@@ -66,12 +69,12 @@ def test_a_rivals_losses_are_those_of_a_loop_over_tokens(index, rival, most):
     assert found.summary()["gain"][f"over {rival}"]["value"] is not None
 
 
-@pytest.mark.parametrize("rival", RIVALS)
+@pytest.mark.parametrize("rival", IN_WORDS)
 def test_no_rival_sees_a_token_that_it_has_yet_to_predict(index, rival):
     model, corpus = roomy(index, 40), index.corpus
     found = evaluate(model, corpus, index, config=CONFIG, others=())
     read, cut = found.neighbors[:, :K], windows(corpus, WINDOW, STRIDE, 3)
-    before = rival_losses(rival, model, corpus, index, read, cut, 5, "cpu")
+    before = rival_losses(rival, model, corpus, index, read, None, cut, STRIDE, 5, "cpu")
     at = 5 * M + 3  # from here on the held-out text is another
     first = int(corpus.starts[corpus.n_train])
     tokens = np.array(corpus.tokens)
@@ -80,7 +83,7 @@ def test_no_rival_sees_a_token_that_it_has_yet_to_predict(index, rival):
     # What was retrieved with that text: chunk 5 and those after it.
     changed = read.copy()
     changed[at // M :] = np.roll(changed[at // M :], 7, axis=0)
-    after = rival_losses(rival, model, other, index, changed, cut, 5, "cpu")
+    after = rival_losses(rival, model, other, index, changed, None, cut, STRIDE, 5, "cpu")
     np.testing.assert_allclose(after[:at], before[:at], rtol=1e-5, atol=1e-6)
     assert not np.allclose(after[at : at + M], before[at : at + M])
 
@@ -91,7 +94,7 @@ def test_without_neighbors_a_rival_is_the_model_alone(index, rival):
     cut = windows(corpus, WINDOW, STRIDE, 3)
     none = np.full((math.ceil((corpus.end_of_valid - corpus.n_train_tokens) / M), K), -1)
     alone = losses(model, corpus, index, None, cut, 8, "cpu", "off")
-    found = rival_losses(rival, model, corpus, index, none, cut, 8, "cpu")
+    found = rival_losses(rival, model, corpus, index, none, alone, cut, STRIDE, 8, "cpu")
     np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-5)
     assert (found > 0).sum() == (alone > 0).sum() > 200
 
@@ -111,5 +114,96 @@ def test_a_model_without_room_and_a_rival_that_there_is_not_are_named(index):
     config = EvaluateConfig(n_neighbors=2, window=4 * M)
     with refused(InvalidOption, "--against in-context needs more than the 64 tokens that the model reads"):
         evaluate(model, index.corpus, index, config=config, against=("in-context",))
-    with refused(InvalidOption, "--against in-contxt is not one of in-context, longer-context, both"):
+    with refused(InvalidOption, "--against in-contxt is not one of in-context, longer-context, both, knn-lm"):
         evaluate(model, index.corpus, index, config=config, against=("in-contxt",))
+
+
+# kNN-LM.
+
+
+@pytest.fixture(scope="module")
+def of_two(index):
+    """Two held-out documents, of a text that trains no model here, and the database."""
+    numbers = [0, 1]
+    texts = [index.corpus.tokens[int(index.corpus.starts[i]) : int(index.corpus.starts[i]) + 150] for i in numbers]
+    entries = [DocumentEntry(f"{i}.txt", str(i), 400, 150) for i in numbers]
+    return Corpus(np.concatenate(texts), entries, 0, index.corpus.tokenizer)
+
+
+@pytest.mark.parametrize("shape", [{}, {"tied": True, "init_std": 0.02, "norm": "rms", "final_norm": True}])
+def test_knn_lm_is_the_articles_formula(index, of_two, shape):
+    model, database = model_of(index, **shape), index.corpus
+    cut = windows(of_two, 64, 32)
+    alone = losses(model, of_two, index, None, cut, 8, "cpu", "off")
+    found = knn_lm_losses(model, of_two, index, alone, cut, 64, 32, 8, "cpu")
+
+    def state(corpus, start, i):
+        with torch.no_grad():
+            captured = []
+            hook = model.norm.register_forward_hook(lambda *arguments: captured.append(arguments[2][0, -1]))
+            logits = model(torch.from_numpy(corpus.tokens[start:i].astype(np.int64))[None])[0, -1]
+            hook.remove()
+        return captured[0].double().numpy(), logits
+
+    def first_window(start, i):
+        return start + max(0, math.ceil((i - start - 64) / 32)) * 32
+
+    keys, followed_by = [], []
+    for number in database.in_database:
+        start, end = int(database.starts[number]), int(database.starts[number + 1])
+        for i in range(start + 1, min(end, start + 200)):
+            keys.append(state(database, first_window(start, i), i)[0])
+            followed_by.append(int(database.tokens[i]))
+    keys, followed_by = np.array(keys), np.array(followed_by)
+    memory = Memory(model, database, 64, 32, 8, "cpu")
+    assert memory.index.ntotal == sum(d.n_tokens - 1 for d in (database.documents[i] for i in database.in_database))
+    # The nearest of some states, and what they say.
+    query, _ = state(of_two, 0, 40)
+    target = int(of_two.tokens[40])
+    distances, agrees = memory.votes(query.astype(np.float32)[None], np.array([target]), 64)
+    nearest = np.sort(((keys - query) ** 2).sum(axis=1))
+    assert (distances[0] <= nearest[:64] * (1 + 1e-3) + 1e-3).all(), "the loop has seen only the beginnings"
+    near = np.argsort(((keys - query) ** 2).sum(axis=1))[:1]
+    assert distances[0, 0] == pytest.approx(nearest[0], rel=1e-3) or distances[0, 0] < nearest[0]
+    assert bool(agrees[0, 0]) == (followed_by[near[0]] == target) or distances[0, 0] < nearest[0] * 0.999
+    T = 3.0
+    weights = [math.exp(-float(d) / T) for d in distances[0]]
+    expected = sum(w for w, a in zip(weights, agrees[0], strict=True) if a) / sum(weights)
+    assert knn_probability(distances, agrees, T)[0] == pytest.approx(expected, rel=1e-5)
+    # Each half with what serves the other: the whole again, from its parts.
+    votes = []
+    for s in (0, 150):
+        of_text = [state(of_two, first_window(s, i), i)[0] for i in range(s + 1, s + 150)]
+        targets = of_two.tokens[s + 1 : s + 150].astype(np.int64)
+        votes.append(memory.votes(np.array(of_text, np.float32), targets, 64))
+    for mine, other in ((0, 1), (1, 0)):
+        of_other, of_mine = (slice(150 * half + 1, 150 * half + 150) for half in (other, mine))
+        share, temperature = chosen(alone[of_other], *votes[other])
+        p = share * knn_probability(*votes[mine], temperature) + (1 - share) * np.exp(-alone[of_mine])
+        np.testing.assert_allclose(found[of_mine], -np.log(p), rtol=2e-3, atol=1e-3)
+        assert share > 0.3, "these texts are in the database"
+    assert found[0] == found[150] == 0 and found.sum() < 0.8 * alone.sum()
+
+
+def test_a_share_of_nothing_is_the_model_alone_bit_for_bit():
+    alone = np.array([0.3, 7.0, 0.1])
+    assert mixed(alone, np.ones(3), 0.0) is alone
+    # Neighbors that never agree have no say, and those that always do have as much as they may.
+    distances = np.ones((3, 4), dtype=np.float32)
+    assert chosen(alone, distances, np.zeros((3, 4), dtype=bool))[0] == 0
+    assert chosen(alone, distances, np.ones((3, 4), dtype=bool))[0] == 0.9
+
+
+def test_what_serves_a_document_is_chosen_on_others(index, of_two, monkeypatch):
+    model, cut = model_of(index), windows(of_two, 64, 32)
+    alone = losses(model, of_two, index, None, cut, 8, "cpu", "off")
+    seen = []
+    monkeypatch.setattr(knn_lm, "chosen", lambda of, *_: seen.append(of) or (0.0, 1.0))
+    found = knn_lm_losses(model, of_two, index, alone, cut, 64, 32, 8, "cpu")
+    assert np.array_equal(found, alone)
+    assert np.array_equal(seen[0], alone[151:300]) and np.array_equal(seen[1], alone[1:150])
+    with refused(InvalidOption, "--against knn-lm needs two held-out documents"):
+        evaluate(model, index.corpus, index, config=CONFIG, against=("knn-lm",))
+    monkeypatch.setattr(knn_lm, "memory_of_machine", lambda: 1 << 20)
+    with refused(InvalidOption, r"--against knn-lm has to keep [\d,]+ states of 128 bytes, 0.0023 GB; name a smaller"):
+        Memory(model, index.corpus, 64, 32, 8, "cpu")

@@ -117,7 +117,7 @@ def evaluate_command(argv: Sequence[str]) -> None:
         texts=TEXTS,
         of_a_run=True,
     )
-    against_help = "rivals to measure besides, with commas between: in-context, longer-context, both"
+    against_help = "rivals to measure besides, with commas between: in-context, longer-context, both, knn-lm"
     baseline_help = "a run of retro train --no-retrieval, or logs/NAME for its latest"
     parser.add_argument("--run", type=str, default=None, help=RUN_HELP)
     parser.add_argument("--base", type=str, default=None, help=BASE_HELP)

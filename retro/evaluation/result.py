@@ -28,6 +28,7 @@ VARIANTS = {
     "in-context": "neighbors in its context",
     "longer-context": "a longer context",
     "both": "on, and in its context",
+    "knn-lm": "kNN-LM",
 }
 ALPHAS = tuple(step / 8 for step in range(1, 9))  # 12.5% to 100%, as in figure 6 of the paper
 COPY_LENGTHS = (4, 8, 16)  # tokens in a row that could be copied; a whole chunk is added

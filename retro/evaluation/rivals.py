@@ -6,6 +6,7 @@ r"""Rivals: what else could be done with what was retrieved, or with as much com
 * `longer-context` is a control for its computing: in the place of neighbors there are as many more tokens of the
   document itself, from before the window.
 * `both` is retrieval, with the neighbors before the text besides.
+* `knn-lm` lets the states of the database's tokens vote for the next one (`retro.evaluation.knn_lm`).
 
 None reads more than the model was made for: its own limit, or a window where it has none; the oldest text goes first.
 
@@ -23,11 +24,13 @@ import torch
 
 from retro.database import RetroIndex
 from retro.errors import InvalidOption
+from retro.evaluation.knn_lm import knn_lm_losses
 from retro.evaluation.windows import Window, chunk_offsets, losses
 from retro.retrofit import Model
 from retro.text.corpus import Corpus
 
-RIVALS = ("in-context", "longer-context", "both")
+KNN_LM = "knn-lm"
+RIVALS = ("in-context", "longer-context", "both", KNN_LM)
 
 
 class Piece(NamedTuple):
@@ -70,17 +73,24 @@ def rival_losses(
     corpus: Corpus,
     index: RetroIndex,
     neighbors: np.ndarray,
+    alone: np.ndarray,
     cut: Sequence[Window],
+    stride: int,
     batch_size: int,
     device: torch.device | str,
 ) -> np.ndarray:
     """Cross entropy (n) of each token of the validation documents, in nats, as `losses` gives it for a model alone.
+
+    * `alone` (n) are those of the model with retrieval switched off
+    * `cut` are windows, `stride` apart
 
     Raises `InvalidOption` for a rival that there is not, or one for which the model has no room.
     """
     if rival not in RIVALS:
         raise InvalidOption("against", rival, f"is not one of {', '.join(RIVALS)}")
     window, m = max(end - start for start, end, _ in cut), index.chunk_len
+    if rival == KNN_LM:
+        return knn_lm_losses(model, corpus, index, alone, cut, window, stride, batch_size, device)
     most = window if model.max_chunks is None else model.max_chunks * m
     if most < 2 * m * neighbors.shape[1] + m:
         raise InvalidOption("against", rival, f"needs more than the {most} tokens that the model reads")

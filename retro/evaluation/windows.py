@@ -6,7 +6,7 @@ Shapes: n evaluated tokens, c chunks of them, K neighbors. Offsets count tokens 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -79,8 +79,15 @@ def windows(corpus: Corpus, window: int, stride: int, n_windows: int | None = No
 
     Token `end` itself is predicted, but not read. Each token is scored by the first window that predicts it.
     """
+    return windows_of(documents(corpus), window, stride, n_windows)
+
+
+def windows_of(
+    ranges: Iterable[tuple[int, int]], window: int, stride: int, n_windows: int | None = None
+) -> list[Window]:
+    """As `windows`, of the texts in some ranges of offsets."""
     found: list[Window] = []
-    for first, end_of_document in documents(corpus):
+    for first, end_of_document in ranges:
         scored, start, n_before = first + 1, first, len(found)
         while scored < end_of_document and (n_windows is None or len(found) - n_before < n_windows):
             end = min(start + window, end_of_document - 1)
