@@ -182,8 +182,9 @@ class RetrofitConfig:
         for name, known in (("encoder", ("base", "new")), ("trains", ("added", "lora", "all"))):
             if getattr(self, name) not in known:
                 raise InvalidOption(name, getattr(self, name), f"is not one of {', '.join(known)}")
-        if self.ca_layers is not None and not self.ca_layers:
-            raise InvalidOption("ca_layers", self.ca_layers, "names no layer; a base that reads nothing stays as it is")
+        if self.ca_layers is not None and not self.ca_layers and self.trains == "added":
+            reason = "names no layer; a base that reads nothing stays as it is, unless --trains lets it learn"
+            raise InvalidOption("ca_layers", self.ca_layers, reason)
 
 
 ModelConfig = RetroConfig | RetrofitConfig

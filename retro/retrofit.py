@@ -76,7 +76,8 @@ class Retrofit(nn.Module):
     def __init__(self, base: PreTrainedModel, config: RetrofitConfig) -> None:
         super().__init__()
         layers = attention_layers(base, config.attention)
-        chosen = tuple(sorted(config.ca_layers or reading_layers(len(layers), config.encoder == "new")))
+        named = config.ca_layers
+        chosen = tuple(sorted(reading_layers(len(layers), config.encoder == "new") if named is None else named))
         require_layers("ca_layers", chosen, len(layers))
         self.config, self.ca_layers, self.chunk_len = replace(config, ca_layers=chosen), chosen, config.chunk_len
         self.base = base.requires_grad_(False).eval()
@@ -91,7 +92,8 @@ class Retrofit(nn.Module):
         self.max_chunks: int | None = n_positions and n_positions // m  # that it was pretrained to read
         attentions = [layers[p] for p in chosen]
         self.encoder: NearestNeighborEncoder | None = None
-        if config.encoder == "new":
+        self.cca = nn.ModuleList()
+        if config.encoder == "new" and chosen:
             D, d, n = self.d_model, self.d_model // H, config.n_encoder_layers
             # Conditioned on the base in every layer, of which there are few.
             self.encoder = NearestNeighborEncoder(m, n, range(n), D, H, d, 4 * D)
@@ -100,7 +102,7 @@ class Retrofit(nn.Module):
             for part in (self.encoder, self.norm_e, self.cca):
                 part.to(base.device)
             attentions = [parent_of(base, attention) for attention in attentions]  # read behind the whole layer
-        else:
+        elif chosen:
             arguments = arguments_of(base, attentions, 3 * m)
             example = keys_and_values(base, torch.zeros(1, 1, dtype=torch.long, device=base.device), chosen)
             calls = zip(attentions, arguments, chosen, strict=True)
@@ -178,7 +180,7 @@ class Retrofit(nn.Module):
         * `starts` and `decoding` are as in `Reading`
         """
         reading = None
-        if ret is not None and (ret.shape[1] > 0 or decoding is not None):
+        if self.ca_layers and ret is not None and (ret.shape[1] > 0 or decoding is not None):
             require_whole_chunks(x, ret, self.chunk_len)
             reading = Reading(self, ret, starts, decoding)
         with active(reading):

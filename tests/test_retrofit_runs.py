@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import CHUNK_LEN, refused
 from copier import copying_llama
 from safetensors.torch import load_file
@@ -238,6 +239,31 @@ def test_a_run_that_begins_loads_its_base_once(here, monkeypatch):
     monkeypatch.setattr("retro.runs.models.load_base", lambda name: loaded.append(name) or load_base(name))
     train(config=replace(CONFIG, steps=1, seed=7), model_shape={"base": "base", "ca_layers": (1,)}, name="once")
     assert loaded == ["base"]
+
+
+@pytest.mark.parametrize("trains", ["lora", "all"])
+def test_a_base_that_learns_without_retrieval_is_a_baseline(run, here, index, capsys, trains):
+    options = ["--data-path", "data", "--base", "base", "--trains", trains, "--steps", "6", "--interval", "3"]
+    lr = {"lora": "0.05", "all": "1"}[trains]  # of which a pretrained weight gets a hundredth
+    options += ["--lr", lr, "--batch-size", "4", "--n-valid-batches", "1", "--device", "cpu"]
+    options += ["--name", f"without_{trains}"]
+    assert main(["train", "--data-path", "data", "--base", "base", "--no-retrieval"]) == 1
+    assert "add --trains lora, or all" in capsys.readouterr().err
+    assert main(["train", *options, "--no-retrieval"]) == 0
+    alone = load_model(newest_checkpoint(next((here / "logs" / f"without_{trains}").iterdir())))
+    assert alone.ca_layers == () and set(alone.added()) == set(alone.state_dict()) and len(alone.cca) == 0
+    text = torch.from_numpy(index.corpus.tokens[:40].astype(np.int64))[None]
+    ret = torch.randint(500, (1, 2, 2, 2 * CHUNK_LEN))
+    with torch.no_grad():
+        assert torch.equal(alone(text, ret), alone(text)), "it reads nothing"
+        base = load_base("base").eval()
+        before, after = (F.cross_entropy(logits[0, :-1], text[0, 1:]) for logits in (base(text).logits, alone(text)))
+    assert after < before - 0.01, "it has learnt"
+    capsys.readouterr()
+    arguments = ["evaluate", "--run", str(run), "--baseline", f"logs/without_{trains}", "--n-windows", "1"]
+    assert main([*arguments, "--n-shuffles", "1", "--data-path", "data", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "trained without retrieval" in said and "trains=" not in said
 
 
 def test_options_of_a_models_shape_do_not_go_with_a_base(here):

@@ -87,14 +87,18 @@ def _shape(options: Namespace, given: set[str]) -> dict[str, Any]:
     if options.base is None:
         shape = {name: getattr(options, name) for name in RetroConfig.__dataclass_fields__ if name not in FROM_DATA}
         return shape | ({"ca_layers": ()} if options.no_retrieval else {})
-    if options.no_retrieval:
-        raise ValueError("--no-retrieval: a base that reads nothing stays as it is; retro evaluate measures it as off")
+    if options.no_retrieval and options.trains == "added":
+        raise ValueError(
+            "--no-retrieval: a base that reads nothing stays as it is; retro evaluate measures it as off. To let it "
+            "learn without retrieval, add --trains lora, or all"
+        )
     if not_its := sorted(given & {*RetroConfig.__dataclass_fields__} - {*RetrofitConfig.__dataclass_fields__}):
         raise InvalidOption(not_its[0], getattr(options, not_its[0]), "is the base's own; leave it out, or --base")
     # Those that both have show the default of `RetroConfig`.
     of_both = {*RetroConfig.__dataclass_fields__} - given
     fields = [name for name in RetrofitConfig.__dataclass_fields__ if name not in {*of_both, *FROM_DATA}]
-    return {name: getattr(options, name) for name in fields}
+    shape = {name: getattr(options, name) for name in fields}
+    return shape | ({"ca_layers": ()} if options.no_retrieval else {})
 
 
 def _parser(preset: Preset) -> ArgumentParser:

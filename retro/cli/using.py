@@ -249,7 +249,7 @@ def _load_baseline(
     if baseline["model"]["ca_layers"]:
         command = f"retro train --no-retrieval --data-path {data_path}"
         raise ValueError(f"{path} was trained with retrieval, so it is no baseline. Train one: {command}")
-    unlike = ("ca_layers", "n_encoder_layers", "encoder_ca_layers")
+    unlike = ("ca_layers", "n_encoder_layers", "encoder_ca_layers", "encoder", "trains", "base_sha256")
     theirs, ours = (
         {**r["train"], **{k: v for k, v in r["model"].items() if k not in unlike}}
         # Steps that were made in a run of another length had its learning rates.
