@@ -13,6 +13,8 @@ from retro.search.chunks import Chunks, is_barred
 
 
 class SharedWords:
+    """Compares the words of a query with those of every chunk."""
+
     name = "shared words"
     made_with = {"version": 1}  # noqa: RUF012  # raise it, and databases are built anew
 
@@ -20,9 +22,11 @@ class SharedWords:
         """Nothing is kept in `folder`: `open` is quick enough."""
 
     def open(self, chunks: Chunks, folder: Path) -> None:
+        """Keep the words of the database's chunks."""
         self.offsets, self.words = chunks.offsets, [set(text.split()) for text in chunks.texts]
 
     def nearest(self, queries: Chunks, k: int, excluded: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Distances and offsets of the `k` best, of shape `[q, k]`; those of what a query may not find are -1."""
         shared = np.array([[len(set(text.split()) & words) for words in self.words] for text in queries.texts], float)
         barred = np.broadcast_to(is_barred(self.offsets, excluded), shared.shape)
         distances = np.where(barred, np.finfo(np.float32).max, -shared)
