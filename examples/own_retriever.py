@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from retro.search.chunks import Chunks, is_barred
+from retro.search.chunks import Chunks, is_barred, nothing
 
 
 class SharedWords:
@@ -31,5 +31,7 @@ class SharedWords:
         barred = np.broadcast_to(is_barred(self.offsets, excluded), shared.shape)
         distances = np.where(barred, np.finfo(np.float32).max, -shared)
         best = np.argsort(distances, axis=1, kind="stable")[:, :k]
-        distances = np.take_along_axis(distances, best, axis=1)
-        return distances, np.where(distances < np.finfo(np.float32).max, self.offsets[best], -1)
+        near, found = nothing(len(queries), k)
+        near[:, : best.shape[1]] = np.take_along_axis(distances, best, axis=1)
+        found[:, : best.shape[1]] = np.where(near[:, : best.shape[1]] < 0, self.offsets[best], -1)
+        return near, found

@@ -30,7 +30,7 @@ from retro.errors import InvalidOption
 from retro.search.building import build, open_manifest, open_retriever
 from retro.search.chunks import Chunks
 from retro.search.keys import chunk_offsets
-from retro.search.retrievers import Dense, Retriever
+from retro.search.retrievers import Dense, Retriever, nearest_outside
 from retro.search.sentences import Embedder
 from retro.text.corpus import NO_TOKEN, Corpus, open_corpus
 
@@ -163,16 +163,17 @@ class RetroIndex:
         return [row[: self.n_neighbors] for row in rows]
 
     def nearest(
-        self, query_chunks: Sequence[str], n_neighbors: int, exclude: np.ndarray | None = None
+        self, query_chunks: Sequence[str], n_neighbors: int, exclude: np.ndarray | tuple[int, int] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Distances and offsets of the nearest chunks of each text; arguments and results are those of `search`."""
-        return self.retriever.nearest(Chunks(self.corpus, texts=query_chunks), n_neighbors, exclude)
+        return nearest_outside(self.retriever, Chunks(self.corpus, texts=query_chunks), n_neighbors, exclude)
 
     def nearest_at(
         self, offsets: np.ndarray, n_neighbors: int, exclude: np.ndarray | None = None, corpus: Corpus | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """As `nearest`, of the chunks at `offsets` (n) of this corpus, or of another with the same tokenizer."""
-        return self.retriever.nearest(Chunks(corpus or self.corpus, offsets, self.chunk_len), n_neighbors, exclude)
+        chunks = Chunks(corpus or self.corpus, offsets, self.chunk_len)
+        return nearest_outside(self.retriever, chunks, n_neighbors, exclude)
 
     def embed(self, query_chunks: Sequence[str]) -> np.ndarray:
         """Queries of shape `[len(query_chunks), d_emb]`."""

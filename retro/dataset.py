@@ -63,17 +63,18 @@ def build_dataset(
     * `config` has these, with the tutorial's defaults, and more; what is given beside it goes before it
     * `corpus` is a `Corpus` or a labml `TextDataset`; left out, the one in `data_path`
     * `index` retrieves; left out, the database in `data_path`, its BERT on `device`
-    * `neighbors` are your own: offsets (n) of the chunks, as of `sample_chunks`, and of their neighbors (n, K), or -1
+    * `neighbors` are your own, if there is no database: offsets of `sample_chunks` (n), and of theirs (n, K), or -1
 
     Writes a file for the training and one for the validation documents into `data_path` and returns their headers, in
     which `n_targets` is the number of tokens that are predicted. Raises `TextTooShort` when there is not enough for a
     sample, `InvalidOption` when no chunk can have a neighbor.
     """
-    config = with_given(config or DatasetConfig(), {"chunks_per_sample": chunks_per_sample, "skip_range": skip_range})
-    corpus = open_corpus(data_path) if corpus is None else Corpus.of(corpus)
     given = None if neighbors is None else Given(*neighbors)
+    config = config or (DatasetConfig() if given is None else DatasetConfig(n_neighbors=given.neighbors.shape[1]))
+    config = with_given(config, {"chunks_per_sample": chunks_per_sample, "skip_range": skip_range})
+    corpus = open_corpus(data_path) if corpus is None else Corpus.of(corpus)
     if given:
-        build_database(chunk_len, corpus=corpus, data_path=data_path, retriever=given)
+        build_database(given.chunk_len_in(data_path, chunk_len), corpus=corpus, data_path=data_path, retriever=given)
     index = index or RetroIndex(chunk_len, data_path=data_path, corpus=corpus, device=device, retriever=given)
     if chunk_len is not None:
         require_match(Path(data_path), index.manifest, {"chunk_len": chunk_len})

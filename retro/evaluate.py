@@ -45,7 +45,7 @@ from retro.errors import InvalidOption
 from retro.evaluation.held_out import held_out_texts, require_held_out
 from retro.evaluation.leakage import N_LEAKAGE_NEIGHBORS, copyable, overlaps, retrieve
 from retro.evaluation.result import Evaluation
-from retro.evaluation.rivals import rival_losses
+from retro.evaluation.rivals import BOTH, require_room, rival_losses
 from retro.evaluation.windows import chunk_offsets, is_scored, losses, predicted_bytes, shuffled_neighbors, windows
 from retro.retrofit import Model
 from retro.text.corpus import Corpus
@@ -72,7 +72,8 @@ def evaluate(
       windows of 32 chunks, and a stride of half a window
     * `baseline` is a model without retrieval to compare with
     * `others` are what to measure beside `on`; each takes another pass over the text
-    * `against` are rivals (`retro.evaluation.rivals`), which are measured on the same tokens, for each chunk anew
+    * `against` are rivals (`retro.evaluation.rivals`) of the baseline, or without one of the model with retrieval off,
+      which are measured on the same tokens
     * `n_shuffles` is how often random neighbors are drawn, from a fixed seed; each takes a pass, and a token's loss is
       the mean over them. Each chunk draws its own, so what is left of chance counts as noise of the documents
 
@@ -89,6 +90,10 @@ def evaluate(
         raise InvalidOption("stride", stride, f"is not a positive multiple of chunk_len={m} up to {window}")
     _require_comparable(model, corpus, index, baseline)
     require_held_out(corpus, index.corpus)
+    if against and "off" not in others:
+        raise InvalidOption("against", ", ".join(against), "needs the model alone: measure off as well")
+    for rival in against:
+        require_room(rival, model, corpus, index, n_neighbors, window)
 
     offsets = chunk_offsets(corpus, m)  # (c)
     neighbors, distances = retrieve(corpus, index, offsets, max(n_neighbors, N_LEAKAGE_NEIGHBORS))  # (c, >= 10)
@@ -106,10 +111,10 @@ def evaluate(
         for name, (net, rets) in passes.items()
     }
     for rival in against:
-        if "off" not in nats:
-            raise InvalidOption("against", rival, "is compared with the model alone: measure off as well")
+        # Who goes without retrieval goes with the model that was trained so, if there is one.
+        net, alone = (baseline, "baseline") if baseline is not None and rival != BOTH else (model, "off")
         nats[rival] = rival_losses(
-            rival, model, corpus, index, read, nats["off"], cut, stride, config.batch_size, device
+            rival, net, corpus, index, read, nats[alone], cut, window, stride, config.batch_size, device
         )
     overlap = overlaps(corpus, index, offsets, neighbors[:, :N_LEAKAGE_NEIGHBORS])
     copied, n_bytes = copyable(corpus, index, offsets, read), predicted_bytes(corpus) * is_scored(corpus, cut)

@@ -146,7 +146,7 @@ class Retrofit(nn.Module):
                 )
         with self.reads(x, ret) as reading:
             logits = self.base(input_ids=x, attention_mask=mask, position_ids=positions, use_cache=False).logits
-        if torch.is_grad_enabled() and not (reading and reading.contexts):
+        if self.ca_layers and torch.is_grad_enabled() and not (reading and reading.contexts):
             logits = logits + 0 * sum(weight.sum() for weight in self.added().values())  # a gradient of zero, not none
         if targets is None:
             return logits

@@ -122,14 +122,17 @@ whole = copy.deepcopy(model)
 expected = Trainer(cpu, whole, None, torch.optim.SGD(whole.parameters()), config=config).loss(*batch)
 expected.backward()
 shard_model(model, cpu, config.precision)
-gathered = []
-for inner in model.ffw[0].children():  # where weights are whole
+gathered, states = [], []
+for layer in [*model.attn, *model.ffw, *model.cca]:
+    layer.register_forward_hook(lambda module, inputs, output: states.append(output.dtype))
+for inner in (m for m in model.ffw[0].modules() if isinstance(m, torch.nn.Linear)):  # where weights are whole
     inner.register_forward_hook(lambda module, *_: gathered.extend(p.dtype for p in module.parameters()))
 trainer = Trainer(cpu, whole, None, torch.optim.SGD(whole.parameters()), config=config)
 trainer.model = trainer.net = model
 loss = trainer.loss(*batch)
 loss.backward()
 assert set(gathered) == {torch.bfloat16}, gathered
+assert set(states) == {torch.float32}, states  # what layers add to
 assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters() if p.grad is not None} == {
     torch.float32
 }

@@ -20,10 +20,11 @@ from retro.cli.stages import prepare_dataset
 from retro.config import DatabaseConfig, DatasetConfig, RetroConfig
 from retro.database import RetroIndex, build_database
 from retro.dataset import DATASET_FILE, Dataset, build_dataset, sample_chunks
-from retro.errors import InvalidOption, MissingArtifact, StaleArtifact
+from retro.errors import DamagedFile, InvalidOption, MissingArtifact, StaleArtifact
 from retro.evaluation.audit import audit
 from retro.evaluation.leakage import longest_common_run
 from retro.model import RetroModel
+from retro.runs.data import TrainingData
 from retro.sample import Sampler
 from retro.search import bm25, retrievers
 from retro.search.chunks import Chunks
@@ -59,6 +60,14 @@ def lexical(texts, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bm25, "TOKENS_PER_SHARD", 100 * CHUNK_LEN)  # several shards
         return database(texts, tmp_path_factory.mktemp("bm25"), "bm25")
+
+
+@pytest.fixture(scope="module")
+def data_of_chars(plays, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chars")
+    build_corpus([plays], folder / "corpus", valid_fraction=0)
+    build_database(config=DatabaseConfig(CHUNK_LEN, retriever="bm25"), data_path=folder)
+    return folder
 
 
 def formula(chunks, query):
@@ -144,6 +153,45 @@ def test_an_index_of_tokens_is_made_again_where_a_file_of_it_is_torn(texts, tmp_
     assert len(list(index.data_path.glob("retriever/*/*.npy"))) == 1
 
 
+@pytest.mark.parametrize("change", [
+    lambda a: a.astype(np.int64), lambda a: a[:-1], lambda a: a[None], lambda a: np.where(a == a[-1], 2_000_000_000, a),
+    lambda a: -a, lambda a: np.array(["x"] * len(a), dtype=object),
+])  # fmt: skip
+def test_a_crafted_index_of_tokens_is_named_and_crashes_no_reader(texts, tmp_path, change):
+    """With a name that fits its bytes, which anyone can compute."""
+    index = database(texts, tmp_path, "bm25")
+    (file,) = index.data_path.glob("retriever/*/*.npy")
+    stored = np.load(file)
+    stored[-1] = stored[index.corpus.n_tokens + 1]  # a number of a chunk, for one change to find
+    np.save(file, change(stored), allow_pickle=True)
+    shards = index.retriever.shards
+    shards._verified.clear()
+    file.rename(file.with_name(shards._name(0, file)))
+    with refused(DamagedFile, "is no index of|is no numpy array"):
+        RetroIndex(data_path=index.data_path)
+
+
+def test_of_equal_chunks_the_earliest_is_found_whatever_is_asked_for(tmp_path):
+    licence = "Permission is hereby granted, free of charge, to any person obtaining a copy of this software. "
+    (tmp_path / "texts").mkdir()
+    for i in range(60):
+        (tmp_path / "texts" / f"{i:02}.txt").write_text(licence + f"{i} differs " + chr(97 + i % 26) * 9 * i)
+    build_corpus([tmp_path / "texts"], tmp_path / "corpus", tokenizer="bpe:300", valid_fraction=0)
+    build_database(config=DatabaseConfig(CHUNK_LEN, retriever="bm25"), data_path=tmp_path)
+    index = RetroIndex(data_path=tmp_path)
+    queries = np.array([int(index.corpus.starts[7])])
+    many, few = (index.nearest_at(queries, k)[1][0].tolist() for k in (50, 2))
+    assert few == many[:2] == index.corpus.starts[:2].tolist()
+    assert many[:40] == sorted(many[:40])
+
+
+def test_characters_that_are_in_no_text_are_no_tokens(data_of_chars):
+    index = RetroIndex(data_path=data_of_chars)
+    for known, with_others in (("king storm", "king \u00df\u4e00storm"), ("", "\u4e00")):
+        for a, b in zip(index.nearest([known], 3), index.nearest([with_others], 3), strict=True):
+            assert np.array_equal(a, b)
+
+
 # Both, and a second look.
 
 
@@ -179,6 +227,16 @@ def test_what_shares_the_longest_run_goes_first(texts, tmp_path):
         best = sorted(range(30), key=lambda i: (-runs[i], i))[:4]
         assert ids.tolist() == [candidates[i] for i in best]
         assert (-distance).tolist() == [runs[i] for i in best]
+
+
+def test_what_is_looked_at_twice_does_not_depend_on_how_many_are_wanted(texts, tmp_path):
+    index = database(texts, tmp_path, "bm25", rerank=3)
+    queries = np.arange(0, 3000, 50)
+    few, many = (index.nearest_at(queries, k) for k in (2, 10))
+    assert np.array_equal(few[1], many[1][:, :2]) and np.array_equal(few[0], many[0][:, :2])
+    plain = index.retriever.finds.nearest(Chunks(index.corpus, queries, CHUNK_LEN), 10, None)[1]
+    assert np.array_equal(many[1][:, 3:], plain[:, 3:]), "the others stay where they were"
+    assert not np.array_equal(many[1][:, :3], plain[:, :3])
 
 
 # Models of sentence-transformers.
@@ -320,6 +378,68 @@ def test_an_own_retriever_takes_the_place_of_bert_and_faiss(texts, tmp_path):
         RetroIndex(data_path=index.data_path, retriever=bm25.BM25())
 
 
+class Leaking:
+    """Finds the query itself."""
+
+    name, made_with = "leaking", {}
+
+    def build(self, chunks, folder):
+        pass
+
+    def open(self, chunks, folder):
+        pass
+
+    def nearest(self, queries, k, excluded):
+        return np.zeros((len(queries), k)), np.repeat(queries.offsets[:, None], k, axis=1)
+
+
+def test_a_retriever_that_leaks_is_caught(texts, tmp_path):
+    index = database(texts, tmp_path, Leaking())
+    with refused(InvalidOption, "--neighbors .* may not be found for chunk"):
+        build_dataset(None, 4, data_path=index.data_path, index=index)
+    assert not list(index.data_path.glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("change", ["add", "remove"])
+def test_nothing_is_changed_of_a_database_whose_retriever_is_not_there(texts, tmp_path, change, capsys):
+    index = database(texts, tmp_path, Leaking())
+    (tmp_path / "new.txt").write_text("Another text, which is long enough to be a chunk or two of tokens by itself.")
+    what = str(tmp_path / "new.txt") if change == "add" else index.corpus.documents[0].name
+    assert main([change, what, "--data-path", str(index.data_path)]) == 1
+    assert "is none of those that ship" in capsys.readouterr().err
+    assert RetroIndex(data_path=index.data_path, retriever=Leaking()).corpus.sha256 == index.corpus.sha256
+    assert read_database_manifest(index.data_path) == index.manifest
+    grown = add_documents([tmp_path / "new.txt"], index.data_path, retriever=Leaking())
+    assert grown["n_chunks"] > index.manifest["n_chunks"]
+
+
+@pytest.mark.parametrize("exclude", [(0, 400), np.array([[0, 400], [0, 400]]), np.array([[[0, 400]], [[0, 400]]])])
+@pytest.mark.parametrize("retriever", ["bm25", "hybrid", PACKAGED_MODEL])
+def test_what_is_left_out_may_be_one_range_or_one_for_each_query(texts, tmp_path, retriever, exclude):
+    index = database(texts, tmp_path, retriever)
+    distances, found = index.nearest_at(np.array([5, 70]), 3, exclude)
+    assert (found >= 400).all() and distances.shape == (2, 3)
+
+
+def test_a_torn_index_is_mended_by_the_library_too(texts, tmp_path):
+    index = database(texts, tmp_path, "bm25")
+    (shard,) = index.data_path.glob("retriever/*/*.npy")
+    shard.unlink()
+    with refused(MissingArtifact, f"retro database --chunk-len 16 --retriever bm25 .*--data-path {index.data_path}$"):
+        RetroIndex(data_path=index.data_path)
+    build_database(config=DatabaseConfig(CHUNK_LEN, retriever="bm25"), data_path=index.data_path)
+    assert RetroIndex(data_path=index.data_path).nearest_at(np.array([5]), 2)[1].min() >= 0
+
+
+def test_a_run_is_not_trained_on_what_another_retriever_found(texts, tmp_path):
+    index = database(texts, tmp_path, "bm25")
+    build_dataset(None, 4, data_path=index.data_path)
+    TrainingData(index.data_path).require_current()
+    build_database(config=DatabaseConfig(CHUNK_LEN, retriever="bm25", rerank=20), data_path=index.data_path)
+    with pytest.raises(StaleArtifact, match="retriever='bm25', but retriever='bm25, 20 by overlap' is wanted"):
+        TrainingData(index.data_path).require_current()
+
+
 def test_neighbors_that_someone_else_has_found_make_a_dataset(texts, lexical, tmp_path):
     folder, corpus, config = shutil.copytree(texts, tmp_path / "data"), lexical.corpus, DatasetConfig(4)
     chunks = sample_chunks(corpus, CHUNK_LEN, config)
@@ -334,8 +454,13 @@ def test_neighbors_that_someone_else_has_found_make_a_dataset(texts, lexical, tm
             assert given.line(idx)["neighbors"] == expected.line(idx)["neighbors"]
             for ours, theirs in zip(given[idx], expected[idx], strict=True):
                 assert torch.equal(ours, theirs)
+    assert Dataset(folder / DATASET_FILE["train"], corpus).header["n_neighbors"] == 2  # as the config says
+    build_dataset(None, 4, data_path=folder, neighbors=(chunks, found))  # again, the chunk length being known
+    assert Dataset(folder / DATASET_FILE["train"], corpus).header["n_neighbors"] == 3
     with refused(InvalidOption, "retriever given is none of those that ship"):
         RetroIndex(data_path=folder)
+    with refused(InvalidOption, "would take the place of the database in .*, by bm25; name another --data-path"):
+        build_dataset(CHUNK_LEN, 4, data_path=lexical.data_path, corpus=corpus, neighbors=(chunks, found))
 
 
 @pytest.mark.parametrize(
@@ -343,7 +468,7 @@ def test_neighbors_that_someone_else_has_found_make_a_dataset(texts, lexical, tm
     [
         (lambda chunks, found: (chunks[1:], found[1:]), r"neighbors 'of chunk \d+' are not given"),
         (lambda chunks, found: (chunks, found + 1), r"neighbors \d+ is where no chunk of the database starts"),
-        (lambda chunks, found: (chunks, found * 0), "neighbors 0 may not be read by chunk .* near-duplicate"),
+        (lambda chunks, found: (chunks, found * 0), "neighbors 0 may not be found for chunk .* near-duplicate"),
         (lambda chunks, found: (chunks, found[:, 0]), "are not neighbors .n, K. of"),
     ],
 )

@@ -30,7 +30,7 @@ def roomy(index, most):
     return model
 
 
-@pytest.mark.parametrize("most", [None, 9, 40])
+@pytest.mark.parametrize("most", [None, 9, 40])  # chunks; of 9 a window with neighbors has no room for all
 @pytest.mark.parametrize("rival", IN_WORDS)
 def test_a_rivals_losses_are_those_of_a_loop_over_tokens(index, rival, most):
     model, corpus = roomy(index, most), index.corpus
@@ -74,7 +74,7 @@ def test_no_rival_sees_a_token_that_it_has_yet_to_predict(index, rival):
     model, corpus = roomy(index, 40), index.corpus
     found = evaluate(model, corpus, index, config=CONFIG, others=())
     read, cut = found.neighbors[:, :K], windows(corpus, WINDOW, STRIDE, 3)
-    before = rival_losses(rival, model, corpus, index, read, None, cut, STRIDE, 5, "cpu")
+    before = rival_losses(rival, model, corpus, index, read, None, cut, WINDOW, STRIDE, 5, "cpu")
     at = 5 * M + 3  # from here on the held-out text is another
     first = int(corpus.starts[corpus.n_train])
     tokens = np.array(corpus.tokens)
@@ -83,7 +83,7 @@ def test_no_rival_sees_a_token_that_it_has_yet_to_predict(index, rival):
     # What was retrieved with that text: chunk 5 and those after it.
     changed = read.copy()
     changed[at // M :] = np.roll(changed[at // M :], 7, axis=0)
-    after = rival_losses(rival, model, other, index, changed, None, cut, STRIDE, 5, "cpu")
+    after = rival_losses(rival, model, other, index, changed, None, cut, WINDOW, STRIDE, 5, "cpu")
     np.testing.assert_allclose(after[:at], before[:at], rtol=1e-5, atol=1e-6)
     assert not np.allclose(after[at : at + M], before[at : at + M])
 
@@ -94,7 +94,7 @@ def test_without_neighbors_a_rival_is_the_model_alone(index, rival):
     cut = windows(corpus, WINDOW, STRIDE, 3)
     none = np.full((math.ceil((corpus.end_of_valid - corpus.n_train_tokens) / M), K), -1)
     alone = losses(model, corpus, index, None, cut, 8, "cpu", "off")
-    found = rival_losses(rival, model, corpus, index, none, alone, cut, STRIDE, 8, "cpu")
+    found = rival_losses(rival, model, corpus, index, none, alone, cut, WINDOW, STRIDE, 8, "cpu")
     np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-5)
     assert (found > 0).sum() == (alone > 0).sum() > 200
 
@@ -112,7 +112,7 @@ def test_a_window_is_cut_into_one_for_each_chunk_and_each_token_is_scored_once(i
 def test_a_model_without_room_and_a_rival_that_there_is_not_are_named(index):
     model = roomy(index, None)
     config = EvaluateConfig(n_neighbors=2, window=4 * M)
-    with refused(InvalidOption, "--against in-context needs more than the 64 tokens that the model reads"):
+    with refused(InvalidOption, "--against in-context would leave 0 of the 64 tokens that the model reads to the text"):
         evaluate(model, index.corpus, index, config=config, against=("in-context",))
     with refused(InvalidOption, "--against in-contxt is not one of in-context, longer-context, both, knn-lm"):
         evaluate(model, index.corpus, index, config=config, against=("in-contxt",))
@@ -155,7 +155,7 @@ def test_knn_lm_is_the_articles_formula(index, of_two, shape):
             keys.append(state(database, first_window(start, i), i)[0])
             followed_by.append(int(database.tokens[i]))
     keys, followed_by = np.array(keys), np.array(followed_by)
-    memory = Memory(model, database, 64, 32, 8, "cpu")
+    memory = Memory(model, database, database.in_database, 64, 32, 8, "cpu")
     assert memory.index.ntotal == sum(d.n_tokens - 1 for d in (database.documents[i] for i in database.in_database))
     # The nearest of some states, and what they say.
     query, _ = state(of_two, 0, 40)
@@ -206,4 +206,24 @@ def test_what_serves_a_document_is_chosen_on_others(index, of_two, monkeypatch):
         evaluate(model, index.corpus, index, config=CONFIG, against=("knn-lm",))
     monkeypatch.setattr(knn_lm, "memory_of_machine", lambda: 1 << 20)
     with refused(InvalidOption, r"--against knn-lm has to keep [\d,]+ states of 128 bytes, 0.0023 GB; name a smaller"):
-        Memory(model, index.corpus, 64, 32, 8, "cpu")
+        Memory(model, index.corpus, index.corpus.in_database, 64, 32, 8, "cpu")
+
+
+def test_the_rivals_of_retrieval_are_the_baselines_if_there_is_one(index):
+    model, baseline = roomy(index, 40), model_of(index, ca_layers=())
+    torch.nn.init.normal_(baseline.read.weight)
+    baseline.max_chunks = 40
+    options = {"config": CONFIG, "others": ("off",), "against": ("in-context", "both")}
+    alone = evaluate(model, index.corpus, index, **options)
+    found = evaluate(model, index.corpus, index, baseline=baseline, **options)
+    assert not np.allclose(found.nats["in-context"], alone.nats["in-context"], rtol=0.01)
+    assert np.array_equal(found.nats["both"], alone.nats["both"])
+    text = slice(0, CHUNK_LEN)  # before any neighbor is there
+    np.testing.assert_allclose(found.nats["in-context"][text], found.nats["baseline"][text], rtol=1e-4, atol=1e-5)
+
+
+def test_a_mistaken_rival_is_named_before_anything_is_measured(index, monkeypatch):
+    monkeypatch.setattr("retro.evaluate.losses", lambda *_: pytest.fail("an hour's work"))
+    for rival in ("in-contxt", "knn-lm"):
+        with pytest.raises(InvalidOption, match="against"):
+            evaluate(model_of(index), index.corpus, index, config=CONFIG, against=(rival,))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from retro.config import CorpusConfig, DatabaseConfig, DatasetConfig
+from retro.config import BERT, CorpusConfig, DatabaseConfig, DatasetConfig, retriever_parts
 from retro.errors import (
     ArtifactError,
     CannotWrite,
@@ -32,7 +32,7 @@ SETTABLE = {
     "database": {*CorpusConfig.__dataclass_fields__, *DatabaseConfig.__dataclass_fields__},
     "dataset": {*DatasetConfig.__dataclass_fields__},
 }
-OF_DATABASE = ("chunk_len", "index_wanted", "embedder", "seed", "search", "n_train_wanted")
+OF_DATABASE = ("chunk_len", "retriever", "rerank", "index_wanted", "embedder", "seed", "search", "n_train_wanted")
 
 
 def explain(error: Exception) -> str:
@@ -104,6 +104,9 @@ def _train(path: Path) -> str:
 
 def _command_for(path: Path, wanted: Mapping[str, Any]) -> str:
     """The command that makes a file of a data folder."""
+    for folder in path.parents[:2]:
+        if folder.name == "retriever" and (folder.parent / "retro.index.json").exists():  # what is no FAISS index
+            return _same_database(folder.parent)
     if path.suffix == ".npy" or path.parent.name == "keys":  # a shard of keys, or their folder
         return _same_database(path.parents[2] if path.suffix == ".npy" else path.parents[1])
     if path.name in ("retro.index", "retro.ivfdata", "index.shards"):
@@ -142,7 +145,12 @@ def _of_manifest(data: Path) -> dict[str, Any]:
     """What the database in a folder was made with, as far as its manifest can be read."""
     try:
         manifest = json.loads((data / "retro.index.json").read_text(encoding="utf-8"))
-        return {name: manifest[name] for name in OF_DATABASE}
+        made = {name: manifest[name] for name in OF_DATABASE if name in manifest}
+        embeds, _ = retriever_parts(made.get("retriever", BERT))
+        # What there is no choice of, or what is the default.
+        skipped = ["retriever"] * (made.get("retriever", BERT) == BERT) + ["rerank"] * (not made.get("rerank"))
+        skipped += ["embedder"] * (embeds != BERT) + ["index_wanted", "search", "n_train_wanted"] * (embeds is None)
+        return {name: value for name, value in made.items() if name not in skipped}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 

@@ -166,7 +166,6 @@ def prepare_database(
         manifest = read_database_manifest(data_path)
         files = files_beside(data_path, corpus, manifest)
         if files is not None and whole(files.open) is None:
-            files.done.unlink(missing_ok=True)
             return False
         if not embeds:
             return True

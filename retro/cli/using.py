@@ -187,7 +187,7 @@ def _evaluate(
     require_held_out(held_out, trained_on, in_database)
     baseline, differing = None, dict[str, tuple[Any, Any]]()
     if options.baseline is not None:
-        baseline, differing = _load_baseline(Path(options.baseline), manifest, data_path, device)
+        baseline, differing = _load_baseline(Path(options.baseline), manifest, data_path, device, options.base)
     model = load_model(run, device, options.base)
     config = replace(
         config,
@@ -237,7 +237,7 @@ def _open_database(path: Path, trained_on: Corpus, chunk_len: int, tokenizer: st
 
 
 def _load_baseline(
-    path: Path, run: dict[str, Any], data_path: Path, device: Any
+    path: Path, run: dict[str, Any], data_path: Path, device: Any, base: str | None
 ) -> tuple[Model, dict[str, tuple[Any, Any]]]:
     """A model without retrieval of the same data, and in what else it differs from the run."""
     from retro.errors import differences, require_match
@@ -249,11 +249,12 @@ def _load_baseline(
     if baseline["model"]["ca_layers"]:
         command = f"retro train --no-retrieval --data-path {data_path}"
         raise ValueError(f"{path} was trained with retrieval, so it is no baseline. Train one: {command}")
-    unlike = ("ca_layers", "n_encoder_layers", "encoder_ca_layers", "encoder", "trains", "base_sha256")
+    unlike = ["ca_layers", "n_encoder_layers", "encoder_ca_layers", "encoder", "base_sha256"]
+    unlike += ["trains"] * (run["model"].get("trains") == "added")  # which there is none of without readers
     theirs, ours = (
         {**r["train"], **{k: v for k, v in r["model"].items() if k not in unlike}}
         # Steps that were made in a run of another length had its learning rates.
         | {f"continues_{k}": r.get("continues", {}).get(k) for k in ("step", "n_steps")}
         for r in (baseline, run)
     )
-    return load_model(path, device), differences(theirs, ours)
+    return load_model(path, device, base if "base" in baseline["model"] else None), differences(theirs, ours)

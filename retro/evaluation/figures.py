@@ -9,7 +9,7 @@ from retro.evaluation.intervals import Gain, counted, format_interval, format_p
 from retro.evaluation.result import VARIANTS
 from retro.storage.sample_file import retriever_of
 
-COLORS = ("C0", "C1", "C7", "C2", "C4")  # of the variants, as matplotlib numbers them
+COLORS = ("C0", "C1", "C7", "C2", "C4", "C3", "C5", "C6", "C8")  # of the variants, as matplotlib numbers them
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -30,12 +30,13 @@ def table(summary: dict[str, Any]) -> str:
             line += _tested(gain)
         lines.append(line.rstrip())
     variants = list(summary["bits_per_byte"])
-    lines += ["", f"{'r(C) up to':<12}{'chunks':>8}{'documents':>11}  " + "".join(f"{v:>10}" for v in variants)]
+    wide = max(10, *(len(variant) + 2 for variant in variants))
+    lines += ["", f"{'r(C) up to':<12}{'chunks':>8}{'documents':>11}  " + "".join(f"{v:>{wide}}" for v in variants)]
     lines[-1] += f"  {f'gain {over}':<32}{'p':<10}gain?" if over else ""
     for row in summary["filtered"]:
         values = [row["bits_per_byte"][v] for v in variants]
         line = f"{row['alpha']:<12.1%}{row['n_chunks']:>8,}{row['n_documents']:>11,}  "
-        line += "".join("         –" if v is None else f"{v:>10.3f}" for v in values)
+        line += "".join(f"{'–':>{wide}}" if v is None else f"{v:>{wide}.3f}" for v in values)
         lines.append(line + (f"  {_tested(row['gain'][over])}" if over else ""))
     if over:
         lines += ["", "intervals of 95%; p is corrected for the number of gains in a table (Holm), and decides"]

@@ -24,13 +24,14 @@ import torch
 
 from retro.database import RetroIndex
 from retro.errors import InvalidOption
-from retro.evaluation.knn_lm import knn_lm_losses
+from retro.evaluation.knn_lm import knn_lm_losses, require_halves
 from retro.evaluation.windows import Window, chunk_offsets, losses
 from retro.retrofit import Model
 from retro.text.corpus import Corpus
 
 KNN_LM = "knn-lm"
-RIVALS = ("in-context", "longer-context", "both", KNN_LM)
+BOTH = "both"
+RIVALS = ("in-context", "longer-context", BOTH, KNN_LM)
 
 
 class Piece(NamedTuple):
@@ -67,6 +68,24 @@ def pieces(
     return found
 
 
+def room(model: Model, chunk_len: int, window: int) -> int:
+    """How many tokens a model reads: as many as it was pretrained on, or as in the evaluation."""
+    return window if model.max_chunks is None else model.max_chunks * chunk_len
+
+
+def require_room(rival: str, model: Model, corpus: Corpus, index: RetroIndex, n_neighbors: int, window: int) -> None:
+    """Raise `InvalidOption` for a rival that there is not, or one that would have next to no text of its own."""
+    if rival not in RIVALS:
+        raise InvalidOption("against", rival, f"is not one of {', '.join(RIVALS)}")
+    if rival == KNN_LM:
+        require_halves(corpus)
+        return
+    n_more, most = 2 * index.chunk_len * n_neighbors, room(model, index.chunk_len, window)
+    if most < n_more + window // 2:
+        reason = f"would leave {most - n_more:,} of the {most:,} tokens that the model reads to the text; --window"
+        raise InvalidOption("against", rival, reason)
+
+
 def rival_losses(
     rival: str,
     model: Model,
@@ -75,27 +94,21 @@ def rival_losses(
     neighbors: np.ndarray,
     alone: np.ndarray,
     cut: Sequence[Window],
+    window: int,
     stride: int,
     batch_size: int,
     device: torch.device | str,
 ) -> np.ndarray:
     """Cross entropy (n) of each token of the validation documents, in nats, as `losses` gives it for a model alone.
 
-    * `alone` (n) are those of the model with retrieval switched off
-    * `cut` are windows, `stride` apart
-
-    Raises `InvalidOption` for a rival that there is not, or one for which the model has no room.
+    * `alone` (n) are those of the model without what a rival reads
+    * `cut` are windows of at most `window` tokens, `stride` apart
     """
-    if rival not in RIVALS:
-        raise InvalidOption("against", rival, f"is not one of {', '.join(RIVALS)}")
-    window, m = max(end - start for start, end, _ in cut), index.chunk_len
     if rival == KNN_LM:
         return knn_lm_losses(model, corpus, index, alone, cut, window, stride, batch_size, device)
-    most = window if model.max_chunks is None else model.max_chunks * m
-    if most < 2 * m * neighbors.shape[1] + m:
-        raise InvalidOption("against", rival, f"needs more than the {most} tokens that the model reads")
+    most = room(model, index.chunk_len, window)
     found = pieces(rival, corpus, index, neighbors, cut, most)
-    read = neighbors if rival == "both" else None
+    read = neighbors if rival == BOTH else None
     return losses(
         model, corpus, index, read, [p.window for p in found], batch_size, device, rival, [p.before for p in found]
     )

@@ -127,29 +127,30 @@ def losses(
     model.eval()
     m, base, offsets = model.chunk_len, corpus.n_train_tokens, chunk_offsets(corpus, model.chunk_len)
     nats = np.zeros(corpus.end_of_valid - base)
-    texts = [corpus.tokens[start : end + 1].astype(np.int64) for start, end, _ in cut]
-    read = texts if before is None else [np.concatenate(both) for both in zip(before, texts, strict=True)]
+    n_before = [0] * len(cut) if before is None else [len(tokens) for tokens in before]
     # Long ones first: those of a batch have about the same length.
-    order = sorted(range(len(cut)), key=lambda i: -len(read[i]))
+    order = sorted(range(len(cut)), key=lambda i: cut[i][0] - cut[i][1] - n_before[i])
     for batch in each(
         [order[i : i + batch_size] for i in range(0, len(order), batch_size)], f"Evaluate ({name})", "batch"
     ):
-        n_chunks = math.ceil((len(read[batch[0]]) - 1) / m)
+        n_chunks = math.ceil((n_before[batch[0]] + cut[batch[0]][1] - cut[batch[0]][0]) / m)
         src = torch.zeros(len(batch), n_chunks * m, dtype=torch.long)  # (B, T)
         tgt = torch.full_like(src, IGNORED_TARGET)
         ret = np.full((len(batch), n_chunks, 1 if neighbors is None else neighbors.shape[1]), -1)  # (B, C, K)
         for row, i in enumerate(batch):
-            tokens, (start, end, _) = torch.from_numpy(read[i]), cut[i]
+            (start, end, _), n = cut[i], n_before[i]
+            tokens = torch.from_numpy(corpus.tokens[start : end + 1].astype(np.int64))
+            if before is not None:
+                tokens = torch.cat([torch.from_numpy(before[i]), tokens])
             src[row, : len(tokens) - 1], tgt[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
             if neighbors is not None:
                 first, n_whole = int(np.searchsorted(offsets, start)), (end - start) // m
-                put_before = (len(tokens) - len(texts[i])) // m
-                ret[row, put_before : put_before + n_whole] = neighbors[first : first + n_whole]
+                ret[row, n // m : n // m + n_whole] = neighbors[first : first + n_whole]
         values = None if neighbors is None else torch.from_numpy(index.values(ret)).to(device)
         logits = model(src.to(device), values)
         for row, i in enumerate(batch):  # one by one: a copy in float32 takes vocabulary x window
-            _, end, scored = cut[i]
-            of_window = slice(len(read[i]) - 2 - (end - scored), len(read[i]) - 1)
+            start, end, scored = cut[i]
+            of_window = slice(n_before[i] + scored - 1 - start, n_before[i] + end - start)
             predicted = logits[row, of_window].float()
             loss = F.cross_entropy(predicted, tgt[row, of_window].to(device), reduction="none")
             nats[scored - base : end + 1 - base] = loss.cpu().numpy()

@@ -22,6 +22,7 @@ from retro.config import TrainConfig
 from retro.dataset import DATASET_FILE, IGNORED_TARGET, Dataset, stretch_lengths
 from retro.errors import require_match
 from retro.search.index_file import read_database_manifest
+from retro.storage.sample_file import retriever_of
 from retro.text.corpus import NO_TOKEN, open_corpus
 
 
@@ -39,7 +40,8 @@ class TrainingData:
 
     def require_current(self) -> None:
         """Raise `StaleArtifact` if the neighbors were retrieved from another index than there is now."""
-        now = {"index_sha256": read_database_manifest(self.path)["index_sha256"]}
+        database = read_database_manifest(self.path)
+        now = {"index_sha256": database["index_sha256"], "retriever": retriever_of(database)}
         require_match(self.datasets["train"].path, self.header, now)
 
     def n_batches(self, split: str, batch_size: int) -> int:

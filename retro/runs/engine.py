@@ -142,8 +142,8 @@ def forget_other_device(device: torch.device) -> None:
 def shard_model(model: Any, device: torch.device, precision: str) -> None:
     """Shard the weights over the processes, rows by rows; each module gathers its own while it computes.
 
-    In `bf16` they are gathered in 16 bits, which is what autocast would make of them. The optimizer has them in 32, and
-    gradients are added up in 32.
+    In `bf16` those of layers are gathered in 16 bits, which is what autocast would make of them; the states that layers
+    add to stay in 32, as do norms, embeddings, what the optimizer has, and sums of gradients.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -151,11 +151,17 @@ def shard_model(model: Any, device: torch.device, precision: str) -> None:
     if parallel.n_processes() < 2:
         raise ValueError("fsdp shards a model over processes; start several: torchrun --nproc-per-node N")
     mesh = init_device_mesh(device.type, (parallel.n_processes(),))
-    gathered = torch.bfloat16 if precision == "bf16" else None
-    # Autocast rounds what modules are given, where it should; rotations and distances it leaves in 32 bits.
-    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module in (*layers_of(model), model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+    def policy(dtype: torch.dtype | None) -> MixedPrecisionPolicy:
+        """Autocast rounds what modules are given, where it should; rotations and distances it leaves in 32 bits."""
+        return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm | torch.nn.RMSNorm):  # which are of states
+            fully_shard(module, mesh=mesh, mp_policy=policy(None))
+    for module in layers_of(model):
+        fully_shard(module, mesh=mesh, mp_policy=policy(torch.bfloat16 if precision == "bf16" else None))
+    fully_shard(model, mesh=mesh, mp_policy=policy(None))
 
 
 def layers_of(model: Any) -> list[Any]:

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from retro import parallel
-from retro.config import FROM_DATA, ModelConfig, RetroConfig, TrainConfig, model_config
+from retro.config import BERT, FROM_DATA, ModelConfig, RetroConfig, TrainConfig, model_config
 from retro.errors import (
     ArtifactError,
     DamagedFile,
@@ -128,7 +128,7 @@ def find_run(
     if "base" in model_shape:
         model = retrofit_for(data.corpus, data.chunk_len, dict(model_shape), config.seed)
         shape: ModelConfig = model.config
-        name = name or f"{data.corpus.name}_retrofit"
+        name = name or f"{data.corpus.name}_retrofit" + "_no_retrieval" * (not shape.ca_layers)
     else:
         shape = RetroConfig(**{"n_vocab": data.corpus.n_tokens, "chunk_len": data.chunk_len, **model_shape})
         name = name or data.corpus.name + "_no_retrieval" * (not shape.ca_layers)
@@ -144,7 +144,10 @@ def _run_of(folder: Path, data: TrainingData, config: TrainConfig, shape: ModelC
 
 def _hash_of(data: TrainingData, config: TrainConfig, shape: ModelConfig, others: Mapping[str, Any]) -> str:
     """The name of a run's folder, which tells it from all that anything else shaped."""
-    shaped_by = {"train": asdict(config), "model": asdict(shape), "dataset": data.manifest, "format": FORMAT_VERSION}
+    train = {name: value for name, value in asdict(config).items() if name != "save_minutes"}  # it changes no number
+    # What there was no choice of once is left out, so that runs from then are found.
+    dataset = {name: value for name, value in data.manifest.items() if (name, value) != ("retriever", BERT)}
+    shaped_by = {"train": train, "model": asdict(shape), "dataset": dataset, "format": FORMAT_VERSION}
     return sha256_of_json({**shaped_by, **others})[:16]
 
 
@@ -153,7 +156,7 @@ def _resumed(data: TrainingData, wanted: TrainConfig | None, resume: Path, base:
     if resume.name in ("", "..") or resume.is_symlink():  # what lies beside it lies beside the run itself
         resume = resume.resolve()
     manifest = read_run(resume)
-    require_match(resume / RUN_FILE, manifest["dataset"], data.manifest)
+    require_match(resume / RUN_FILE, {"retriever": BERT} | manifest["dataset"], data.manifest)
     saved, shape = TrainConfig(**manifest["train"]), model_config(manifest["model"])
     run = _run_of(resume, data, saved, moved(shape, base), _origin_of(resume / RUN_FILE, manifest))
     if wanted is None:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
+from retro.errors import DamagedFile
 from retro.search.chunks import NO_DISTANCE, Chunks, is_barred, nothing
 from retro.search.keys import MOST_OPEN
 from retro.storage.shards import TOKENS_PER_SHARD, Shards
@@ -52,6 +53,8 @@ class BM25:
 
     def _cut(self, chunks: Chunks, folder: Path) -> None:
         self.chunks, self._opened = chunks, dict[int, csr_array]()
+        for cached in ("_statistics", "_idf"):  # of other chunks
+            self.__dict__.pop(cached, None)
         per_shard = max(1, TOKENS_PER_SHARD // chunks.chunk_len)
         self.parts = [slice(i, i + per_shard) for i in range(0, len(chunks), per_shard)]
         self.shards = Shards(folder, {**self.made_with, "n_chunks": len(chunks)}, [""] * len(self.parts), ".npy")
@@ -98,10 +101,20 @@ class BM25:
         """What each token adds to the score of each chunk of a shard, mapped from its file; of shape `[V, chunks]`."""
         if number in self._opened:
             return self._opened[number]
-        n_tokens, part = self.chunks.corpus.n_tokens, self.chunks[self.parts[number]]
-        stored = np.load(self.shards.path(number), mmap_mode="r", allow_pickle=False)
+        n_tokens, part, file = self.chunks.corpus.n_tokens, self.chunks[self.parts[number]], self.shards.path(number)
+        try:
+            stored = np.load(file, mmap_mode="r", allow_pickle=False)
+        except OSError:
+            raise
+        except Exception as error:  # numpy raises many kinds for a crafted header
+            raise DamagedFile(file, f"is no numpy array ({error})") from None
         indptr, rest = stored[: n_tokens + 1], stored[n_tokens + 1 :]
         rows, scores = rest[: len(rest) // 2], rest[len(rest) // 2 :].view(np.float32)
+        # Products of sparse matrices trust what they are given.
+        fits = stored.dtype == np.int32 and stored.ndim == 1 and len(indptr) == n_tokens + 1 and indptr[0] == 0
+        fits = fits and (np.diff(indptr) >= 0).all() and len(rest) == 2 * indptr[-1]
+        if not fits or (len(rows) and not 0 <= rows.min() <= rows.max() < len(part)):
+            raise DamagedFile(file, f"is no index of {len(part)} chunks of {n_tokens} kinds of tokens")
         found = csr_array((scores, rows, indptr), shape=(n_tokens, len(part)), copy=False)
         if len(self._opened) < MOST_OPEN:
             self._opened[number] = found
@@ -123,7 +136,9 @@ class BM25:
                 of_some = (wanted[some] @ scores).toarray()
                 if excluded is not None:
                     of_some[is_barred(offsets, excluded[some])] = 0
-                best = np.argpartition(-of_some, min(k, of_some.shape[1]) - 1, axis=1)[:, :k]
+                # Positive floats are in the order of their bits; of equal scores the earlier chunk goes first.
+                order_of = (of_some.view(np.int32).astype(np.int64) << 32) - np.arange(of_some.shape[1])
+                best = np.argpartition(-order_of, min(k, of_some.shape[1]) - 1, axis=1)[:, :k]
                 of_best = np.take_along_axis(of_some, best, axis=1)
                 there = of_best > 0
                 both = np.concatenate([distances[some], np.where(there, -of_best, NO_DISTANCE)], axis=1)

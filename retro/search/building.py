@@ -69,7 +69,8 @@ def build(
             parallel.wait_for_everyone()
         manifest = read_database_manifest(data_path)
     if files is not None:
-        parallel.on_rank_zero(files.remove_others)
+        with exclusive_lock(data_path):
+            parallel.on_rank_zero(files.remove_others)
     return manifest
 
 

@@ -49,10 +49,16 @@ class Chunks:
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """The tokens of each, of shape `[n, chunk_len]`; -1 after the last. Those of texts may be fewer or more."""
+        """The tokens of each, of shape `[n, chunk_len]`; -1 after the last.
+
+        Those of texts may be fewer or more; characters that are not in the vocabulary are none.
+        """
         if self.offsets is not None:
             return self.corpus.values(self.offsets, self.chunk_len)
-        ids = [self.corpus.tokenizer.encode(text) for text in self.texts]
+        texts, tokenizer = self.texts, self.corpus.tokenizer
+        if tokenizer.kind == "char":
+            texts = ["".join(c for c in text if c in self.corpus.stoi) for text in texts]
+        ids = [tokenizer.encode(text) for text in texts]
         tokens = np.full((len(ids), max(map(len, ids), default=0)), NO_TOKEN, dtype=np.int64)
         for row, of_text in zip(tokens, ids, strict=True):
             row[: len(of_text)] = of_text

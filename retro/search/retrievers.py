@@ -24,9 +24,11 @@ import faiss
 import numpy as np
 
 from retro import parallel
-from retro.errors import InvalidOption, MissingArtifact
+from retro.config import OWN
+from retro.errors import InvalidOption, MissingArtifact, require_match
 from retro.search.bm25 import BM25
 from retro.search.chunks import NO_DISTANCE, Chunks, common_runs, is_barred
+from retro.search.index_file import read_database_manifest
 from retro.search.keys import Keys, chunk_offsets
 from retro.search.querying import search_outside
 from retro.storage.manifests import read_manifest, sha256_of_json, write_manifest
@@ -58,12 +60,35 @@ class Retriever(Finds, Protocol):
     made_with: Mapping[str, Any]  # JSON-safe options; with others it is built anew
 
     def build(self, chunks: Chunks, folder: Path) -> None:
-        """Make the database's `chunks` searchable: write into `folder` what `open` needs."""
+        """Make the database's `chunks` searchable: write into `folder` what `open` needs, if it is not there yet.
+
+        Under torchrun each process calls it.
+        """
         ...
 
     def open(self, chunks: Chunks, folder: Path) -> None:
         """Get ready to search the same `chunks`."""
         ...
+
+
+def nearest_outside(
+    finds: Finds, queries: Chunks, k: int, exclude: np.ndarray | tuple[int, int] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `finds` gives, with ranges of the shapes that `RetroIndex.search` takes.
+
+    Raises `InvalidOption` for a retriever that has found what a query may not.
+    """
+    if exclude is None:
+        return finds.nearest(queries, k, None)
+    ranges = np.asarray(exclude)
+    ranges = ranges if ranges.ndim == 3 else np.broadcast_to(ranges, (len(queries), 2))[:, None]
+    distances, found = finds.nearest(queries, k, ranges)
+    if len(leaking := np.argwhere(is_barred(found, ranges) & (found >= 0))):
+        row, column = leaking[0]
+        asked = f"chunk {queries.offsets[row]}" if queries.offsets is not None else f"query {row}"
+        reason = f"may not be found for {asked}: it is of its document, or a near-duplicate"
+        raise InvalidOption("neighbors", int(found[row, column]), reason)
+    return distances, found
 
 
 class Dense:
@@ -127,10 +152,10 @@ class ByOverlap:
     def nearest(self, queries: Chunks, k: int, excluded: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """As of `Finds`; the distance is minus the length of the run, and of equal ones the nearer goes first."""
         _, found = self.finds.nearest(queries, max(k, self.n), excluded)
-        runs = np.zeros(found.shape)
+        runs = np.full(found.shape, -1)  # of those behind the first n, which keep their order behind these
         for part, some in queries.parts():
-            values = self.corpus.values(found[part], self.chunk_len)  # (q, n, m)
-            runs[part] = common_runs(some.tokens, values)
+            values = self.corpus.values(found[part, : self.n], self.chunk_len)  # (q, n, m)
+            runs[part, : self.n] = common_runs(some.tokens, values)
         return _first(-runs, found, k)
 
 
@@ -158,6 +183,17 @@ class Given:
         digest = hashlib.sha256(self.offsets.astype(np.int64).tobytes() + self.neighbors.tobytes())
         self.made_with: Mapping[str, Any] = {"sha256": digest.hexdigest()}
 
+    def chunk_len_in(self, data_path: str | Path, chunk_len: int | None) -> int | None:
+        """`chunk_len`, or that of such neighbors which are there. Raises `InvalidOption` for any other database."""
+        try:
+            manifest = read_database_manifest(data_path)
+        except MissingArtifact:
+            return chunk_len
+        if (found := manifest["retriever"]) != f"{OWN}:{self.name}":
+            reason = f"would take the place of the database in {data_path}, by {found}; name another --data-path"
+            raise InvalidOption("neighbors", "of your own", reason)
+        return chunk_len or int(manifest["chunk_len"])
+
     def build(self, chunks: Chunks, folder: Path) -> None:
         """Nothing: who has found them keeps them."""
 
@@ -168,17 +204,13 @@ class Given:
             raise InvalidOption("neighbors", int(unknown[0]), "is where no chunk of the database starts")
 
     def nearest(self, queries: Chunks, k: int, excluded: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """As of `Finds`; distances are ranks. Raises `InvalidOption` for a chunk without a row, or a leaking one."""
+        """As of `Finds`; distances are ranks. Raises `InvalidOption` for a chunk that has no row."""
         if queries.offsets is None:
             raise InvalidOption("retriever", self.name, "knows the neighbors of a dataset's chunks only")
         rows = np.minimum(np.searchsorted(self.offsets, queries.offsets), len(self.offsets) - 1)
         if len(missing := np.flatnonzero(self.offsets[rows] != queries.offsets)):
             raise InvalidOption("neighbors", f"of chunk {queries.offsets[missing[0]]}", "are not given")
         found = self.neighbors[rows][:, :k]
-        if len(leaking := np.argwhere(is_barred(found, excluded) & (found >= 0))):
-            row, column = leaking[0]
-            reason = f"may not be read by chunk {queries.offsets[row]}: it is of its document, or a near-duplicate"
-            raise InvalidOption("neighbors", int(found[row, column]), reason)
         found = np.pad(found, ((0, 0), (0, k - found.shape[1])), constant_values=-1)
         return _first(np.broadcast_to(np.arange(k), found.shape), found, k)
 
@@ -206,23 +238,22 @@ class Files:
         return self.folder.with_suffix(".json")
 
     def build(self) -> None:
-        """Build what is not there yet."""
-        if not parallel.broadcast_from_rank_zero(self.done.exists):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.retriever.build(self.chunks, self.folder)
-            parallel.on_rank_zero(lambda: write_manifest(self.done, self.manifest))
+        """Let the retriever build what is not there yet."""
+        parallel.on_rank_zero(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        self.retriever.build(self.chunks, self.folder)
+        parallel.on_rank_zero(lambda: write_manifest(self.done, self.manifest))
 
     def open(self) -> Retriever:
         """The retriever, ready to search. Raises `MissingArtifact` where nothing was built, or not to its end."""
         if not self.done.exists():
             raise MissingArtifact(self.folder, f"{self.retriever.name} was not built, or not to its end: {self.folder}")
-        read_manifest(self.done)
+        require_match(self.done, read_manifest(self.done), self.manifest)
         self.retriever.open(self.chunks, self.folder)
         return self.retriever
 
     def remove_others(self) -> None:
         """Delete what was written of other databases, or by other retrievers."""
-        for path in self.folder.parent.iterdir():
+        for path in sorted(self.folder.parent.iterdir(), key=Path.is_dir):  # what says that all is there goes first
             if path not in (self.folder, self.done):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 

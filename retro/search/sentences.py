@@ -19,7 +19,7 @@ from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.config import BERT, PACKAGED
 from retro.device import has_bf16
 from retro.errors import InvalidOption
-from retro.text.pretrained import find_embedder, naming_what_cannot_be_loaded
+from retro.text.pretrained import SHAPE, find_embedder, naming_what_cannot_be_loaded
 
 TOKENS_AT_ONCE = 8192  # of texts that are encoded together, as many as their model takes at most
 
@@ -77,8 +77,18 @@ class SentenceEmbeddings:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """What embeddings depend on, as it stands in a database's manifest: among it a hash of weights and modules."""
-        modules = [[type(module).__name__, repr(module)] for module in self.model]
-        digest = hashlib.sha256(json.dumps([modules, self.model.prompts], sort_keys=True).encode())
+        tokenizer = json.loads(self.model.tokenizer.backend_tokenizer.to_str())
+        text = {name: tokenizer[name] for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
+        models: list[Any] = [getattr(module, "auto_model", None) for module in self.model]
+        shape = next((model.config for model in models if model is not None), None)
+        made = {
+            "text": text,
+            "shape": {name: getattr(shape, name, None) for name in SHAPE},
+            "modules": [[type(module).__name__, config_of(module)] for module in self.model],
+            "prompts": self.model.prompts,
+            "most": self.model.max_seq_length,
+        }
+        digest = hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode())
         for weight_name, weight in sorted(self.model.state_dict().items()):
             digest.update(weight_name.encode())
             digest.update(weight.float().cpu().contiguous().numpy().tobytes())
@@ -115,6 +125,11 @@ class SentenceEmbeddings:
         if progress:
             progress(len(texts))
         return found[torch.tensor([row_of[text] for text in texts], device=found.device)].to(self.device)
+
+
+def config_of(module: Any) -> dict[str, Any]:
+    """What a module of sentence-transformers is made with, besides weights."""
+    return {name: getattr(module, name, None) for name in getattr(module, "config_keys", ())}
 
 
 def load_embedder(

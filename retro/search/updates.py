@@ -83,6 +83,7 @@ def add_documents(
     data_path = Path(data_path)
     with _one_process(data_path):
         corpus = Corpus.load(data_path / CORPUS_FOLDER)
+        files_beside(data_path, corpus, read_database_manifest(data_path), retriever)  # before anything is changed
         new, restored = split_new_and_restored(corpus, list(read_documents(find_texts(paths))))
         if new or restored:
             _rewrite(data_path / CORPUS_FOLDER, corpus, new, corpus.removed - set(restored))
@@ -108,6 +109,7 @@ def remove_documents(
     data_path = Path(data_path)
     with _one_process(data_path):
         corpus = Corpus.load(data_path / CORPUS_FOLDER)
+        files_beside(data_path, corpus, read_database_manifest(data_path), retriever)
         every = [i for part in corpus.parts for i in part]
         # Of several texts of one name, at most one is in the database: that is meant.
         numbers = {corpus.documents[i].name: i for i in [*every, *corpus.in_database]}

@@ -149,7 +149,8 @@ def dataset_cache_key(database: Mapping[str, Any], corpus: Any, config: DatasetC
 
 def retriever_of(database: Mapping[str, Any]) -> str:
     """What found the neighbors, in a word or two; `database` is a manifest."""
-    return database["retriever"] + (f", {database['rerank']} by overlap" if database["rerank"] else "")
+    n = database.get("rerank", 0)  # which older summaries of databases lack
+    return database.get("retriever", BERT) + (f", {n} by overlap" if n else "")
 
 
 def write_samples(
