@@ -285,8 +285,8 @@ def test_each_chunk_is_looked_up_once_when_it_is_complete_and_without_special_to
     bases, own_index, tokenizer, monkeypatch
 ):
     model = RetrofitForCausalLM(retrofitted(bases), own_index)
-    looked_up, embed = [], own_index.embed
-    monkeypatch.setattr(own_index, "embed", lambda texts: looked_up.append(list(texts)) or embed(texts))
+    looked_up, nearest = [], own_index.nearest
+    monkeypatch.setattr(own_index, "nearest", lambda texts, k: looked_up.append(list(texts)) or nearest(texts, k))
     text = tokenizer(PROMPTS[1]).input_ids[: 3 * M - 3]
     ids = [tokenizer.bos_token_id, *text]
     written = model.generate(torch.tensor([ids] * 2), max_new_tokens=N_NEW, do_sample=False)[0].tolist()

@@ -458,12 +458,12 @@ def test_a_chunk_looks_up_its_text_as_it_stands_after_the_one_before(monkeypatch
     sampler.model = untrained(sampler.corpus.n_tokens, chunk_len=CHUNK_LEN)
     asked = []
 
-    def search(queries, n_neighbors):
-        return np.zeros((len(queries), n_neighbors)), np.full((len(queries), n_neighbors), -1)
+    def nearest(texts, n_neighbors):
+        asked.extend(texts)
+        return np.zeros((len(texts), n_neighbors)), np.full((len(texts), n_neighbors), -1)
 
     sampler.index = SimpleNamespace(
-        embed=lambda texts: asked.extend(texts) or texts,
-        search=search,
+        nearest=nearest,
         values=lambda offsets: np.full((*offsets.shape, 2 * CHUNK_LEN), -1),
     )
     text = "he cannot stop " + "sleepwalking " * 30

@@ -83,7 +83,7 @@ def add_documents(
     data_path = Path(data_path)
     with _one_process(data_path):
         corpus = Corpus.load(data_path / CORPUS_FOLDER)
-        files_beside(data_path, corpus, read_database_manifest(data_path), retriever)  # before anything is changed
+        _require_retriever(data_path, corpus, retriever)
         new, restored = split_new_and_restored(corpus, list(read_documents(find_texts(paths))))
         if new or restored:
             _rewrite(data_path / CORPUS_FOLDER, corpus, new, corpus.removed - set(restored))
@@ -109,7 +109,7 @@ def remove_documents(
     data_path = Path(data_path)
     with _one_process(data_path):
         corpus = Corpus.load(data_path / CORPUS_FOLDER)
-        files_beside(data_path, corpus, read_database_manifest(data_path), retriever)
+        _require_retriever(data_path, corpus, retriever)
         every = [i for part in corpus.parts for i in part]
         # Of several texts of one name, at most one is in the database: that is meant.
         numbers = {corpus.documents[i].name: i for i in [*every, *corpus.in_database]}
@@ -130,6 +130,12 @@ def remove_documents(
             _rewrite(data_path / CORPUS_FOLDER, corpus, [], removed)
         manifest = update_index(data_path, bert, device, retriever)
     return manifest or _rebuild(data_path, bert, device)
+
+
+def _require_retriever(data_path: Path, corpus: Corpus, retriever: Retriever | None) -> None:
+    """Raise `InvalidOption`, before anything is changed, where a database is of a retriever that is not there."""
+    if (data_path / MANIFEST_FILE).exists():
+        files_beside(data_path, corpus, read_database_manifest(data_path), retriever)
 
 
 def _records(names: Iterable[str]) -> dict[str, list[str]]:
