@@ -165,3 +165,10 @@ def test_a_variants_cost_is_what_it_needs_beside_the_one_it_is_compared_with(tmp
     assert "| yes |" in row and "+0.01" in row and "1.5000" in row
     ablations.draw(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_published_page_of_ablations_is_made_of_the_published_figures():
+    record = json.loads((FOLDER / "ablations.json").read_text())
+    assert ablations.page(record) == (FOLDER / "ABLATIONS.md").read_text()
+    assert list(record["variants"]) == list(ablations.VARIANTS) and len(record["size"]["seeds"]) == 3
+    assert (FOLDER / "ablations.png").stat().st_size > 10_000
