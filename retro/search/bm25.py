@@ -24,9 +24,11 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
+from retro.config import LEXICAL
 from retro.errors import DamagedFile
 from retro.search.chunks import NO_DISTANCE, Chunks, is_barred, nothing
 from retro.search.keys import MOST_OPEN
+from retro.storage.files import mapped_array
 from retro.storage.shards import TOKENS_PER_SHARD, Shards
 
 K1, B = 1.5, 0.75  # of the formula: the defaults of Lucene are 1.2 and 0.75, of most others these
@@ -36,7 +38,7 @@ SCORES_AT_ONCE = 1 << 23  # of a query and a chunk
 class BM25:
     """Finds chunks by the tokens that they share with a query; a `Retriever`. A chunk that shares none is not found."""
 
-    name = "bm25"
+    name = LEXICAL
     recall = 1.0  # every chunk is compared
 
     def __init__(self) -> None:
@@ -102,12 +104,7 @@ class BM25:
         if number in self._opened:
             return self._opened[number]
         n_tokens, part, file = self.chunks.corpus.n_tokens, self.chunks[self.parts[number]], self.shards.path(number)
-        try:
-            stored = np.load(file, mmap_mode="r", allow_pickle=False)
-        except OSError:
-            raise
-        except Exception as error:  # numpy raises many kinds for a crafted header
-            raise DamagedFile(file, f"is no numpy array ({error})") from None
+        stored = mapped_array(file)
         indptr, rest = stored[: n_tokens + 1], stored[n_tokens + 1 :]
         rows, scores = rest[: len(rest) // 2], rest[len(rest) // 2 :].view(np.float32)
         # Products of sparse matrices trust what they are given.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -73,6 +74,12 @@ def nothing(n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
 def how_far(distance: float) -> str:
     """A distance in words; where retrievers have scores, minus one of these."""
     return f"distance {distance:.2f}" if distance >= 0 else f"score {-distance:.3g}"
+
+
+def ranges_of_each(excluded: Any, n: int) -> np.ndarray:
+    """Ranges `(first, end)` for each of `n` queries (n, r, 2): of such, of one for each (n, 2), or of one for all."""
+    ranges = np.asarray(excluded)
+    return ranges if ranges.ndim == 3 else np.broadcast_to(ranges, (n, 2))[:, None]
 
 
 def is_barred(offsets: np.ndarray, excluded: np.ndarray | None) -> np.ndarray:

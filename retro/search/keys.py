@@ -20,7 +20,7 @@ import numpy as np
 from retro.errors import ArtifactError, DamagedFile, require_match
 from retro.search.index_file import INDEX_FILE
 from retro.search.sentences import Embedder
-from retro.storage.files import exclusive_lock
+from retro.storage.files import exclusive_lock, mapped_array
 from retro.storage.manifests import sha256_of_json
 from retro.storage.shards import TOKENS_PER_SHARD, Shards
 from retro.text.corpus import Corpus
@@ -125,12 +125,7 @@ class Keys:
 
     def _open(self, number: int) -> np.ndarray:
         file, expected = self.shards.path(number), (len(self.chunks_of_shard[number]), self.d_emb)
-        try:
-            shard = np.load(file, mmap_mode="r", allow_pickle=False)
-        except OSError:
-            raise
-        except Exception as error:  # numpy raises many kinds for a crafted header
-            raise DamagedFile(file, f"is no numpy array ({error})") from None
+        shard = mapped_array(file)
         if shard.shape != expected or shard.dtype != np.float32:
             raise DamagedFile(file, f"holds {shard.dtype} {shard.shape}, but float32 {expected} is wanted")
         return shard

@@ -16,6 +16,7 @@ import numpy as np
 from faiss.contrib.big_batch_search import big_batch_search
 
 from retro.errors import InvalidOption
+from retro.search.chunks import is_barred, ranges_of_each
 from retro.search.factory import inside_of, parameters_for
 from retro.search.keys import Keys
 
@@ -39,11 +40,8 @@ def search_outside(
         return distances[row_of], found[row_of]
     # In one go for all ranges, a few neighbors more than wanted, without those in the range.
     distances, found = (x[row_of] for x in search_and_rerank(index, keys, queries[first], k + N_SPARE))
-    ranges = np.asarray(excluded)
-    ranges = ranges if ranges.ndim == 3 else np.broadcast_to(ranges, (len(queries), 2))[:, None]  # (q, r, 2)
-    barred = found < 0
-    for first_offset, end in np.moveaxis(ranges, 0, -1)[..., None]:  # of each of the r ranges, (q, 1)
-        barred |= (found >= first_offset) & (found < end)
+    ranges = ranges_of_each(excluded, len(queries))
+    barred = (found < 0) | is_barred(found, ranges)
     order = np.argsort(barred, axis=1, kind="stable")[:, :k]
     missing = np.take_along_axis(barred, order, axis=1)
     # Where too many were in the range, but there are more: the search itself passes over it.

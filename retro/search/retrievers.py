@@ -27,7 +27,7 @@ from retro import parallel
 from retro.config import OWN
 from retro.errors import InvalidOption, MissingArtifact, require_match
 from retro.search.bm25 import BM25
-from retro.search.chunks import NO_DISTANCE, Chunks, common_runs, is_barred
+from retro.search.chunks import NO_DISTANCE, Chunks, common_runs, is_barred, ranges_of_each
 from retro.search.index_file import read_database_manifest
 from retro.search.keys import Keys, chunk_offsets
 from retro.search.querying import search_outside
@@ -80,8 +80,7 @@ def nearest_outside(
     """
     if exclude is None:
         return finds.nearest(queries, k, None)
-    ranges = np.asarray(exclude)
-    ranges = ranges if ranges.ndim == 3 else np.broadcast_to(ranges, (len(queries), 2))[:, None]
+    ranges = ranges_of_each(exclude, len(queries))
     distances, found = finds.nearest(queries, k, ranges)
     if len(leaking := np.argwhere(is_barred(found, ranges) & (found >= 0))):
         row, column = leaking[0]

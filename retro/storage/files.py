@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from retro import parallel
-from retro.errors import ArtifactError, CannotWrite, FolderInUse
+from retro.errors import ArtifactError, CannotWrite, DamagedFile, FolderInUse
 
 LOCK_FILE = ".lock"
 TEMPORARY = ".tmp"  # how the names of unfinished files end
@@ -33,6 +34,16 @@ def sha256_of_file(path: Path, n_bytes: int | None = None, skip_line: bool = Fal
             digest.update(block)
             n_bytes = None if n_bytes is None else n_bytes - len(block)
     return digest.hexdigest()
+
+
+def mapped_array(file: Path) -> np.ndarray:
+    """An array of numpy's, mapped from its file. Raises `DamagedFile` for a file that is none."""
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # numpy raises many kinds for a crafted header
+        raise DamagedFile(file, f"is no numpy array ({error})") from None
 
 
 @contextmanager
