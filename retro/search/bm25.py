@@ -17,7 +17,7 @@ nothing to lose, and the time of a search grows with their number.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,6 @@ class BM25:
 
     def _cut(self, chunks: Chunks, folder: Path) -> None:
         self.chunks, self._opened = chunks, dict[int, csr_array]()
-        for cached in ("_statistics", "_idf"):  # of other chunks
-            self.__dict__.pop(cached, None)
         per_shard = max(1, TOKENS_PER_SHARD // chunks.chunk_len)
         self.parts = [slice(i, i + per_shard) for i in range(0, len(chunks), per_shard)]
         self.shards = Shards(folder, {**self.made_with, "n_chunks": len(chunks)}, [""] * len(self.parts), ".npy")
@@ -64,13 +62,15 @@ class BM25:
     def build(self, chunks: Chunks, folder: Path) -> None:
         """Write the index of `chunks`; what is finished in `folder` stays."""
         self._cut(chunks, folder)
+        statistics = cache(self._statistics)  # if any shard is missing
 
         def make(number: int, _: Any, path: Path, done: Callable[[int], Any]) -> None:
+            idf, mean = statistics()
             part = chunks[self.parts[number]]
             terms, rows, counts = _counted(part.tokens)
             n_of_chunk = (part.tokens >= 0).sum(axis=1)
-            lengths = 1 - B + B * n_of_chunk / self._mean_length
-            scores = self._idf[terms] * counts / (counts + K1 * lengths[rows])
+            lengths = 1 - B + B * n_of_chunk / mean
+            scores = idf[terms] * counts / (counts + K1 * lengths[rows])
             ends = np.cumsum(np.bincount(terms, minlength=chunks.corpus.n_tokens))
             arrays = [[0], ends, rows, scores.astype(np.float32).view(np.int32)]
             with open(path, "wb") as file:
@@ -79,25 +79,14 @@ class BM25:
 
         self.shards.make_missing("Index tokens", "chunk", [len(chunks[part]) for part in self.parts], make)
 
-    @cached_property
     def _statistics(self) -> tuple[np.ndarray, float]:
-        """In how many chunks each token is, and how many tokens a chunk has on average."""
-        n_chunks_with = np.zeros(self.chunks.corpus.n_tokens, dtype=np.int64)
-        n_tokens = 0
+        """The idf of each token, and how many tokens a chunk has on average."""
+        n_with, n_tokens = np.zeros(self.chunks.corpus.n_tokens, dtype=np.int64), 0  # chunks that have each token
         for part in self.parts:
             tokens = self.chunks[part].tokens
-            n_chunks_with += np.bincount(_counted(tokens)[0], minlength=len(n_chunks_with))
+            n_with += np.bincount(_counted(tokens)[0], minlength=len(n_with))
             n_tokens += int((tokens >= 0).sum())
-        return n_chunks_with, n_tokens / len(self.chunks)
-
-    @property
-    def _mean_length(self) -> float:
-        return self._statistics[1]
-
-    @cached_property
-    def _idf(self) -> np.ndarray:
-        n_with = self._statistics[0]
-        return np.log1p((len(self.chunks) - n_with + 0.5) / (n_with + 0.5))
+        return np.log1p((len(self.chunks) - n_with + 0.5) / (n_with + 0.5)), n_tokens / len(self.chunks)
 
     def _scores(self, number: int) -> csr_array:
         """What each token adds to the score of each chunk of a shard, mapped from its file; of shape `[V, chunks]`."""
