@@ -216,6 +216,7 @@ def test_checkpoints_within_an_interval_change_nothing_and_are_gone_on_from(run,
     made = watched(monkeypatch)
     folder, summary = train(config=config, model_shape=SHAPE, device="cpu", name="b")
     assert [step for step, *_ in made] == [2, 3, 4, 5]
+    assert folder.name == run.name, "it is the run without them"
     names = [f"{step:08d}" for step in range(7)]
     assert written == [
         (1, names[1:2]), (2, names[2:3]), (3, names[3:4]),
