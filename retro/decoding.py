@@ -8,7 +8,11 @@ Shapes as in `retro.model`; n are the tokens of a call, `length` all tokens so f
 
 from __future__ import annotations
 
+import inspect
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,11 +24,15 @@ from retro.model import RetroModel, RotaryPositionalEmbeddings
 from retro.retrofit import Decoding, Model, Retrofit
 
 
-def decoder_of(model: Model) -> Decoder:
-    """What runs a model over a growing text; any that is called with tokens and neighbors will do."""
+def decoder_of(model: Model, reads: bool = True) -> Decoder:
+    """What runs a model over a growing text; any that is called with tokens and neighbors will do.
+
+    * `reads`: it is given neighbors, if the model has layers to read them
+    """
+    reads = reads and bool(model.ca_layers)
     if isinstance(model, RetroModel):
-        return CachedDecoder(model)
-    return RetrofitDecoder(model) if isinstance(model, Retrofit) else RecomputingDecoder(model)
+        return CachedDecoder(model, reads)
+    return RetrofitDecoder(model, reads) if isinstance(model, Retrofit) else RecomputingDecoder(model, reads)
 
 
 def completes_chunk(length: int, chunk_len: int) -> bool:
@@ -41,12 +49,13 @@ class Decoder(ABC):
     """A model over one growing text.
 
     * `chunk_len` is the model's
+    * `reads`: it is given neighbors; otherwise stretches are as long as anyone likes
     """
 
     length = 0
 
-    def __init__(self, chunk_len: int) -> None:
-        self.chunk_len = chunk_len
+    def __init__(self, chunk_len: int, reads: bool = True) -> None:
+        self.chunk_len, self.reads = chunk_len, reads
 
     @abstractmethod
     def restart(self) -> None:
@@ -59,7 +68,11 @@ class Decoder(ABC):
 
     def n_next(self) -> int:
         """How many tokens the next call of `feed` can take."""
-        return n_next(self.length, self.chunk_len)
+        return n_next(self.length, self.chunk_len) if self.reads else sys.maxsize
+
+    @abstractmethod
+    def kept(self) -> Iterable[Tensor]:
+        """What is kept of the text, and of the neighbors it reads."""
 
     @abstractmethod
     def feed(self, tokens: Tensor, ret: Tensor | None = None) -> Tensor:
@@ -72,8 +85,8 @@ class Decoder(ABC):
 class RecomputingDecoder(Decoder):
     """A decoder of whatever model is called with tokens and neighbors: it computes everything anew for each token."""
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model.chunk_len)
+    def __init__(self, model: Any, reads: bool = True) -> None:
+        super().__init__(model.chunk_len, reads)
         self.model = model
         self.restart()
 
@@ -82,8 +95,11 @@ class RecomputingDecoder(Decoder):
         self.tokens: list[Tensor] = []
         self.ret: list[Tensor | None] = []  # of each whole chunk
 
+    def kept(self) -> Iterable[Tensor]:
+        return self.tokens
+
     def feed(self, tokens: Tensor, ret: Tensor | None = None) -> Tensor:
-        if self.completes_chunk:
+        if self.reads and self.completes_chunk:
             self.ret.append(ret)
         self.tokens.append(tokens)
         self.length += len(tokens)
@@ -99,9 +115,12 @@ class RecomputingDecoder(Decoder):
 class RetrofitDecoder(Decoder):
     """A decoder of a pretrained model, with the cache that transformers makes for it."""
 
-    def __init__(self, model: Retrofit) -> None:
-        super().__init__(model.chunk_len)
+    def __init__(self, model: Retrofit, reads: bool = True) -> None:
+        super().__init__(model.chunk_len, reads)
         self.model = model
+        # Of many tokens only the last one's logits are wanted, if the base can leave out the others.
+        can_keep_one = "logits_to_keep" in inspect.signature(model.base.forward).parameters
+        self.last_only = {"logits_to_keep": 1} if can_keep_one else {}
         self.restart()
 
     def restart(self) -> None:
@@ -110,13 +129,21 @@ class RetrofitDecoder(Decoder):
         self.cache = DynamicCache(config=base.config)
         self.decoding = Decoding(self.model, torch.zeros(1, dtype=torch.long, device=base.device))
 
+    def kept(self) -> Iterable[Tensor]:
+        for layer in self.cache.layers:
+            yield from (x for x in vars(layer).values() if isinstance(x, Tensor))
+        for pair in self.decoding.contexts.values():
+            yield from pair
+
     def feed(self, tokens: Tensor, ret: Tensor | None = None) -> Tensor:
         n = len(tokens)
         assert 0 < n <= self.n_next(), "tokens of two stretches in one call"
         if self.completes_chunk and ret is None:  # what was read before is read no more
             self.decoding.forget()
-        with self.decoding.goes_on(n, ret if ret is None else ret[None]):
-            output = self.model.base(input_ids=tokens[None], past_key_values=self.cache, use_cache=True)
+        with self.decoding.goes_on(n, ret if ret is None else ret[None]) if self.reads else nullcontext():
+            output = self.model.base(
+                input_ids=tokens[None], past_key_values=self.cache, use_cache=True, **self.last_only
+            )
         self.length += n
         return output.logits[0, -1]
 
@@ -130,13 +157,14 @@ class CachedDecoder(Decoder):
     Shapes as in `retro.model`; n are the tokens of a call, `length` all tokens so far.
     """
 
-    def __init__(self, model: RetroModel) -> None:
-        super().__init__(model.chunk_len)
+    def __init__(self, model: RetroModel, reads: bool = True) -> None:
+        super().__init__(model.chunk_len, reads)
         self.model = model
         attention: Any = model.attn[0]
         self.n_heads, self.d_k = attention.n_heads, attention.d_k
         self.layers = [_Layer(attn, ffw) for attn, ffw in zip(model.attn, model.ffw, strict=True)]
-        self.readers = {p: _Reader(cca) for p, cca in zip(model.ca_layers, model.cca, strict=True)}
+        readers = zip(model.ca_layers, model.cca, strict=True) if reads else ()
+        self.readers = {p: _Reader(cca) for p, cca in readers}
         self.restart()
         self._reserve(256)
 
@@ -147,6 +175,11 @@ class CachedDecoder(Decoder):
         self.contexts: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of the neighbors, by layer
         self.mask: Tensor | None = None  # of the neighbors' tokens, where some are missing
         self.neighbors = (0, 0)  # how many they are, and of how many tokens
+
+    def kept(self) -> Iterable[Tensor]:
+        yield from (layer.kept[:, :, : self.length] for layer in self.layers)
+        for pair in self.contexts.values():
+            yield from pair
 
     def feed(self, tokens: Tensor, ret: Tensor | None = None) -> Tensor:
         n = len(tokens)

@@ -142,13 +142,17 @@ def evaluate_command(argv: Sequence[str]) -> None:
     run, manifest, data_path, corpus = find_run(options)
     if options.baseline is not None:
         options.baseline = str(run_in(Path(options.baseline)))
-    evaluation, model, differing = _evaluate(options, config, run, manifest, data_path, corpus, device)
+    evaluation, model, baseline, differing = _evaluate(options, config, run, manifest, data_path, corpus, device)
     summary = evaluation.summary() | {
         "run": run.name,
         "baseline_run": options.baseline and Path(options.baseline).name,
         "baseline_differs": [phrase({name: pair}) for name, pair in differing.items()],
         "database_path": str(options.database or data_path),
     }
+    if options.against:
+        from retro.evaluation.costs import costs
+
+        summary["costs"] = costs(evaluation, model, baseline)
     _write_figures(summary, Path(options.out or run / "evaluation"))
     if options.report:
         from retro.evaluation.report import write_report
@@ -165,8 +169,8 @@ def _evaluate(
     data_path: Path,
     trained_on: Corpus,
     device: Any,
-) -> tuple[Any, Model, dict[str, tuple[Any, Any]]]:
-    """The evaluation, the model, and in what the baseline differs besides retrieval."""
+) -> tuple[Any, Model, Model | None, dict[str, tuple[Any, Any]]]:
+    """The evaluation, the model, its baseline, and in what that differs besides retrieval."""
     from dataclasses import replace
 
     from retro.database import RetroIndex
@@ -197,11 +201,11 @@ def _evaluate(
     index = RetroIndex(dataset["chunk_len"], corpus=in_database, data_path=database, device=device)
     rivals = [name.strip() for name in options.against.split(",") if name.strip()]
     evaluation = evaluate(model, held_out, index, config=config, baseline=baseline, against=rivals, device=device)
-    return evaluation, model, differing
+    return evaluation, model, baseline, differing
 
 
 def _write_figures(summary: dict[str, Any], out: Path) -> None:
-    from retro.evaluation.figures import plot, table
+    from retro.evaluation.figures import plot, plot_costs, table
     from retro.storage.manifests import write_manifest
 
     note("\n" + table(summary))
@@ -212,8 +216,11 @@ def _write_figures(summary: dict[str, Any], out: Path) -> None:
     try:
         plot(summary, out / "filtered.png")
         note(f"written: {out / 'filtered.png'}")
+        if "costs" in summary:
+            plot_costs(summary, out / "costs.png")
+            note(f"written: {out / 'costs.png'}")
     except ImportError:
-        note("not written: the plot, which needs matplotlib (pip install matplotlib)")
+        note("not written: the plots, which need matplotlib (pip install matplotlib)")
 
 
 def _open_database(path: Path, trained_on: Corpus, chunk_len: int, tokenizer: str) -> Corpus:

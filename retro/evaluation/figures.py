@@ -40,10 +40,23 @@ def table(summary: dict[str, Any]) -> str:
         lines.append(line + (f"  {_tested(row['gain'][over])}" if over else ""))
     if over:
         lines += ["", "intervals of 95%; p is corrected for the number of gains in a table (Holm), and decides"]
+    lines += _costs(summary.get("costs", {}))
     shares = ", ".join(f"{share:.1%} share {k}" for k, share in summary["copyable_tokens"].items())
     if not shares:
         return "\n".join([*lines, "no chunk reads neighbors"])
     return "\n".join([*lines, f"of the chunks that read neighbors, {shares} or more in a row with them"])
+
+
+def _costs(costs: dict[str, Any]) -> list[str]:
+    """A table of what a generated token costs; the memory is that of the weights, and of what is kept of a text."""
+    if not costs:
+        return []
+    lines = ["", f"{'a generated token':<27}{'million operations':>19}{'ms':>8}{'memory, MB':>16}{'searched, MB':>14}"]
+    for variant, c in costs.items():
+        memory = f"{c['weights'] / 1e6:,.1f} + {c['kept'] / 1e6:,.1f}"
+        line = f"{VARIANTS.get(variant, variant):<27}{c['operations'] / 1e6:>19,.1f}{1e3 * c['seconds']:>8,.1f}"
+        lines.append(f"{line}{memory:>16}{c['searched'] / 1e6:>14,.1f}")
+    return [*lines, "", "memory: weights, and what is kept of one text; operations of the networks, without searches"]
 
 
 def _tested(gain: Gain) -> str:
@@ -60,6 +73,30 @@ def behind(summary: dict[str, Any]) -> str:
     if summary["n_shuffles"]:
         said += f"; random neighbors: the mean of {counted(summary['n_shuffles'], 'shuffle')}"
     return said
+
+
+def plot_costs(summary: dict[str, Any], path: Path) -> None:
+    """Draw bits per byte against what a token costs into a PNG. Raises `ImportError` without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, both = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    for axes, kind, unit, label in (
+        (both[0], "operations", 1e9, "billion operations"),
+        (both[1], "seconds", 1e-3, "milliseconds"),
+    ):
+        for (variant, cost), color in zip(summary["costs"].items(), COLORS, strict=False):
+            at = cost[kind] / unit, summary["bits_per_byte"][variant]["value"]
+            axes.plot(*at, marker="o", color=color)
+            axes.annotate(variant, at, textcoords="offset points", xytext=(6, 4), fontsize=8, color=color)
+        axes.set(xlabel=f"a generated token, {label}", xscale="log")
+        axes.margins(x=0.25, y=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+    both[0].set(ylabel="bits per byte")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:

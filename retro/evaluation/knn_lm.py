@@ -102,6 +102,14 @@ class Memory:
         return distances, self.tokens[found] == targets[:, None]
 
 
+def to_remember(corpus: Corpus, database: Corpus) -> list[int]:
+    """The documents of a database that may be remembered where those held out of `corpus` are evaluated."""
+    if corpus.sha256 != database.sha256:
+        return [*database.in_database]
+    near = {int(database.groups[i]) for i in corpus.split("valid")}  # may be kept, but retrieval does not find them
+    return [i for i in database.in_database if int(database.groups[i]) not in near]
+
+
 def knn_probability(distances: np.ndarray, agrees: np.ndarray, temperature: float) -> np.ndarray:
     """What neighbors (n, k) say of the token that came (n)."""
     weights = np.exp(-(distances - distances[:, :1]) / temperature)  # the nearest first: no overflow
@@ -129,12 +137,7 @@ def knn_lm_losses(
 
     * `alone` (n) is the model's own, with retrieval switched off
     """
-    numbers = [*corpus.split("valid")]
-    remembered = index.corpus.in_database
-    if corpus.sha256 == index.corpus.sha256:  # near-duplicates may be kept, but retrieval does not find them either
-        near = {int(index.corpus.groups[i]) for i in numbers}
-        remembered = [i for i in remembered if int(index.corpus.groups[i]) not in near]
-    memory = Memory(model, index.corpus, remembered, window, stride, batch_size, device)
+    memory = Memory(model, index.corpus, to_remember(corpus, index.corpus), window, stride, batch_size, device)
     base, k = corpus.n_train_tokens, min(N_VOTES, memory.index.ntotal)
     distances, agrees = np.zeros((len(alone), k), dtype=np.float32), np.zeros((len(alone), k), dtype=bool)
     scored = np.zeros(len(alone), dtype=bool)
@@ -144,7 +147,7 @@ def knn_lm_losses(
             distances[offsets - base], agrees[offsets - base] = found
             scored[offsets - base] = True
             progress.update(len(offsets))
-    half = corpus.document_of(np.arange(base, base + len(alone))) % 2 == numbers[0] % 2
+    half = corpus.document_of(np.arange(base, base + len(alone))) % 2 == corpus.split("valid").start % 2
     nats = np.zeros(len(alone))
     for mine in (half & scored, ~half & scored):
         others = ~mine & scored

@@ -29,9 +29,7 @@ from retro.evaluation.windows import Window, chunk_offsets, losses
 from retro.retrofit import Model
 from retro.text.corpus import Corpus
 
-KNN_LM = "knn-lm"
-BOTH = "both"
-RIVALS = ("in-context", "longer-context", BOTH, KNN_LM)
+IN_CONTEXT, LONGER, BOTH, KNN_LM = RIVALS = ("in-context", "longer-context", "both", "knn-lm")
 
 
 class Piece(NamedTuple):
@@ -57,15 +55,23 @@ def pieces(
         for nth in range((scored - start) // m, (end - start) // m + 1):
             first_target, last = max(scored, start + nth * m), min(end, start + (nth + 1) * m - 1)
             before, begins = np.zeros(0, dtype=np.int64), start
-            if nth and rival == "longer-context":
+            if nth and rival == LONGER:
                 begins = max(int(corpus.starts[corpus.document_of(start)]), start - n_more)
             elif nth:
-                values = index.values(neighbors[first + nth - 1])[::-1].ravel()  # (K, 2m), the nearest last
-                before = values[values >= 0]
-                before = before[len(before) % m :]  # whole chunks, so that those of the text stay what they are
+                before = put_before(index.values(neighbors[first + nth - 1]), m)
             dropped = -(-max(0, last - begins + len(before) - most) // m) * m
             found.append(Piece((min(begins + dropped, start + nth * m), last, first_target), before))
     return found
+
+
+def put_before(values: np.ndarray, chunk_len: int) -> np.ndarray:
+    """Tokens of neighbors (K, 2m) in the order in which they are put before a text: the nearest last.
+
+    They are whole chunks, so that those of the text stay what they are.
+    """
+    tokens = values[::-1].ravel()
+    tokens = tokens[tokens >= 0]
+    return tokens[len(tokens) % chunk_len :]
 
 
 def room(model: Model, chunk_len: int, window: int) -> int:

@@ -1,0 +1,171 @@
+r"""What a generated token costs, by each way of using what was retrieved: operations, seconds, bytes.
+
+All ways write the same $m$ tokens, of held-out text, behind the same $T$ tokens before them, and what that costs is
+divided by $m$. $T$ is three quarters of a window, because a text that fills its window goes on with half of it. States
+of the $T$ tokens are kept, as in sampling, and were computed before, if the way can use them again:
+
+* `off`, `baseline`: $m$ passes, each over one token;
+* `on`: the same, and the neighbors of the last chunk of the $T$ tokens are looked up and encoded;
+* `in-context`: they are looked up, and neighbors and text are read anew before the first token is written, because the
+  text stands elsewhere now;
+* `both`: the same by a model that reads neighbors, those of the text's other chunks encoded anew too;
+* `longer-context`: as `off`, with as many more tokens kept as `in-context` has neighbors;
+* `knn-lm`: as `off`, with a search among all remembered states for each token.
+
+Operations are those of the products of matrices in the networks, counted as they run
+(`torch.utils.flop_counter`; a multiplication and an addition are two); what searches counts in seconds only.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import TypedDict
+
+import faiss
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from retro.decoding import decoder_of
+from retro.evaluation.knn_lm import N_VOTES, to_remember
+from retro.evaluation.result import Evaluation
+from retro.evaluation.rivals import BOTH, IN_CONTEXT, KNN_LM, LONGER, put_before, room
+from retro.retrofit import Model
+from retro.search.index_file import INDEX_FILE, LISTS_FILE
+from retro.search.retrievers import FOLDER
+from retro.text.corpus import Corpus
+
+ROUNDS = 5  # in turns, of which the median counts; the first warms up
+
+
+class Cost(TypedDict):
+    """What a token costs, on average over a chunk."""
+
+    operations: float
+    seconds: float
+    weights: int  # bytes of the model
+    kept: int  # bytes of what is kept of one text
+    searched: int  # bytes of what is looked up in
+
+
+def costs(
+    evaluation: Evaluation, model: Model, baseline: Model | None = None, n_rounds: int = ROUNDS
+) -> dict[str, Cost]:
+    """The cost of a token for each variant of an evaluation of `model` and `baseline`; random neighbors cost as `on`.
+
+    Seconds are those of the machine and the device where the models are, with whatever else runs there.
+    """
+    ways = {variant: _Way(variant, evaluation, model, baseline) for variant in evaluation.nats if variant != "random"}
+    seconds: dict[str, list[float]] = {variant: [] for variant in ways}
+    with torch.inference_mode():
+        for _ in range(n_rounds):
+            for variant, way in ways.items():
+                write = way.ready()
+                started = time.perf_counter()
+                write()
+                seconds[variant].append((time.perf_counter() - started) / evaluation.index.chunk_len)
+        return {
+            variant: Cost(
+                operations=way.operations() / evaluation.index.chunk_len,
+                seconds=statistics.median(seconds[variant][1:] or seconds[variant]),
+                weights=n_bytes(way.net.parameters()),
+                kept=n_bytes(way.decoder.kept()),
+                searched=way.searched(),
+            )
+            for variant, way in ways.items()
+        }
+
+
+def n_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of some tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class _Way:
+    """One way of writing a chunk of the held-out text."""
+
+    def __init__(self, variant: str, evaluation: Evaluation, model: Model, baseline: Model | None) -> None:
+        self.variant, self.index, self.n_neighbors = variant, evaluation.index, evaluation.n_neighbors
+        self.net = model if baseline is None or variant in ("on", "off", BOTH) else baseline
+        self.net.eval()
+        self.device = next(self.net.parameters()).device
+        self.decoder = decoder_of(self.net, reads=variant in ("on", BOTH))
+        m, corpus, n_more = self.index.chunk_len, evaluation.corpus, 0
+        n_text = 3 * evaluation.window // 4 // m * m  # T
+        if variant in (IN_CONTEXT, LONGER, BOTH):
+            n_more = 2 * m * self.n_neighbors
+            n_text = min(n_text, (room(self.net, m, evaluation.window) - n_more) // m * m - m)
+        n_text += n_more if variant == LONGER else 0
+        held_out = corpus.tokens[evaluation.start : corpus.end_of_valid].astype(np.int64)
+        self.text, self.written = torch.from_numpy(np.resize(held_out, n_text + m)).to(self.device).split([n_text, m])
+        self.query = corpus.tokenizer.decode(self.text[-m:].tolist())
+        self.memory = self._memory(corpus) if variant == KNN_LM else None
+
+    def _memory(self, corpus: Corpus) -> faiss.Index:
+        """As many states as kNN-LM remembers. A flat search takes as long among any, and nobody reads what is found."""
+        database, d = self.index.corpus, self.net.d_model
+        memory, rng = faiss.IndexFlatL2(d), np.random.default_rng(0)
+        for i in to_remember(corpus, database):
+            n = int(database.starts[i + 1] - database.starts[i]) - 1
+            memory.add(rng.standard_normal((max(0, n), d), dtype=np.float32))
+        return memory
+
+    def ready(self) -> Callable[[], None]:
+        """Read what was read before; what is returned writes."""
+        self.decoder.restart()
+        if self.variant in (IN_CONTEXT, BOTH):
+            return self._write_behind_neighbors
+        self._read(self.text[:-1])
+        return self._write
+
+    def _write(self) -> None:
+        """Passes over the text's last token, which completes a chunk, and over all that are written but the last."""
+        neighbors = self._look_up() if self.decoder.reads else None
+        for token in torch.cat([self.text[-1:], self.written[:-1]]).split(1):
+            self.decoder.feed(token, neighbors)
+            neighbors = None
+            if self.memory is not None:
+                query = np.zeros((1, self.net.d_model), dtype=np.float32)
+                self.memory.search(query, min(N_VOTES, self.memory.ntotal))
+
+    def _write_behind_neighbors(self) -> None:
+        neighbors = self._look_up()
+        before = torch.from_numpy(put_before(neighbors.cpu().numpy(), self.index.chunk_len)).to(self.device)
+        self._read(torch.cat([before, self.text]), neighbors)
+        for token in self.written[:-1].split(1):
+            self.decoder.feed(token)
+
+    def _look_up(self) -> Tensor:
+        """Tokens (K, 2m) of the neighbors of the text's last chunk."""
+        _, offsets = self.index.nearest([self.query], self.n_neighbors)
+        return torch.from_numpy(self.index.values(offsets[0])).to(self.device)
+
+    def _read(self, tokens: Tensor, neighbors: Tensor | None = None) -> None:
+        """Read tokens, as many at once as it goes; if it reads neighbors, each chunk has the same."""
+        while len(tokens):
+            due = self.decoder.reads and self.decoder.completes_chunk
+            now, tokens = tokens[: (n := self.decoder.n_next())], tokens[n:]
+            self.decoder.feed(now, neighbors if due else None)
+
+    def operations(self) -> int:
+        """Of the networks, for the chunk."""
+        write = self.ready()
+        # With attention written out, because the counter does not know that of CPUs.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            write()
+        return int(counter.get_total_flops())
+
+    def searched(self) -> int:
+        """Bytes of the states that vote, or of the database: what was built to search it, and its chunks' tokens."""
+        if self.memory is not None:
+            return int(self.memory.ntotal) * (4 * self.net.d_model + self.index.corpus.tokens.itemsize)
+        if self.variant not in ("on", IN_CONTEXT, BOTH):
+            return 0
+        folder = self.index.data_path
+        files = [folder / INDEX_FILE, folder / LISTS_FILE, *(folder / FOLDER).rglob("*")]
+        tokens = self.index.corpus.tokens.itemsize * self.index.manifest["n_chunks"] * self.index.chunk_len
+        return int(tokens + sum(file.stat().st_size for file in files if file.is_file()))

@@ -1,0 +1,117 @@
+"""Costs of a generated token: counted operations are those of the products, worked out by hand."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import CHUNK_LEN
+from test_evaluate import model_of
+from test_retrofit import new_retrofit, some_text
+from test_rivals import of_two  # noqa: F401
+
+from retro.config import EvaluateConfig
+from retro.decoding import decoder_of
+from retro.evaluate import evaluate
+from retro.evaluation.costs import costs
+from retro.evaluation.figures import plot_costs, table
+from retro.evaluation.rivals import RIVALS
+
+M, K, WINDOW = CHUNK_LEN, 2, 16 * CHUNK_LEN
+T = 12 * M  # three quarters of a window
+CONFIG = EvaluateConfig(n_neighbors=K, window=WINDOW, stride=WINDOW, n_windows=1, n_shuffles=1)
+
+
+@pytest.fixture(scope="module")
+def evaluation(index):
+    return evaluate(model_of(index), index.corpus, index, config=CONFIG, against=("in-context", "longer-context"))
+
+
+def products(model, n_tokens, n_read):
+    """Multiplications of a plain decoder's matrices, for `n_tokens` that each read so many, with logits of one."""
+    width = model.attn[0].n_heads * model.attn[0].d_k
+    d, d_ff = model.d_model, model.ffw[0].lin1.out_features
+    of_layer = n_tokens * (4 * d * width + 2 * d * d_ff) + 2 * width * n_tokens * n_read
+    return len(model.attn) * of_layer + d * model.n_vocab
+
+
+def one_by_one(model, n_tokens, n_before):
+    """The same of tokens behind `n_before`, in passes of one."""
+    return sum(products(model, 1, n_before + 1 + i) for i in range(n_tokens))
+
+
+def test_operations_of_a_model_alone_and_with_neighbors_before_its_text_are_its_products(index, evaluation):
+    model = model_of(index)
+    found = costs(dataclasses.replace(evaluation, index=_that_finds_at_once(index)), model, n_rounds=1)
+    assert set(found) == {"on", "off", "in-context", "longer-context"}, "random neighbors cost what others do"
+    assert M * found["off"]["operations"] == 2 * one_by_one(model, M, T - 1)
+    n_more = 2 * M * K
+    text = WINDOW - n_more - M  # what leaves room for neighbors and a chunk to write
+    assert M * found["longer-context"]["operations"] == 2 * one_by_one(model, M, text + n_more - 1)
+    anew = products(model, n_more + text, n_more + text)
+    assert M * found["in-context"]["operations"] == 2 * (anew + one_by_one(model, M - 1, n_more + text))
+
+
+def test_reading_costs_what_reads_and_encodes_neighbors_more(index, evaluation):
+    model = model_of(index)
+    found = costs(evaluation, model, n_rounds=1)
+    cca, encoder = model.cca[0], model.encoder
+    width, R, d = cca.n_heads * cca.d_k, 2 * M, encoder.d_model
+    reading = M * (2 * model.d_model * width + 2 * width * K * R)  # queries, outputs; scores and values
+    encoding = 2 * K * R * d * width  # keys and values that the readers keep
+    ffw = encoder.ffw[0].lin1.out_features
+    encoding += K * R * (4 * d * width + 2 * d * ffw + 2 * width * R)
+    encoding += K * R * (2 * d * width + 2 * width * M) + 2 * M * d * width  # they read the chunk
+    assert len(model.cca) == len(encoder.attn) == len(encoder.ca) == 1
+    of_bert = costs(dataclasses.replace(evaluation, index=_that_finds_at_once(index)), model, n_rounds=1)
+    more = M * (of_bert["on"]["operations"] - found["off"]["operations"])
+    assert more == 2 * (reading + encoding)
+    assert found["on"]["operations"] > of_bert["on"]["operations"], "BERT embeds the chunk that looks for neighbors"
+
+
+def _that_finds_at_once(index):
+    """An index whose look-ups compute nothing."""
+    offsets = index.nearest_at(torch.tensor([0]).numpy(), K)[1]
+    names = ("corpus", "chunk_len", "manifest", "data_path", "values")
+    return SimpleNamespace(nearest=lambda texts, k: (None, offsets), **{name: getattr(index, name) for name in names})
+
+
+def test_bytes_are_those_of_weights_text_and_database(index, of_two):
+    model = model_of(index)
+    against = ("in-context", "knn-lm")
+    evaluation = evaluate(model, of_two, index, config=CONFIG, against=against)
+    found = costs(evaluation, model, n_rounds=2)
+    width = 2 * model.attn[0].n_heads * model.attn[0].d_k * 4  # bytes of a key and a value
+    assert found["off"]["kept"] == len(model.attn) * (T - 1 + M) * width
+    assert found["on"]["kept"] == found["off"]["kept"] + len(model.cca) * K * 2 * M * width
+    assert found["on"]["weights"] == 4 * sum(weight.numel() for weight in model.parameters())
+    assert found["off"]["searched"] == 0 < found["on"]["searched"] == found["in-context"]["searched"]
+    corpus = index.corpus
+    n_states = sum(int(corpus.starts[i + 1] - corpus.starts[i]) - 1 for i in corpus.in_database)
+    assert found["knn-lm"]["searched"] == n_states * (4 * model.d_model + corpus.tokens.itemsize)
+    assert found["on"]["searched"] > corpus.tokens.itemsize * index.manifest["n_chunks"] * M
+    assert all(cost["seconds"] > 0 for cost in found.values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["retro", "llama"])
+def test_a_decoder_that_is_given_no_neighbors_takes_any_number_of_tokens_at_once(index, kind):
+    model = model_of(index) if kind == "retro" else new_retrofit("llama")
+    (x,), _ = some_text(n_texts=1)
+    decoder = decoder_of(model, reads=False)
+    at = len(x) - 3
+    torch.testing.assert_close(decoder.feed(x[:at]), model(x[None, :at])[0, -1], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(decoder.feed(x[at:]), model(x[None])[0, -1], atol=2e-5, rtol=1e-4)
+
+
+def test_costs_are_shown_as_a_table_and_a_plot(index, evaluation, tmp_path):
+    pytest.importorskip("matplotlib", reason="the plot needs it: pip install matplotlib")
+    summary = json.loads(json.dumps(evaluation.summary() | {"costs": costs(evaluation, model_of(index), n_rounds=1)}))
+    shown = table(summary)
+    of_costs = shown[shown.index("a generated token") :].splitlines()
+    row = next(line for line in of_costs if line.startswith("neighbors in its context"))
+    cost = summary["costs"]["in-context"]
+    assert row.split()[4] == f"{cost['operations'] / 1e6:,.1f}"
+    plot_costs(summary, tmp_path / "costs.png")
+    assert (tmp_path / "costs.png").read_bytes().startswith(b"\x89PNG")
