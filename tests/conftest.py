@@ -17,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Models and indexes are so small here that threads wait for each other longer than they compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 
 from retro.bert_embeddings import BERTChunkEmbeddings
@@ -25,6 +26,7 @@ from retro.config import DatabaseConfig
 from retro.database import RetroIndex, build_database
 from retro.dataset import build_dataset
 from retro.text.build import build_corpus
+from retro.text.corpus import Corpus, DocumentEntry
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it starts with &
 
@@ -91,3 +93,13 @@ def data(plays, bert, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def index(data, bert) -> RetroIndex:
     return RetroIndex(CHUNK_LEN, data_path=data, bert=bert)
+
+
+@pytest.fixture(scope="session")
+def of_two(index):
+    """Two held-out documents, of a text that trains no model here."""
+
+    numbers = [0, 1]
+    texts = [index.corpus.tokens[int(index.corpus.starts[i]) : int(index.corpus.starts[i]) + 150] for i in numbers]
+    entries = [DocumentEntry(f"{i}.txt", str(i), 400, 150) for i in numbers]
+    return Corpus(np.concatenate(texts), entries, 0, index.corpus.tokenizer)

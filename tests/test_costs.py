@@ -9,14 +9,12 @@ import torch
 from conftest import CHUNK_LEN
 from test_evaluate import model_of
 from test_retrofit import new_retrofit, some_text
-from test_rivals import of_two  # noqa: F401
 
 from retro.config import EvaluateConfig
 from retro.decoding import decoder_of
 from retro.evaluate import evaluate
 from retro.evaluation.costs import costs
 from retro.evaluation.figures import plot_costs, table
-from retro.evaluation.rivals import RIVALS
 
 M, K, WINDOW = CHUNK_LEN, 2, 16 * CHUNK_LEN
 T = 12 * M  # three quarters of a window

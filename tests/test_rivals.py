@@ -16,7 +16,7 @@ from retro.evaluation import knn_lm
 from retro.evaluation.knn_lm import Memory, chosen, knn_lm_losses, knn_probability, mixed
 from retro.evaluation.rivals import RIVALS, pieces, rival_losses
 from retro.evaluation.windows import losses, windows
-from retro.text.corpus import Corpus, DocumentEntry
+from retro.text.corpus import Corpus
 
 M, K, WINDOW, STRIDE = CHUNK_LEN, 2, 8 * CHUNK_LEN, 6 * CHUNK_LEN
 IN_WORDS = RIVALS[:3]  # those that read more
@@ -119,15 +119,6 @@ def test_a_model_without_room_and_a_rival_that_there_is_not_are_named(index):
 
 
 # kNN-LM.
-
-
-@pytest.fixture(scope="module")
-def of_two(index):
-    """Two held-out documents, of a text that trains no model here, and the database."""
-    numbers = [0, 1]
-    texts = [index.corpus.tokens[int(index.corpus.starts[i]) : int(index.corpus.starts[i]) + 150] for i in numbers]
-    entries = [DocumentEntry(f"{i}.txt", str(i), 400, 150) for i in numbers]
-    return Corpus(np.concatenate(texts), entries, 0, index.corpus.tokenizer)
 
 
 @pytest.mark.parametrize("shape", [{}, {"tied": True, "init_std": 0.02, "norm": "rms", "final_norm": True}])
