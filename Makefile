@@ -72,9 +72,9 @@ scale: .venv/installed
 gpu: .venv/installed
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
-# What retrieval brings, on two corpora, in an hour; QUICK=1 takes eleven minutes.
-results: .venv/installed
-	$(BIN)/python results/run.py $(if $(QUICK),--quick)
+# What retrieval brings, and beside what else could be done, on four corpora, in six hours; or TEXT=a folder of your own.
+results: .venv/retrofit
+	$(BIN)/python results/run.py $(if $(QUICK),--quick) $(if $(TEXT),--text "$(TEXT)")
 
 # Each part of the paper's model beside the whole, in less than three hours; QUICK=1 takes a few steps of each.
 ablations: .venv/installed

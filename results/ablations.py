@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from run import HERE, call, machine, write_json
+from common import HERE, call, machine, write_json
 
 from retro.storage.manifests import sha256_of_json
 

@@ -1,205 +1,403 @@
-"""`RESULTS.md` and its plots from the figures that `run.py` measured."""
+"""`RESULTS.md` and its plots, from the figures that `run.py` measured: first a page to read, then all of it."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from retro.evaluation.figures import behind, plot
-from retro.evaluation.intervals import Gain, Interval, counted, format_interval, format_p, judged, ratio_of_sums
-from retro.evaluation.result import VARIANTS, saved_bits
+import numpy as np
 
-NAMES = VARIANTS | {
-    "off": f"{VARIANTS['off']} (the same model)",
-    "random": f"{VARIANTS['random']} (the same model)",
-    "baseline": f"{VARIANTS['baseline']}, equal steps",
-    "longer": f"{VARIANTS['baseline']}, equal time",
-}
+from retro.evaluation.figures import behind, plot, plot_costs
+from retro.evaluation.intervals import Gain, Interval, format_interval, format_p, judged, ratio_of_sums
+from retro.evaluation.result import saved_bits
+
+Part = dict[str, Any]  # what was measured on a corpus
 
 
-def saved(of: dict[str, Any], variant: str, by: dict[str, Any]) -> Interval:
-    """Bits per byte that retrieval in one evaluation saves over a variant of another, in pairs of documents."""
-    return ratio_of_sums(*saved_bits(of, variant, by))
+class Way(NamedTuple):
+    """A way to use a database, or to do without, and where its figures are."""
+
+    text: str
+    evaluation: str
+    variant: str
+    cost: tuple[str, str] | None = None  # the evaluation and the variant that have its cost
 
 
-def sweep(part: dict[str, Any], kind: str, shares: tuple[float, ...], counts: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Evaluations along one axis, in order; the main one stands where it belongs."""
-    e = part["evaluations"]
-    if kind == "database":
-        return [e["main"] if share == 1 else e[f"database {share:.0%}"] for share in shares]
-    return [e["main"] if k == 2 else e[f"{k} neighbors"] for k in counts]
+MEMORY = (
+    Way("the base alone", "lora", "off", ("rivals", "off")),
+    Way("a longer context", "rivals", "longer-context", ("rivals", "longer-context")),
+    Way("kNN-LM", "rivals", "knn-lm", ("rivals", "knn-lm")),
+    Way("what it finds, before its text", "rivals", "in-context", ("rivals", "in-context")),
+    Way("LoRA, trained for as long", "lora", "baseline", ("tuned, in-context", "baseline")),
+    Way("all weights, trained for as long", "all", "baseline", ("rivals", "off")),
+    Way(
+        "that LoRA, what it finds before its text",
+        "tuned, in-context",
+        "in-context",
+        ("tuned, in-context", "in-context"),
+    ),
+    Way("**reads what it finds**", "lora", "on", ("rivals", "on")),
+    Way("reads random neighbors", "lora", "random"),
+)
+NOTHING = (
+    Way("without retrieval, equal steps", "equal-steps", "baseline"),
+    Way("without retrieval, equal time", "equal-time", "baseline"),
+    Way("**with retrieval**", "equal-steps", "on"),
+    Way("the same, retrieval off", "equal-steps", "off"),
+    Way("the same, random neighbors", "equal-steps", "random"),
+)
+WAYS = {"memory": MEMORY, "nothing": NOTHING}
+HEADS = {"memory": "*SmolLM2-135M, pretrained*", "nothing": "*1.8 million weights, from nothing*"}
+LOW = "on chunks with r(C) up to 12.5%"
 
 
-def claims(part: dict[str, Any], shares: tuple[float, ...], counts: tuple[int, ...]) -> dict[str, tuple[Any, ...]]:
-    """Each claim about a corpus with the bits that it says are saved, and the bytes, of each document."""
-    main = part["evaluations"]["main"]
-    low = main["filtered"][0]
-    found = {
-        f"retrieval beats {NAMES[variant]}": saved_bits(main, variant, main)
-        for variant in ("off", "random", "baseline", "longer")
-    }
-    found |= {
-        f"it still beats {name} on chunks with r(C) up to 12.5%": saved_bits(low, variant, low)
-        for variant, name in (("random", "random neighbors"), ("baseline", "the baseline of equal steps"))
-    }
-    for kind, claim in (
-        ("database", f"the whole database beats {shares[0]:.0%} of its documents"),
-        ("neighbors", f"{counts[-1]} neighbors beat {counts[0]}"),
-    ):
-        evaluations = sweep(part, kind, shares, counts)
-        found[claim] = saved_bits(evaluations[0], "on", evaluations[-1])
+class Claim(NamedTuple):
+    """Something that is said of a corpus: that one thing takes fewer bits than another."""
+
+    kind: str  # memory or nothing
+    text: str
+    worse: tuple[str, str]  # evaluation and variant
+    better: tuple[str, str]
+    low: bool = False  # of the chunks alone that have least in common with the database
+
+    def bits(self, evaluations: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Bits of each document without and with what the claim is about, (d) or (s, d), and bytes (d)."""
+        (a, without), (b, having) = self.worse, self.better
+        of, by = (evaluations[name]["filtered"][0] if self.low else evaluations[name] for name in (a, b))
+        bits = np.array(of["by_document"][without]), np.array(by["by_document"][having])
+        return *bits, np.array(by["by_document"]["bytes"])
+
+
+def over(kind: str, evaluation: str, variant: str, text: str, low: bool = False) -> Claim:
+    """That retrieval takes fewer bits than a variant."""
+    return Claim(kind, text, (evaluation, variant), ("lora" if kind == "memory" else evaluation, "on"), low)
+
+
+def between(worse: str, better: str, text: str) -> Claim:
+    """That one database or number of neighbors takes fewer bits than another."""
+    return Claim("memory", text, (worse, "on"), (better, "on"))
+
+
+BASE = over("memory", "lora", "off", "A base that reads a memory needs fewer bits than the base alone")
+RANDOM = over("memory", "lora", "random", "It is what it finds: fewer than with random neighbors")
+TUNED = over(
+    "memory", "lora", "baseline", "It is more than getting used to the text: fewer than LoRA trained for as long"
+)
+IN_CONTEXT = over("memory", "rivals", "in-context", "Fewer than with what it finds put before its text")
+EQUAL_TIME = over(
+    "nothing", "equal-time", "baseline", "Trained from nothing, retrieval pays for the time that it takes"
+)
+FIRST = (BASE, RANDOM, TUNED, IN_CONTEXT, EQUAL_TIME)
+LOW_RANDOM = over("memory", "lora", "random", f"A memory beats random neighbors {LOW}", low=True)
+ALL_TUNED = over("memory", "all", "baseline", "It beats all weights trained for as long")
+EQUAL_STEPS = over("nothing", "equal-steps", "baseline", "Trained from nothing, retrieval beats none at equal steps")
+FURTHER = (
+    LOW_RANDOM,
+    over("memory", "lora", "baseline", f"It beats LoRA trained for as long {LOW}", low=True),
+    ALL_TUNED,
+    over("memory", "rivals", "longer-context", "It beats a longer context"),
+    over("memory", "rivals", "knn-lm", "It beats kNN-LM"),
+    over("memory", "tuned, in-context", "in-context", "It beats LoRA with what it finds before its text"),
+    EQUAL_STEPS,
+    over("nothing", "equal-steps", "random", "Trained from nothing, it beats random neighbors"),
+    over("nothing", "equal-steps", "random", f"Trained from nothing, it beats random neighbors {LOW}", low=True),
+    between("database 10%", "neighbors 2", "A database of all documents beats one of a tenth"),
+    between("neighbors 2", "database ten times", "A database of ten times as much beats it"),
+    between("database right removed", "neighbors 2", "Without the documents that help most it needs more bits"),
+    between("neighbors 1", "neighbors 8", "8 neighbors beat 1"),
+    between("database bert", "neighbors 2", "Lexical search with re-ranking beats BERT's"),
+    between("database bert compressed", "database bert", "Exact search beats a compressed index"),
+)
+
+
+def judge(record: dict[str, Any]) -> dict[tuple[Claim, str], Gain]:
+    """Every claim, of every corpus on which it was measured, corrected together."""
+    bits = {}
+    for claim in FIRST + FURTHER:
+        for corpus, part in record[claim.kind].items():
+            try:
+                without, having, n_bytes = claim.bits(part["evaluations"])
+            except KeyError:
+                continue  # not measured on this corpus
+            bits[claim, corpus] = without - having, n_bytes
+    return judged(bits)
+
+
+def figure(part: Part | None, way: Way) -> Interval | None:
+    """Bits per byte of a way, if it was measured."""
+    evaluation = part and part["evaluations"].get(way.evaluation)
+    return evaluation["bits_per_byte"].get(way.variant) if evaluation else None
+
+
+def costs_of(part: Part) -> dict[Way, dict[str, float]]:
+    """What a generated token costs, by each way that was measured."""
+    evaluations, found = part["evaluations"], {}
+    for way in MEMORY:
+        evaluation, variant = way.cost or ("", "")
+        cost = evaluations.get(evaluation, {}).get("costs", {}).get(variant)
+        if cost and figure(part, way):
+            found[way] = cost
     return found
+
+
+def share_saved(part: Part, claim: Claim) -> float:
+    """What a claim says is saved, as a share of what there is without."""
+    without, having, _ = (np.atleast_2d(x).mean(axis=0).sum() for x in claim.bits(part["evaluations"]))
+    return float(1 - having / without)
+
+
+def first_page(record: dict[str, Any], gains: dict[tuple[Claim, str], Gain]) -> Iterator[str]:
+    """Five sentences, one table, one plot."""
+    m, names = record["machine"], list({**record["memory"], **record["nothing"]})
+    titles = [(record["memory"].get(name) or record["nothing"][name])["title"] for name in names]
+    versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
+    yield "# What retrieval brings, and beside what else could be done"
+    yield ""
+    yield f"`{record['command']}`, {m['date']}: {m['processor']}, {m['cores']} cores, no GPU, Python {m['python']}, "
+    yield f"{versions}."
+    left = [f"{kind} of {n}" for kind, sizes in record["sizes"].items() for n in sizes if n not in record[kind]]
+    yield f"Not measured yet: {', '.join(left)}." if left else ""
+    yield ""
+    for claim in FIRST:
+        said = [
+            f"**{gains[claim, name]['verdict']}** ({name}: {100 * share_saved(record[claim.kind][name], claim):+.0f}%)"
+            for name in names
+            if (claim, name) in gains
+        ]
+        if said:
+            yield f"* {claim.text}: {', '.join(said)}"
+    yield ""
+    yield "*Yes* and *no* are decided by p-values that are corrected for all claims of this page and the next section;"
+    yield "in parentheses are the bits that are saved, of those that there are without."
+    yield ""
+    yield "Bits per byte of held-out documents, and what a generated token costs on the first of them:"
+    yield ""
+    yield f"| | {' | '.join(titles)} | operations | time |"
+    yield "|---|" + "---|" * (len(titles) + 2)
+    costs = costs_of(next(iter(record["memory"].values())))
+    for kind, ways in WAYS.items() if record["nothing"] else [("memory", MEMORY)]:
+        yield f"| {HEADS[kind]} |" + " |" * (len(titles) + 2)
+        for way in ways:
+            cells = [figure(record[kind].get(name), way) for name in names]
+            if any(cells):
+                shown = [f"{cell['value']:.3f}" if cell else "" for cell in cells]
+                cost = costs.get(way)
+                shown += (
+                    [f"{cost['operations'] / 1e9:.2f} billion", f"{1e3 * cost['seconds']:.0f} ms"] if cost else ["", ""]
+                )
+                yield f"| {way.text} | {' | '.join(shown)} |"
+    yield ""
+    yield "![Bits per byte against what a generated token costs](costs.png)"
+
+
+def all_claims(record: dict[str, Any], gains: dict[tuple[Claim, str], Gain]) -> Iterator[str]:
+    """Every claim with its figures."""
+    yield "## The claims, tested"
+    yield ""
+    yield "Bits per byte that are saved, with 95% intervals over documents and seeds, of the difference in pairs"
+    yield "(`retro/evaluation/intervals.py`); the p-values are corrected for the number of claims in this table (Holm):"
+    yield "with nothing gained anywhere, any of them would say yes or no in at most 5% of such tables."
+    yield ""
+    names = list({**record["memory"], **record["nothing"]})
+    yield f"| claim | {' | '.join(names)} |"
+    yield "|---|" + "---|" * len(names)
+    for claim in FIRST + FURTHER:
+        cells = [of_claim(gains[claim, name]) if (claim, name) in gains else "" for name in names]
+        if any(cells):
+            yield f"| {claim.text} | {' | '.join(cells)} |"
 
 
 def of_claim(gain: Gain) -> str:
     """A claim's cell: what the corrected p-value says of it, and its figure."""
-    return f"**{gain['verdict']}**: {format_interval(gain)}, p {format_p(gain['p'])}"
+    return f"**{gain['verdict']}**: {format_interval(gain, '+.3f')}, p {format_p(gain['p'])}"
 
 
-def write(record: dict[str, Any], out: Path, shares: tuple[float, ...], counts: tuple[int, ...]) -> None:
-    """Write `RESULTS.md` and its plots into `out`."""
-    m, parts = record["machine"], record["corpora"]
-    window = next(iter(parts.values()))["evaluations"]["main"]
-    versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
-    over_seeds = " and seeds" if window["n_seeds"] > 1 else ", which do not hold how much another seed would change"
-    lines = [
-        "# What retrieval brings: measured",
-        "",
-        f"Made by `{record['command']}` on {m['date']}: {m['processor']}, {m['cores']} cores, no GPU, Python "
-        f"{m['python']}, {versions}. Figures are bits per byte on whole held-out documents, in windows of "
-        f"{window['window']} tokens, {window['stride']} apart, the mean of "
-        f"{counted(window['n_seeds'], 'seed')} of the weights;",
-        f"in parentheses 95% intervals over documents{over_seeds}, of a gain in pairs,",
-        "whose coverage was simulated (`retro/evaluation/intervals.py`). A positive gain: retrieval saves bits.",
-        "Neighbors never come from the document of the query, and no held-out document is in the database or among the",
-        "training documents, by name or by text. All models have the same decoder; those of a seed start from the same",
-        "weights and read the same samples in the same order. The shape of the models and the",
-        "learning rate were chosen on the other half of the library's files. The library is all of its source but its",
-        "tests and generated files; it was chosen because its files repeat each other, those in `encodings` most: the",
-        "question was whether retrieval pays where text repeats.",
-        "",
-        "## The claims, tested",
-        "",
-        "The p-values are corrected for the number of claims in this table (Holm), and decide: with no gain anywhere,",
-        "any of them would say yes or no in at most 5% of such tables.",
-        "",
-        "| claim | " + " | ".join(part["title"] for part in parts.values()) + " |",
-        "|---|" + "---|" * len(parts),
-    ]
-    claimed = {name: claims(part, shares, counts) for name, part in parts.items()}
-    gains = judged({(claim, name): bits for name, of_part in claimed.items() for claim, bits in of_part.items()})
-    lines += [
-        f"| {claim} | " + " | ".join(of_claim(gains[claim, name]) for name in parts) + " |"
-        for claim in next(iter(claimed.values()))
-    ]
-    for name, part in parts.items():
-        lines += ["", *_of_corpus(name, part, shares, counts)]
-        plot(part["evaluations"]["main"], out / f"filtered-{name}.png")
-    _plot_sweeps(parts, shares, counts, out / "growth.png")
-    lines += ["", "## Growing the database, and the number of neighbors", "", "![Gains](growth.png)"]
-    (out / "RESULTS.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+def goals(record: dict[str, Any]) -> Iterator[str]:
+    """What was asked for, and what was reached."""
+    memory, nothing = record["memory"].get("models"), record["nothing"]
+    if not memory or "all" not in memory["evaluations"]:
+        return
+    off, random, lora, tuned = (share_saved(memory, claim) for claim in (BASE, RANDOM, TUNED, ALL_TUNED))
+    e, costs = memory["evaluations"], {way.text: cost for way, cost in costs_of(memory).items()}
+    reads, before = costs["**reads what it finds**"], costs["what it finds, before its text"]
+    bits = {way.text: figure(memory, way)["value"] for way in MEMORY}  # type: ignore[index]
+    alone = bits["the base alone"]
+    of_in_context = (alone - bits["**reads what it finds**"]) / (alone - bits["what it finds, before its text"])
+    without, having, n_bytes = LOW_RANDOM.bits(e)
+    low = ratio_of_sums(without - having, n_bytes)
+    steps, times = (
+        {name: share_saved(part, claim) for name, part in nothing.items()} for claim in (EQUAL_STEPS, EQUAL_TIME)
+    )
+    best_steps, best_time = max(steps, key=steps.__getitem__), max(times, key=times.__getitem__)
+    yield "## What was asked for"
+    yield ""
+    yield "| on modeling files, or on the corpus that is named | asked | measured | reached |"
+    yield "|---|---|---|---|"
+    for text, asked, measured, reached in (
+        ("fewer bits than the base alone", "35%", f"{off:.0%}", off >= 0.35),
+        ("fewer than with random neighbors", "25%", f"{random:.0%}", random >= 0.25),
+        ("fewer than LoRA trained for as long", "15%", f"{lora:.0%}", lora >= 0.15),
+        ("fewer than all weights trained for as long", "15%", f"{tuned:.0%}", tuned >= 0.15),
+        (f"fewer than with random neighbors {LOW}", "an interval above 0", format_interval(low), (low["low"] or 0) > 0),
+        ("of what in-context saves", "two thirds", f"{of_in_context:.0%}", of_in_context >= 2 / 3),
+        *(
+            (
+                f"of the {what} of in-context",
+                "a quarter",
+                f"{reads[of] / before[of]:.0%}",
+                reads[of] / before[of] <= 0.25,
+            )
+            for of, what in (("operations", "operations"), ("seconds", "time"))
+        ),
+        (f"from nothing, equal steps ({best_steps})", "10%", f"{steps[best_steps]:.0%}", steps[best_steps] >= 0.1),
+        (f"from nothing, equal time ({best_time})", "above 0", f"{times[best_time]:.0%}", times[best_time] > 0),
+    ):
+        yield f"| {text} | {asked} | {measured} | {'yes' if reached else '**no**'} |"
+    yield ""
 
 
-def _of_corpus(name: str, part: dict[str, Any], shares: tuple[float, ...], counts: tuple[int, ...]) -> list[str]:
-    main, runs = part["evaluations"]["main"], part["runs"]
-    d, copyable = main["database"], main["copyable_tokens"]
-    reads = ", ".join(f"{share:.1%} share {k}" for k, share in copyable.items())
-    lines = [
-        f"## {part['title']}",
-        "",
+def of_memory(name: str, part: Part) -> Iterator[str]:
+    """All that was measured with a base on a corpus."""
+    e = part["evaluations"]
+    main, copyable = e["lora"], e["lora"]["copyable_tokens"]
+    yield f"## A base with a memory: {part['title']}"
+    yield ""
+    yield from sizes(part, main)
+    yield ""
+    yield "| | bits per byte | steps | a step takes |"
+    yield "|---|---|---|---|"
+    run_of = {"on": "memory", "random": "memory", "baseline": None}
+    for way in MEMORY:
+        if cell := figure(part, way):
+            run = run_of.get(way.variant, "") if way.evaluation in part["runs"] else ""
+            run = way.evaluation if run is None else run
+            trained = [f"{part['runs'][run][0]['steps']:,}", f"{part['ratios'][run]:.2f}"] if run else ["", ""]
+            yield f"| {way.text} | {format_interval(cell, '.4f')} | {' | '.join(trained)} |"
+    yield ""
+    yield f"Copyable: of the chunks that read neighbors, {shares(copyable)} or more in a row with them. {FILTERED}"
+    yield ""
+    yield from filtered(main, ("on", "off", "random", "baseline"))
+    yield ""
+    yield f"![Filtered by overlap](filtered-{name}.png)"
+    if swept := {k: v for k, v in e.items() if k.startswith(("database ", "neighbors "))}:
+        yield ""
+        yield "### Other databases, and other numbers of neighbors, the same model"
+        yield ""
+        yield "With the first seed; beside two neighbors from all that it was trained with."
+        yield ""
+        yield "| | documents | chunks | retrieved by | bits per byte | saved beside |"
+        yield "|---|---|---|---|---|---|"
+        for key, of in swept.items():
+            d = of["database"]
+            by = d["retriever"] + (f", {d['rerank']} by overlap" if d["rerank"] else "")
+            by += f" ({d['index']})" if d["index"] != d["retriever"] else ""
+            saved = (
+                "" if key == "neighbors 2" else format_interval(ratio_of_sums(*saved_bits(e["neighbors 2"], "on", of)))
+            )
+            cells = [
+                f"{d['n_documents']:,}",
+                f"{d['n_chunks']:,}",
+                by,
+                f"{of['bits_per_byte']['on']['value']:.4f}",
+                saved,
+            ]
+            yield f"| {key} | {' | '.join(cells)} |"
+
+
+def of_nothing(part: Part) -> Iterator[str]:
+    """All that was measured of models that were trained from nothing on a corpus."""
+    main, runs = part["evaluations"]["equal-steps"], part["runs"]
+    yield f"## From nothing: {part['title']}"
+    yield ""
+    yield from sizes(part, main)
+    yield ""
+    yield "| | bits per byte | steps | weights | saved by retrieval over it |"
+    yield "|---|---|---|---|---|"
+    for way in NOTHING:
+        e = part["evaluations"][way.evaluation]
+        run = runs[way.evaluation if way.variant == "baseline" else "retro"][0]
+        saved = "" if way.variant == "on" else format_interval(e["gain"][f"over {way.variant}"])
+        cells = [format_interval(figure(part, way), ".4f"), f"{run['steps']:,}", f"{run['n_parameters']:,}", saved]
+        yield f"| {way.text} | {' | '.join(cells)} |"
+    yield ""
+    yield f"In turns, a step with retrieval takes {part['time_ratio']:.2f} times as long as one without. {FILTERED}"
+    yield ""
+    yield from filtered(main, tuple(main["bits_per_byte"]))
+    if longer := part["longer"]:
+        yield ""
+        yield "Until they flatten, first seed:"
+        yield ""
+        yield "| steps | with retrieval | without |"
+        yield "|---|---|---|"
+        for n, e in longer.items():
+            on, without = (e["bits_per_byte"][variant]["value"] for variant in ("on", "baseline"))
+            yield f"| {int(n):,} | {on:.4f} | {without:.4f} |"
+
+
+FILTERED = "r(C) is the longest run of tokens that a chunk shares with its ten nearest neighbors, over its length."
+
+
+def sizes(part: Part, main: dict[str, Any]) -> Iterator[str]:
+    """How much text trains and is held out."""
+    d = main["database"]
+    yield (
         f"{part['documents']['train']:,} documents train and fill the database ({part['bytes']['train'] / 1e6:.1f} MB, "
         f"{part['tokens']['train']:,} tokens, {d['n_chunks']:,} chunks of {d['chunk_len']}); "
-        f"{part['documents']['held out']:,} are held out ({part['bytes']['valid'] / 1e6:.2f} MB).",
-        f"Behind each figure: {behind(main)}.",
-        f"Copyable tokens: of the chunks that read neighbors, {reads} or more in a row with them.",
-        "",
-        "| model | steps | parameters | training | bits per byte | gain of retrieval over it |",
-        "|---|---|---|---|---|---|",
-    ]
-    run_of = {"on": "retro", "off": "retro", "random": "retro"}
-    for variant, value in main["bits_per_byte"].items():
-        run, gain = runs[run_of.get(variant, variant)], main["gain"].get(f"over {variant}")
-        train_bpb = statistics.fmean(of_seed["train_bpb"] for of_seed in run)
-        lines.append(
-            f"| {NAMES[variant]} | {run[0]['steps']:,} | {run[0]['n_parameters']:,} | {train_bpb:.3f} "
-            f"| {format_interval(value, '.4f')} | {format_interval(gain)} |"
-        )
-    lines += [
-        "",
-        f"Measured in turns, a step with retrieval takes {part['time_ratio']:.2f} times as long as one without; equal",
-        "time counts these steps, not the embedding and retrieving that precede them once. Training is the mean over",
-        "the last interval of steps.",
-        "",
-        "Filtered by overlap: r(C) is the longest string of tokens that a chunk has in common with its ten nearest",
-        "neighbors, over its length (section 2.6 of the paper).",
-        "",
-        "| r(C) up to | chunks | documents | bytes | "
-        + " | ".join(main["bits_per_byte"])
-        + " | gain over random | gain over baseline |",
-        "|---|---|---|---|" + "---|" * (len(main["bits_per_byte"]) + 2),
-    ]
+        f"{main['n_bytes'] / 1e3:.0f} kB of {part['documents']['held out']:,} others are evaluated, "
+        f"in windows of {main['window']} tokens, "
+        f"{main['stride']} apart. Behind each figure: {behind(main)}."
+    )
+
+
+def shares(copyable: dict[str, float]) -> str:
+    return ", ".join(f"{share:.1%} share {k}" for k, share in copyable.items())
+
+
+def filtered(main: dict[str, Any], variants: Sequence[str]) -> Iterator[str]:
+    """The chunks that have little in common with what is in the database."""
+    yield f"| r(C) up to | chunks | bytes | {' | '.join(variants)} | saved over random | saved over baseline |"
+    yield "|---|---|---|" + "---|" * (len(variants) + 2)
     for row in main["filtered"]:
-        values = ["–" if v is None else f"{v:.3f}" for v in row["bits_per_byte"].values()]
-        values += [format_interval(row["gain"][f"over {variant}"]) for variant in ("random", "baseline")]
-        counts_of = f"{row['n_chunks']:,} | {row['n_documents']:,} | {row['share_of_bytes']:.1%}"
-        lines.append(f"| {row['alpha']:.1%} | {counts_of} | {' | '.join(values)} |")
-    lines += ["", f"![Filtered by overlap](filtered-{name}.png)", ""]
-    for kind, title, first in (
-        ("database", "A growing database, the same model", "documents in the database"),
-        ("neighbors", "A growing number of neighbors, the same model", "neighbors"),
-    ):
-        header = f"| {first} | chunks | on | saved over the first row | saved over random neighbors |"
-        lines += [f"### {title}", "", header, "|---|---|---|---|---|"]
-        evaluations = sweep(part, kind, shares, counts)
-        for e in evaluations:
-            value = e["database"]["n_documents"] if kind == "database" else e["n_neighbors"]
-            over_first = format_interval(saved(evaluations[0], "on", e)) if e is not evaluations[0] else ""
-            lines.append(
-                f"| {value:,} | {e['database']['n_chunks']:,} | {e['bits_per_byte']['on']['value']:.4f} "
-                f"| {over_first} | {format_interval(saved(main, 'random', e))} |"
+        values = [row["bits_per_byte"][variant] for variant in variants]
+        cells = ["–" if v is None else f"{v:.3f}" for v in values]
+        cells += [format_interval(row["gain"][f"over {variant}"]) for variant in ("random", "baseline")]
+        yield f"| {row['alpha']:.1%} | {row['n_chunks']:,} | {row['share_of_bytes']:.1%} | {' | '.join(cells)} |"
+
+
+def spent(record: dict[str, Any]) -> Iterator[str]:
+    """What building and training took."""
+    yield "## What it takes"
+    yield ""
+    yield "Seconds on the machine above, with whatever else ran there; of a training the mean over seeds."
+    yield ""
+    yield "| | database and neighbors | training |"
+    yield "|---|---|---|"
+    for kind, n_tokens in (("memory", 1024), ("nothing", 2048)):  # of a step
+        for name, part in record[kind].items():
+            building = sum(seconds for command, seconds in part["seconds"].items() if "database-" not in command)
+            training = (
+                f"{run} {statistics.fmean(n_tokens * s['steps'] / s['tokens_per_second'] for s in made):,.0f}"
+                for run, made in part["runs"].items()
             )
-        lines.append("")
-    lines += [
-        "### Exact search against the compressed index",
-        "",
-        "| index | recall @1, @2, @10 | on | saved over random neighbors |",
-        "|---|---|---|---|",
-    ]
-    compressed = next(e for key, e in part["evaluations"].items() if key.startswith("database IVF"))
-    for e in (main, compressed):
-        recall = ", ".join(f"{share:.1%}" for share in e["database"]["recall"].values())
-        on, gain = e["bits_per_byte"]["on"], saved(main, "random", e)
-        lines.append(f"| {e['database']['index']} | {recall} | {on['value']:.4f} | {format_interval(gain)} |")
-    return [
-        *lines,
-        "",
-        f"Exact search saves {format_interval(saved(compressed, 'on', main))} over the compressed index.",
-    ]
+            yield f"| {kind}: {name} | {building:,.0f} | {', '.join(training)} |"
 
 
-def _plot_sweeps(parts: dict[str, Any], shares: tuple[float, ...], counts: tuple[int, ...], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
-    for axis, kind, ticks in zip(axes, ("database", "neighbors"), (shares, counts), strict=True):
-        for number, part in enumerate(parts.values()):
-            main = part["evaluations"]["main"]
-            gains = [saved(main, "random", e) for e in sweep(part, kind, shares, counts)]
-            axis.plot(ticks, [g["value"] for g in gains], marker="o", label=part["title"], color=f"C{number}")
-            if all(g["low"] is not None for g in gains):
-                ends = [g["low"] for g in gains], [g["high"] for g in gains]
-                axis.fill_between(ticks, *ends, color=f"C{number}", alpha=0.15, linewidth=0)
-        axis.axhline(0, color="grey", linewidth=0.8)
-        axis.set_xscale("log")
-        axis.set_xticks(ticks, [f"{t:.0%}" if kind == "database" else str(t) for t in ticks])
-        axis.minorticks_off()
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set(xlabel="of the documents in the database", ylabel="bits per byte saved over random neighbors")
-    axes[1].set(xlabel="neighbors")
-    axes[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def write(record: dict[str, Any], out: Path) -> None:
+    """Write `RESULTS.md` and its plots into `out`."""
+    gains = judge(record)
+    lines = [*first_page(record, gains), "", *all_claims(record, gains), "", *goals(record)]
+    for name, part in record["memory"].items():
+        lines += [*of_memory(name, part), ""]
+        plot(part["evaluations"]["lora"], out / f"filtered-{name}.png")
+    for part in record["nothing"].values():
+        lines += [*of_nothing(part), ""]
+    lines += spent(record)
+    (out / "RESULTS.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    first = next(iter(record["memory"].values()))
+    costs = costs_of(first)
+    found = {way.text.strip("*"): figure(first, way) for way in costs}
+    plot_costs(
+        {"bits_per_byte": found, "costs": {way.text.strip("*"): cost for way, cost in costs.items()}}, out / "costs.png"
+    )

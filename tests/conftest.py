@@ -98,7 +98,6 @@ def index(data, bert) -> RetroIndex:
 @pytest.fixture(scope="session")
 def of_two(index):
     """Two held-out documents, of a text that trains no model here."""
-
     numbers = [0, 1]
     texts = [index.corpus.tokens[int(index.corpus.starts[i]) : int(index.corpus.starts[i]) + 150] for i in numbers]
     entries = [DocumentEntry(f"{i}.txt", str(i), 400, 150) for i in numbers]

@@ -1,83 +1,240 @@
-"""The published results: their tables are made of their figures, and shares of documents are nested."""
+"""The published results: all is measured as it is said, on texts that are held out, and the page is made of it."""
 
 import itertools
 import json
 import shutil
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import CHUNK_LEN, CHUNKS_PER_SAMPLE, load_script
+from test_retrofit_runs import write_base
 
+from retro.cli import main
 from retro.config import DatasetConfig
+from retro.database import RetroIndex
 from retro.dataset import build_dataset
 from retro.evaluation.intervals import judged
+from retro.storage.manifests import read_manifest
+from retro.text.corpus import Corpus
 
 pytest.importorskip("matplotlib", reason="the plots need it: pip install matplotlib")
 FOLDER = Path(__file__).parent.parent / "results"
-run, report = load_script(FOLDER / "run.py"), load_script(FOLDER / "report.py")
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(FOLDER)  # for what they share
-    ablations = load_script(FOLDER / "ablations.py")
+    import common
+    import corpora
+    import memory
+    import nothing
+    import report
+
+    run, ablations = load_script(FOLDER / "run.py"), load_script(FOLDER / "ablations.py")
 
 
-def test_the_published_tables_are_made_of_the_published_figures(tmp_path):
+# What is published.
+
+
+def test_the_published_page_is_made_of_the_published_figures(tmp_path):
     record = json.loads((FOLDER / "results.json").read_text())
-    report.write(record, tmp_path, run.SHARES, run.NEIGHBORS)
+    report.write(record, tmp_path)
     assert (tmp_path / "RESULTS.md").read_text() == (FOLDER / "RESULTS.md").read_text()
-    for name in ("growth.png", *(f"filtered-{corpus}.png" for corpus in record["corpora"])):
+    for name in ("costs.png", *(f"filtered-{corpus}.png" for corpus in record["memory"])):
         assert (FOLDER / name).read_bytes().startswith(b"\x89PNG") and (tmp_path / name).exists()
 
 
-def test_published_documents_were_held_out():
+def test_published_figures_are_of_held_out_documents_and_of_the_seeds_that_were_trained():
     record = json.loads((FOLDER / "results.json").read_text())
-    assert set(record["corpora"]) == set(run.SOURCES)
-    for part in record["corpora"].values():
-        evaluated = {tuple(e["documents"]) for e in part["evaluations"].values()}
-        assert evaluated == {tuple(part["held_out"])}, "evaluations of different documents"
-        assert part["documents"]["held out"] == len(part["held_out"]) > 1
+    for kind, parts in (("memory", record["memory"]), ("nothing", record["nothing"])):
+        assert set(parts) <= set(run.SOURCES) == set(corpora.SOURCES)
+        for name, part in parts.items():
+            n_seeds = len(record["sizes"][kind][name]["seeds"])
+            assert n_seeds == 3 and {len(summaries) for summaries in part["runs"].values()} == {3}
+            evaluated = {tuple(e["documents"]) for e in part["evaluations"].values()}
+            assert evaluated == {tuple(part["held_out"])} and len(part["held_out"]) == part["documents"]["held out"] > 1
+            main_evaluation = part["evaluations"]["lora" if kind == "memory" else "equal-steps"]
+            assert main_evaluation["n_seeds"] == 3 and {"on", "off", "random"} < set(main_evaluation["bits_per_byte"])
+
+
+def test_all_claims_are_corrected_together():
+    record = json.loads((FOLDER / "results.json").read_text())
+    gains = report.judge(record)
+    alone = {}
+    for claim, name in gains:
+        without, having, n_bytes = claim.bits(record[claim.kind][name]["evaluations"])
+        alone[claim, name] = judged({"alone": (without - having, n_bytes)})["alone"]["p"]
+    measured = [p for p in alone.values() if p is not None]
+    smallest = min((key for key in gains if alone[key] is not None), key=alone.get)
+    assert gains[smallest]["p"] == pytest.approx(min(1, len(measured) * alone[smallest]), rel=1e-6)
+    shown = (FOLDER / "RESULTS.md").read_text()
+    assert all(report.of_claim(gain) in shown for gain in gains.values())
+    assert {claim for claim, _ in gains} <= set(report.FIRST + report.FURTHER) and len(report.FIRST) == 5
+
+
+# The corpora.
 
 
 def test_a_larger_share_holds_a_smaller_one():
-    names = [f"{i}.py" for i in range(100)]
-    small, large = run.drawn(names, 0.1), run.drawn(names, 0.3)
-    assert len(small) == 10 and len(large) == 30 and set(small) < set(large)
-    assert run.drawn(names[::-1], 0.1) == small
+    texts = [(f"{i // 2}/{i}.py", str(i)) for i in range(200)]
+    small, large = (corpora.drawn(texts, share) for share in (0.1, 0.3))
+    assert len(small) == 20 and len(large) == 60 and set(small) < set(large)
+    assert sorted(corpora.drawn(texts[::-1], 0.1)) == sorted(small)
+    folders = corpora.drawn(texts, 0.1, "folders")
+    assert len(folders) == 20 and len({name.split("/")[0] for name, _ in folders}) == 10, "whole ones"
 
 
-def test_all_claims_of_both_corpora_are_corrected_together():
-    record = json.loads((FOLDER / "results.json").read_text())
-    claimed = [report.claims(part, run.SHARES, run.NEIGHBORS) for part in record["corpora"].values()]
-    assert claimed[0].keys() == claimed[1].keys() and len(claimed[0]) == 8
-    pairs = {(claim, number): bits for number, of_part in enumerate(claimed) for claim, bits in of_part.items()}
-    together = judged(pairs)
-    alone = {name: judged({name: bits})[name]["p"] for name, bits in pairs.items()}
-    measured = [p for p in alone.values() if p is not None]
-    smallest = min((name for name in pairs if alone[name] is not None), key=alone.get)
-    assert together[smallest]["p"] == pytest.approx(len(measured) * alone[smallest], rel=1e-6)
-    said = report.of_claim(together[smallest])
-    assert said.startswith(f"**{together[smallest]['verdict']}**: {together[smallest]['value']:+.4f} (")
-    shown = (FOLDER / "RESULTS.md").read_text()
-    assert all(report.of_claim(gain) in shown for gain in together.values())
-
-
-def test_published_figures_are_of_the_seeds_that_were_trained():
-    record = json.loads((FOLDER / "results.json").read_text())
-    n_seeds = len(record["size"]["seeds"])
-    for part in record["corpora"].values():
-        assert {e["n_seeds"] for e in part["evaluations"].values()} == {n_seeds}
-        assert {len(summaries) for summaries in part["runs"].values()} == {n_seeds}
-    assert len(set(run.FULL.seeds)) == 3
-    assert run.config(10, seed=2).seed == 2 != run.config(10).seed
-
-
-def test_the_corpora_are_plays_and_sources_without_tests():
-    plays, sources = dict(run.plays()), dict(run.stdlib())
+def test_the_corpora_are_whole_texts_without_tests():
+    plays, sources, models = dict(corpora.plays()), dict(corpora.stdlib()), dict(corpora.models())
     assert len(plays) == 38 and all(len(text) > 50_000 for text in plays.values())
     assert {"os.py", "json/decoder.py", "encodings/utf_8.py"} <= set(sources)
     assert not [name for name in sources if "test" in Path(name).parts[:-1]]
+    assert len(models) > 500 and "llama/modeling_llama.py" in models
+
+
+def test_an_archive_of_other_content_is_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "HERE", tmp_path)
+    (tmp_path / "cache" / "django").mkdir(parents=True)
+    (tmp_path / "cache" / "django" / f"django-{corpora.DJANGO}.tar.gz").write_bytes(b"another")
+    with pytest.raises(SystemExit, match=f"but that of the published figures is {corpora.DJANGO_SHA256}"):
+        corpora.manual()
+
+
+# All of it, with a tiny base and tiny models.
+
+TINY = {"d_model": 16, "n_layers": 2, "n_heads": 2, "d_k": 8, "d_ff": 32, "n_encoder_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def measured(data, tmp_path_factory):
+    """A record of a corpus of twelve texts with two seeds, as `run.py` makes it, and the folder where it was made."""
+    place = tmp_path_factory.mktemp("results")
+    base = write_base(place / "base", data / "corpus" / "tokenizer.json")
+    texts = [(name, text[:6000]) for name, text in corpora.stdlib() if len(text) > 6000]
+    of = {"models": texts[:24], "python": texts[24:30], "plays": texts[30:34]}
+    sources = {n: corpora.Source(n, lambda some=some: some, share=0.5, valid_fraction=0.3) for n, some in of.items()}
+    sizes = memory.Size(2, (0, 1), 1, tuned=("lora", "all"), rivals=run.ALL_RIVALS, sweeps=True)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (memory, nothing):
+            patch.setattr(module, "CHUNK_LEN", CHUNK_LEN)
+            patch.setattr(module, "CHUNKS_PER_SAMPLE", CHUNKS_PER_SAMPLE)
+            patch.setattr(module, "WINDOW", 8 * CHUNK_LEN)
+            patch.setattr(module, "STRIDE", 6 * CHUNK_LEN)
+        patch.setattr(memory, "BASE", str(base))
+        patch.setattr(memory, "COMPRESSED", ["--retriever", "bert", "--index", "IVF2,PQ4x4", "--n-train", "200"])
+        patch.setattr(memory, "SOURCES", sources)
+        reads = TINY | {"ca_layers": (1,), "encoder_ca_layers": (0,)}
+        patch.setattr(nothing, "SHAPES", {"retro": reads, "plain": TINY | {"ca_layers": (), "encoder_ca_layers": ()}})
+        without_process = SimpleNamespace(run=lambda command, check: main(command[3:]))
+        patch.setattr(common, "subprocess", without_process)
+        patch.chdir(place)
+        record = {
+            "command": "a test",
+            "machine": common.machine(),
+            "sizes": {"memory": {"models": asdict(sizes)}, "nothing": {"models": {}}},
+            "memory": {"models": memory.measure(place / "memory", sources["models"], sizes)},
+            "nothing": {"models": nothing.measure(place / "nothing", sources["models"], nothing.Size(4, (0, 1), 1, 1))},
+        }
+    return json.loads(json.dumps(record)), place
+
+
+def test_everything_is_measured_on_the_same_bytes_with_the_same_samples(measured):
+    record, place = measured
+    for kind in ("memory", "nothing"):
+        part = record[kind]["models"]
+        assert len({json.dumps(e["by_document"]["bytes"]) for e in part["evaluations"].values()}) == 1
+        runs = [read_manifest(path) for path in (place / kind).glob("*/logs/*/*/run.json")]
+        assert len({json.dumps(r["dataset"], sort_keys=True) for r in runs}) == 1
+        assert {r["train"]["seed"] for r in runs} == {0, 1}
+
+
+def test_a_fine_tuned_model_has_the_time_and_a_plain_one_the_steps_or_the_time_of_those_that_read(measured):
+    record, place = measured
+    part, nothing_part = record["memory"]["models"], record["nothing"]["models"]
+    ratios = json.loads(next((place / "memory").glob("*/time_ratios.json")).read_text())["ratios"]
+    assert part["ratios"] == ratios and ratios["memory"] == 1
+    for name in ("lora", "all"):
+        assert {summary["steps"] for summary in part["runs"][name]} == {max(2, round(2 / ratios[name]))}
+    steps = {name: {s["steps"] for s in made} for name, made in nothing_part["runs"].items()}
+    assert steps == {"retro": {4}, "equal-steps": {4}, "equal-time": {round(4 * nothing_part["time_ratio"])}}
+    of_kind = {n: nothing_part["runs"][n][0]["n_parameters"] for n in ("retro", "equal-steps", "equal-time")}
+    assert of_kind["retro"] > of_kind["equal-steps"] == of_kind["equal-time"]
+    assert list(nothing_part["longer"]) == ["4", "8"]
+
+
+def test_other_databases_hold_what_their_names_say(measured):
+    record, place = measured
+    (folder,) = (place / "memory").glob("*/data")
+    corpus = Corpus.load(folder / "corpus")
+    names = {split: {corpus.documents[i].name for i in corpus.split(split)} for split in ("train", "valid")}
+    found = {}
+    for texts in folder.parent.glob("database-*/texts"):
+        found[texts.parent.name.removeprefix("database-")] = {str(f.relative_to(texts)) for f in texts.rglob("*.py")}
+    assert found["1%"] < found["10%"] or (found["1%"] == found["10%"] and len(found["1%"]) == 2)
+    assert found["10%"] < names["train"] < found["ten-times"] and not found["ten-times"] & names["valid"]
+    assert found["right-removed"] < names["train"] and 1 <= len(names["train"] - found["right-removed"]) <= 7
+    assert not found["python"] & names["train"] and not found["plays"] & found["python"]
+    databases = {key: e["database"] for key, e in record["memory"]["models"]["evaluations"].items()}
+    assert {databases[f"neighbors {k}"]["retriever"] for k in memory.NEIGHBORS} == {"bm25"}
+    assert [databases[f"database {name}"]["retriever"] for name in ("bert", "hybrid reranked", "bm25")] == [
+        "bert", "hybrid", "bm25",
+    ]  # fmt: skip
+    assert databases["database bert reranked"]["rerank"] == 50 > databases["database bm25"]["rerank"] == 0
+    assert "IVF2" in databases["database bert compressed"]["index"]
+
+
+def test_the_right_document_is_the_one_from_which_most_of_a_document_comes(measured, monkeypatch):
+    _, place = measured
+    (folder,) = (place / "memory").glob("*/data")
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setattr(memory, "CHUNK_LEN", CHUNK_LEN)
+    corpus, index = Corpus.load("data/corpus"), RetroIndex(data_path="data")
+    expected = set()
+    for i in corpus.split("valid"):
+        offsets = np.arange(corpus.starts[i], corpus.starts[i + 1], CHUNK_LEN)
+        texts = [corpus.text(int(o), min(CHUNK_LEN, int(corpus.starts[i + 1] - o))) for o in offsets]
+        votes = Counter(int(corpus.document_of(np.array([index.nearest([t], 1)[1][0, 0]]))[0]) for t in texts)
+        expected.add(corpus.documents[votes.most_common(1)[0][0]].name)
+    found = memory.right_documents(corpus)
+    assert len(found & expected) >= len(expected) - 1, "but for ties"
+
+
+def test_a_page_is_made_of_everything_and_tells_what_was_reached(measured, tmp_path):
+    record, _ = measured
+    report.write(record, tmp_path)
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert all(claim.text in page for claim in report.FIRST + report.FURTHER)
+    assert all(f"| {way.text} |" in page for way in report.MEMORY + report.NOTHING)
+    assert "Not measured yet" not in page
+    assert page.index("* A base that reads") < page.index("## The claims") < page.index("## What was asked for")
+    e = record["memory"]["models"]["evaluations"]
+    on, off = (np.mean(e["lora"]["by_document"][variant], axis=0).sum() for variant in ("on", "off"))
+    assert f"(models: {100 * (1 - on / off):+.0f}%)" in page
+    (row,) = (line for line in page.splitlines() if line.startswith("| kNN-LM | ") and "billion" in line)
+    cost = e["rivals"]["costs"]["knn-lm"]
+    assert f"{cost['operations'] / 1e9:.2f} billion | {1e3 * cost['seconds']:.0f} ms" in row
+    assert f"{e['rivals']['bits_per_byte']['knn-lm']['value']:.3f}" in row
+    for file in ("costs.png", "filtered-models.png"):
+        assert (tmp_path / file).read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_not_measured_yet_is_left_out_of_the_page(measured, tmp_path):
+    record = json.loads(json.dumps(measured[0]))
+    part = record["memory"]["models"]["evaluations"]
+    for name in [name for name in part if name not in ("lora", "rivals")]:
+        del part[name]
+    del record["memory"]["models"]["runs"]["all"], part["rivals"]["costs"]["knn-lm"]
+    record["nothing"] = {}
+    report.write(record, tmp_path)
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert report.BASE.text in page and report.EQUAL_TIME.text not in page and "From nothing" not in page
+    assert "What was asked for" not in page and "Other databases" not in page
+    assert "Not measured yet: nothing of models." in page
+
+
+# Ablations.
 
 
 @pytest.fixture
@@ -157,7 +314,7 @@ def test_a_variants_cost_is_what_it_needs_beside_the_one_it_is_compared_with(tmp
             assert rows[name]["cost"]["value"] == pytest.approx((number - beside) / 100, abs=3e-3)
     assert rows["none"]["cost"]["verdict"] == "yes" and "cost" not in rows["paper"]
     record = {
-        "command": "make ablations", "machine": run.machine(), "size": asdict(size), "variants": rows,
+        "command": "make ablations", "machine": common.machine(), "size": asdict(size), "variants": rows,
         "documents": {"train": 5, "held out": 10}, "tokens": {"train": 1000, "held out": 100},
     }  # fmt: skip
     lines = ablations.page(record).splitlines()

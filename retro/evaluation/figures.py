@@ -82,19 +82,18 @@ def plot_costs(summary: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, both = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    figure, both = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
     for axes, kind, unit, label in (
         (both[0], "operations", 1e9, "billion operations"),
         (both[1], "seconds", 1e-3, "milliseconds"),
     ):
         for (variant, cost), color in zip(summary["costs"].items(), COLORS, strict=False):
-            at = cost[kind] / unit, summary["bits_per_byte"][variant]["value"]
-            axes.plot(*at, marker="o", color=color)
-            axes.annotate(variant, at, textcoords="offset points", xytext=(6, 4), fontsize=8, color=color)
-        axes.set(xlabel=f"a generated token, {label}", xscale="log")
-        axes.margins(x=0.25, y=0.12)
+            bits = summary["bits_per_byte"][variant]["value"]
+            axes.plot(cost[kind] / unit, bits, "o", color=color, label=variant)
+        axes.set(xlabel=f"a generated token, {label}", xscale="log", ylim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)
     both[0].set(ylabel="bits per byte")
+    both[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

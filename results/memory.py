@@ -1,0 +1,214 @@
+"""A pretrained base with a memory, and what else could be done with it: SmolLM2-135M on each corpus.
+
+The same frozen base learns to read what a database of the corpus' training documents has (RETROfit), or is fine-tuned
+on the same samples in the same order without retrieval, for as many steps as take the same time; with each seed. All
+are evaluated on the beginnings of the same held-out documents.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import about, begin, call, evaluated, in_turns, write_texts
+from corpora import SOURCES, Source, Texts, drawn
+
+from retro.config import PACKAGED_BASE
+
+BASE = PACKAGED_BASE
+CHUNK_LEN, CHUNKS_PER_SAMPLE = 64, 16
+WINDOW, STRIDE = 1024, 768
+RERANKED = ["--rerank", "50"]
+LEXICAL = ["--retriever", "bm25", *RERANKED]
+BY_BERT = ["--retriever", "bert", "--index", "Flat"]
+COMPRESSED = ["--retriever", "bert", "--index", "IVF64,PQ64"]
+SHARES = (0.01, 0.1)  # of the documents in a smaller database
+NEIGHBORS = (1, 2, 4, 8)
+TUNED: dict[str, dict[str, Any]] = {  # how else the base can be made used to a text, and at which learning rate
+    "lora": {"trains": "lora", "lr": 3e-4},
+    "all": {"trains": "all", "lr": 3e-3},
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    steps: int
+    seeds: tuple[int, ...]
+    n_windows: int  # the most of each held-out document
+    tuned: tuple[str, ...] = ("lora",)
+    rivals: tuple[str, ...] = ("in-context",)
+    sweeps: bool = False
+
+
+def build(*words: str) -> None:
+    """A database of chunks as long as the models read."""
+    call("database", *words, "--chunk-len", str(CHUNK_LEN))
+
+
+def prepare(source: Source) -> None:
+    """Database and dataset of the texts in the current folder."""
+    words = ["--valid-fraction", str(source.valid_fraction), "--hold-out", source.hold_out]
+    build("texts", "--tokenizer", BASE, *words, *LEXICAL)
+    call("dataset", "--chunks-per-sample", str(CHUNKS_PER_SAMPLE), "--skip-range", "1")
+
+
+def config(steps: int, seed: int, **given: Any) -> Any:
+    """How all are trained, as the preset retrofit is; only steps, seed and learning rate differ."""
+    from retro.config import PRESETS
+
+    warmup = max(1, steps // 6)
+    measured_once = {"interval": steps, "n_valid_batches": 1, "n_final_batches": 1}
+    return replace(PRESETS["retrofit"].train, steps=steps, seed=seed, warmup=warmup, **measured_once, **given)
+
+
+def shape(trains: str | None) -> dict[str, Any]:
+    """A model that reads neighbors, or one that is fine-tuned."""
+    return {"base": BASE} | ({"ca_layers": (), "trains": trains} if trains else {})
+
+
+def time_ratios(tuned: tuple[str, ...], n_rounds: int) -> dict[str, float]:
+    """How long a step of each kind takes, in units of one that learns to read; samples are read from the disk."""
+    from retro.config import RetrofitConfig
+    from retro.retrofit import Retrofit
+    from retro.runs.data import TrainingData
+    from retro.runs.engine import new_optimizer
+    from retro.text.base_model import load_base
+    from retro.train import Trainer
+
+    data, steps = TrainingData(Path("data")), {}
+    for name in ("memory", *tuned):
+        how = config(100, 0)
+        of = RetrofitConfig(chunk_len=CHUNK_LEN, **shape(None if name == "memory" else TUNED[name]["trains"]))
+        model = Retrofit(load_base(of.base), of).train()
+        trainer = Trainer("cpu", model, None, new_optimizer(model, how, fused=True), config=how, n_steps=100)
+
+        def step(number: int, trainer: Trainer = trainer, how: Any = how, plain: bool = name != "memory") -> None:
+            for batch in data.batches("train", how, number, number + 1, plain):
+                trainer.train_step(*batch)
+
+        steps[name] = step
+    return in_turns(Path("time_ratios.json"), steps, n_rounds)
+
+
+def train_all(size: Size, seed: int, ratios: dict[str, float]) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Runs and summaries of a seed: `memory`, and those that are fine-tuned for the same time."""
+    from retro.train import train
+
+    runs = {}
+    for name in ("memory", *size.tuned):
+        steps = max(2, round(size.steps / ratios[name]))
+        print(f"\n# {name}, seed {seed}: {steps:,} steps", flush=True)
+        given = {"lr": TUNED[name]["lr"]} if name in TUNED else {}
+        of = shape(TUNED[name]["trains"] if name in TUNED else None)
+        runs[name] = train(name=name, config=config(steps, seed, **given), model_shape=of, device="cpu")
+    return runs
+
+
+def databases(source: Source) -> dict[str, Path]:
+    """Data folders of other databases for the same model."""
+    from retro.text.corpus import Corpus
+
+    corpus, texts = Corpus.load("data/corpus"), dict(source.read())
+    train = [corpus.documents[i].name for i in corpus.split("train")]
+    found = {}
+
+    def of_texts(name: str, some: Texts) -> None:
+        found[name] = folder = Path(f"database-{name.replace(' ', '-')}")
+        write_texts(folder / "texts", some)
+        words = ["--tokenizer", "data/corpus", "--valid-fraction", "0", "--data-path", str(folder)]
+        build(str(folder / "texts"), *words, *LEXICAL)
+
+    for share in SHARES:
+        of_texts(f"{share:.0%}", drawn([(name, texts[name]) for name in train], share))
+    of_texts("ten times", without_held_out(corpus, source.read()))
+    for name in ("python", "plays"):
+        of_texts(name, drawn(SOURCES[name].read(), SOURCES[name].share))
+    right = right_documents(corpus)
+    of_texts("right removed", [(name, texts[name]) for name in train if name not in right])
+    keys = None
+    for name, words in (
+        ("bert", BY_BERT),
+        ("bert reranked", [*BY_BERT, *RERANKED]),
+        ("bert compressed", COMPRESSED),
+        ("hybrid reranked", ["--retriever", "hybrid", "--index", "Flat", *RERANKED]),
+        ("bm25", ["--retriever", "bm25"]),
+    ):
+        found[name] = folder = Path(f"database-{name.replace(' ', '-')}")
+        if not folder.exists():  # over the same text, and where there are keys, over the same: embedded once
+            part = folder.with_name(f"{folder.name}.part")
+            shutil.copytree("data/corpus", part / "corpus", dirs_exist_ok=True)
+            if keys is not None:
+                shutil.copytree(keys, part / "keys", dirs_exist_ok=True)
+            part.rename(folder)
+        build("--data-path", str(folder), *words)
+        keys = keys or folder / "keys"
+    return found
+
+
+def without_held_out(corpus: Any, texts: Texts) -> Texts:
+    """Those that are neither held out of a corpus nor near-duplicates of such."""
+    from retro.text.copies import near, signatures_of
+
+    _, held_out = corpus.held_out_signatures
+    copies = {i for found in near(held_out, signatures_of(text for _, text in texts)) for i in found}
+    return [named for i, named in enumerate(texts) if i not in copies]
+
+
+def right_documents(corpus: Any) -> set[str]:
+    """For each held-out document, the one from which most of its chunks get their nearest neighbor."""
+    from retro.database import RetroIndex
+    from retro.evaluation.leakage import retrieve
+    from retro.evaluation.windows import chunk_offsets
+
+    offsets = chunk_offsets(corpus, CHUNK_LEN)
+    nearest = retrieve(corpus, RetroIndex(data_path="data"), offsets, 1)[0][:, 0]
+    of, found = corpus.document_of(offsets), corpus.document_of(nearest.clip(min=0))
+    numbers = {int(np.bincount(found[(of == i) & (nearest >= 0)]).argmax()) for i in corpus.split("valid")}
+    return {corpus.documents[i].name for i in numbers}
+
+
+def sweeps(source: Source, run: Path, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Evaluations with other databases, and with other numbers of neighbors."""
+    found = {
+        f"database {name}": evaluated(f"database-{name}", run, database=folder, others=(), **options)
+        for name, folder in databases(source).items()
+    }
+    return found | {
+        f"neighbors {k}": evaluated(f"neighbors-{k}", run, others=(), n_neighbors=k, **options) for k in NEIGHBORS
+    }
+
+
+def measure(place: Path, source: Source, size: Size) -> dict[str, Any]:
+    """Everything for one corpus, in a folder below `place`."""
+    from retro.evaluation.result import joined
+
+    begin(place, source, source.share, source.valid_fraction)
+    prepare(source)
+    ratios = time_ratios(size.tuned, n_rounds=5)
+    runs = [train_all(size, seed, ratios) for seed in size.seeds]
+    options = {"window": WINDOW, "stride": STRIDE, "n_windows": size.n_windows, "n_shuffles": 1}
+    found: dict[str, Any] = {}
+    for name in size.tuned:
+        others = ("off", "random") if name == size.tuned[0] else ()
+        found[name] = joined([
+            evaluated(f"{name}-{seed}", of["memory"][0], baseline=of[name][0], others=others, **options)
+            for seed, of in zip(size.seeds, runs, strict=True)
+        ])  # fmt: skip
+    first = runs[0]["memory"][0]
+    # Rivals of the frozen base need no training, so they are the same for all seeds.
+    found["rivals"] = evaluated("rivals", first, others=("off",), against=size.rivals, costs=True, **options)
+    if size.sweeps:
+        tuned = runs[0][size.tuned[0]][0]
+        on_top = {"others": ("off",), "against": ("in-context",), "costs": True}
+        found["tuned, in-context"] = evaluated("tuned-in-context", first, baseline=tuned, **on_top, **options)
+        found |= sweeps(source, first, options)
+    return about(source, Path("data")) | {
+        "ratios": ratios,
+        "runs": {name: [of_seed[name][1] for of_seed in runs] for name in runs[0]},
+        "evaluations": found,
+    }
