@@ -37,8 +37,8 @@ READING_ORDER = {
     "Behind the scenes: Storage": ("storage/files", "storage/manifests", "storage/shards", "storage/*"),
     "Behind the scenes: Runs": ("runs/data", "runs/engine", "runs/loop", "runs/checkpoints", "runs/*"),
     "Behind the scenes: Evaluation": (
-        "evaluation/held_out", "evaluation/windows", "evaluation/rivals", "evaluation/knn_lm", "evaluation/leakage",
-        "evaluation/result", "evaluation/intervals",
+        "evaluation/held_out", "evaluation/windows", "evaluation/rivals", "evaluation/knn_lm", "evaluation/costs",
+        "evaluation/leakage", "evaluation/result", "evaluation/intervals",
         "evaluation/*",
     ),
     "Behind the scenes: Planning": ("planning/*",),

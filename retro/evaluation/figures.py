@@ -90,7 +90,7 @@ def plot_costs(summary: dict[str, Any], path: Path) -> None:
         for (variant, cost), color in zip(summary["costs"].items(), COLORS, strict=False):
             bits = summary["bits_per_byte"][variant]["value"]
             axes.plot(cost[kind] / unit, bits, "o", color=color, label=variant)
-        axes.set(xlabel=f"a generated token, {label}", xscale="log", ylim=(0, None))
+        axes.set(xlabel=f"a generated token, {label}", xlim=(0, None), ylim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)
     both[0].set(ylabel="bits per byte")
     both[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
