@@ -87,8 +87,8 @@ def time_ratios(tuned: tuple[str, ...], n_rounds: int) -> dict[str, float]:
         model = Retrofit(load_base(of.base), of).train()
         trainer = Trainer("cpu", model, None, new_optimizer(model, how, fused=True), config=how, n_steps=100)
 
-        def step(number: int, trainer: Trainer = trainer, how: Any = how, plain: bool = name != "memory") -> None:
-            for batch in data.batches("train", how, number, number + 1, plain):
+        def step(number: int, trainer: Trainer = trainer, how: Any = how) -> None:
+            for batch in data.batches("train", how, number, number + 1, False):
                 trainer.train_step(*batch)
 
         steps[name] = step

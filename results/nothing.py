@@ -80,8 +80,8 @@ def time_ratios(n_rounds: int) -> dict[str, float]:
         model = RetroModel.from_config(RetroConfig(n_vocab=data.corpus.n_tokens, chunk_len=CHUNK_LEN, **shape))
         trainer = Trainer("cpu", model, None, new_optimizer(model, how, fused=True), config=how, n_steps=1000)
 
-        def step(number: int, trainer: Trainer = trainer, plain: bool = name == "plain") -> None:
-            for batch in data.batches("train", how, 10 * number, 10 * number + 10, plain):
+        def step(number: int, trainer: Trainer = trainer) -> None:
+            for batch in data.batches("train", how, 10 * number, 10 * number + 10, False):
                 trainer.train_step(*batch)
 
         steps[name] = step
