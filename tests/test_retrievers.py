@@ -14,9 +14,10 @@ import pytest
 import torch
 from conftest import CHUNK_LEN, load_script, refused
 from sentence_transformers import SentenceTransformer
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from retro.cli import main
-from retro.cli.stages import prepare_dataset
+from retro.cli.stages import prepare_database, prepare_dataset
 from retro.config import DatabaseConfig, DatasetConfig, RetroConfig
 from retro.database import RetroIndex, build_database
 from retro.dataset import DATASET_FILE, Dataset, build_dataset, sample_chunks
@@ -237,6 +238,72 @@ def test_what_is_looked_at_twice_does_not_depend_on_how_many_are_wanted(texts, t
     plain = index.retriever.finds.nearest(Chunks(index.corpus, queries, CHUNK_LEN), 10, None)[1]
     assert np.array_equal(many[1][:, 3:], plain[:, 3:]), "the others stay where they were"
     assert not np.array_equal(many[1][:, :3], plain[:, :3])
+
+
+# A second model that looks again.
+
+
+def write_cross_encoder(folder, n_labels=1, seed=0):
+    """A tiny random model that gives scores of two texts."""
+    source = find_embedder(PACKAGED_MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(seed)
+    config = BertConfig(vocab_size=len(tokenizer), num_labels=n_labels, initializer_range=0.5, **shape)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def test_what_a_second_model_likes_best_goes_first(texts, tmp_path):
+    model = write_cross_encoder(tmp_path / "cross")
+    index = database(texts, tmp_path, "bm25", rerank=8, rerank_by=str(model))
+    corpus, queries = index.corpus, np.array([5, 333, int(index.corpus.starts[1]) - 3])
+    barred = corpus.barred_ranges(queries)
+    first = index.retriever.finds.nearest(Chunks(corpus, queries, CHUNK_LEN), 8, barred)[1]
+    distances, found = index.nearest_at(queries, 3, barred)
+    tokenizer, theirs = (
+        AutoTokenizer.from_pretrained(model),
+        BertForSequenceClassification.from_pretrained(model).eval(),
+    )
+    for row, candidates in enumerate(first.tolist()):
+        (query,), values = (
+            corpus.texts(queries[row : row + 1], CHUNK_LEN),
+            corpus.texts(np.array(candidates), CHUNK_LEN),
+        )
+        pairs = tokenizer([query] * 8, values, padding=True, return_tensors="pt")
+        scores = theirs(**pairs).logits[:, 0].numpy()
+        best = np.argsort(-scores, kind="stable")[:3]
+        assert found[row].tolist() == [candidates[i] for i in best.tolist()]
+        np.testing.assert_allclose(-distances[row], scores[best], atol=1e-5)
+    assert not np.array_equal(found, first[:, :3])
+
+
+def test_another_second_model_is_another_database(texts, tmp_path):
+    model = write_cross_encoder(tmp_path / "cross")
+    index = database(texts, tmp_path, "bm25", rerank=8, rerank_by=str(model))
+    config = DatasetConfig(chunks_per_sample=4, skip_range=1)
+    header = build_dataset(config=config, data_path=index.data_path, index=index)["train"]
+    assert header["retriever"] == f"bm25, 8 by {model} ({index.manifest['rerank_sha256'][:8]})"
+    write_cross_encoder(tmp_path / "cross", seed=1)
+    with refused(StaleArtifact, "was made with rerank_sha256=.*Rebuild it: retro database TEXT"):
+        RetroIndex(data_path=index.data_path)
+    wanted = DatabaseConfig(CHUNK_LEN, retriever="bm25", rerank=8, rerank_by=str(model))
+    prepare_database(wanted, index.corpus, index.data_path, "cpu", rebuild=True)
+    assert RetroIndex(data_path=index.data_path).manifest["rerank_sha256"] != index.manifest["rerank_sha256"]
+    with refused(StaleArtifact, "retriever"):
+        TrainingData(index.data_path).require_current()
+
+
+def test_what_cannot_rank_again_is_refused(texts, tmp_path):
+    with refused(InvalidOption, "--rerank-by x ranks nothing; say of how many: --rerank 50"):
+        DatabaseConfig(rerank_by="x")
+    with refused(InvalidOption, "--rerank-by nowhere is no cross-encoder: it is not a local folder"):
+        database(texts, tmp_path / "a", "bm25", rerank=8, rerank_by="nowhere")
+    model = write_cross_encoder(tmp_path / "cross", n_labels=3)
+    with refused(InvalidOption, "gives 3 scores of a pair, not 1"):
+        database(texts, tmp_path / "b", "bm25", rerank=8, rerank_by=str(model))
 
 
 # Models of sentence-transformers.

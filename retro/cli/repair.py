@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from retro.config import BERT, CorpusConfig, DatabaseConfig, DatasetConfig, retriever_parts
+from retro.config import BERT, OVERLAP, CorpusConfig, DatabaseConfig, DatasetConfig, retriever_parts
 from retro.errors import (
     ArtifactError,
     CannotWrite,
@@ -32,7 +32,9 @@ SETTABLE = {
     "database": {*CorpusConfig.__dataclass_fields__, *DatabaseConfig.__dataclass_fields__},
     "dataset": {*DatasetConfig.__dataclass_fields__},
 }
-OF_DATABASE = ("chunk_len", "retriever", "rerank", "index_wanted", "embedder", "seed", "search", "n_train_wanted")
+OF_DATABASE = (
+    "chunk_len", "retriever", "rerank", "rerank_by", "index_wanted", "embedder", "seed", "search", "n_train_wanted",
+)  # fmt: skip
 
 
 def explain(error: Exception) -> str:
@@ -149,6 +151,7 @@ def _of_manifest(data: Path) -> dict[str, Any]:
         embeds, _ = retriever_parts(made.get("retriever", BERT))
         # What there is no choice of, or what is the default.
         skipped = ["retriever"] * (made.get("retriever", BERT) == BERT) + ["rerank"] * (not made.get("rerank"))
+        skipped += ["rerank_by"] * (made.get("rerank_by") == OVERLAP)
         skipped += ["embedder"] * (embeds != BERT) + ["index_wanted", "search", "n_train_wanted"] * (embeds is None)
         return {name: value for name, value in made.items() if name not in skipped}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

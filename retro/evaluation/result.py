@@ -42,6 +42,8 @@ DATABASE_FIELDS = (
     "recall",
     "retriever",
     "rerank",
+    "rerank_by",
+    "rerank_sha256",
     "embedder",
     "index_sha256",
 )

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from retro import parallel
-from retro.config import BERT, DatabaseConfig, retriever_parts, with_given
+from retro.config import BERT, OVERLAP, DatabaseConfig, retriever_parts, with_given
 from retro.errors import EmptyDatabase, InvalidOption, UnfinishedUpdate, require_match
 from retro.search.factory import KEYS_PER_LIST, choose_index, fall_back_to_flat, n_lists_of, set_n_probe
 from retro.search.filling import fill_index
 from retro.search.index_file import MANIFEST_FILE, read_database_manifest, read_index, write_database
 from retro.search.keys import Keys
 from retro.search.recall import ExactNeighbors, choose_n_probe
-from retro.search.retrievers import ByOverlap, Dense, Files, Finds, Merged, Retriever, shipped
-from retro.search.sentences import Embedder, load_embedder
+from retro.search.retrievers import Dense, Files, Finds, Judge, Merged, Reranked, Retriever, common_runs_of, shipped
+from retro.search.sentences import CrossEncoded, Embedder, load_embedder
 from retro.search.trial import require_working_index
 from retro.storage.files import exclusive_lock
 from retro.storage.manifests import package_versions, sha256_of_json, write_manifest
@@ -146,6 +146,8 @@ def database_cache_key(corpus: Corpus, config: DatabaseConfig) -> dict[str, Any]
         "chunk_len": config.chunk_len,
         "retriever": config.retriever,
         "rerank": config.rerank,
+        "rerank_by": config.rerank_by,
+        "rerank_sha256": "" if config.rerank_by == OVERLAP else CrossEncoded("cpu", config.rerank_by).sha256,
         "embedder": config.embedder if embeds == BERT else embeds or "",
         **(of_index if embeds else {"index_wanted": "", "search": 1, "n_train_wanted": 0}),
         "seed": config.seed,
@@ -170,6 +172,7 @@ def config_of_database(manifest: dict[str, Any]) -> DatabaseConfig:
         chunk_len=manifest["chunk_len"],
         retriever=manifest["retriever"],
         rerank=manifest["rerank"],
+        rerank_by=manifest["rerank_by"],
         embedder=manifest["embedder"],
         index=manifest["index_wanted"],
         n_probe=int(search) if search >= 1 else None,
@@ -231,8 +234,19 @@ def open_retriever(
         dense = Dense(index, keys, embedder_of(keys, manifest, device, embedder))
     finds: Any = Merged(dense, other) if dense and other else dense or other
     if manifest["rerank"]:
-        finds = ByOverlap(finds, manifest["rerank"], corpus, manifest["chunk_len"])
+        finds = Reranked(
+            finds, manifest["rerank"], judge_of(data_path, manifest, device), corpus, manifest["chunk_len"]
+        )
     return finds, dense
+
+
+def judge_of(data_path: Path, manifest: Mapping[str, Any], device: Any) -> Judge:
+    """What ranks a database's neighbors again. Raises `StaleArtifact` if a model is not the one that it was."""
+    if manifest["rerank_by"] == OVERLAP:
+        return common_runs_of
+    judge = CrossEncoded(device, manifest["rerank_by"])
+    require_match(data_path / MANIFEST_FILE, manifest, {"rerank_sha256": judge.sha256})
+    return judge
 
 
 def embedder_of(keys: Keys, manifest: Mapping[str, Any], device: Any, embedder: Embedder | None = None) -> Embedder:

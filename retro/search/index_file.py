@@ -52,7 +52,8 @@ MANIFEST_FIELDS: Fields = {
     "additions": list,
     "removed": dict,
 }
-SINCE = {"retriever": "bert", "rerank": 0}  # fields that came later, and what databases from before are made with
+# Fields that came later, and what databases from before are made with.
+SINCE = {"retriever": "bert", "rerank": 0, "rerank_by": "overlap", "rerank_sha256": ""}
 
 
 def read_database_manifest(data_path: str | Path) -> dict[str, Any]:

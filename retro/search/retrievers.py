@@ -7,9 +7,9 @@ measure of distance:
 
 $$d(C, N) = -\sum_{r} \frac{1}{60 + \text{rank}_r(N)}$$
 
-Each can be asked for more than is wanted, of which those are taken that share the longest run of tokens with the query
-(`ByOverlap`). A retriever of one's own is a class with what `Retriever` names, handed to `build_database` and
-`RetroIndex`.
+Each can be asked for more than is wanted, of which those are taken that share the longest run of tokens with the query,
+or that a second model likes best (`Reranked`). A retriever of one's own is a class with what `Retriever` names, handed
+to `build_database` and `RetroIndex`.
 """
 
 from __future__ import annotations
@@ -142,20 +142,34 @@ class Merged:
         return _first(-gains, np.where(gains > 0, found, -1), k)
 
 
-class ByOverlap:
-    """Of the first `n` that a retriever finds, those that share the longest run of tokens with the query."""
+class Judge(Protocol):
+    """What looks at neighbors a second time."""
 
-    def __init__(self, finds: Finds, n: int, corpus: Corpus, chunk_len: int) -> None:
-        self.finds, self.n, self.corpus, self.chunk_len = finds, n, corpus, chunk_len
+    def __call__(self, queries: Chunks, found: np.ndarray, corpus: Corpus, chunk_len: int) -> np.ndarray:
+        """How good each chunk `found` (q, n) in the corpus is for its query, of shape `[q, n]`; for -1 any number."""
+        ...
+
+
+def common_runs_of(queries: Chunks, found: np.ndarray, corpus: Corpus, chunk_len: int) -> np.ndarray:
+    """A `Judge`: the length of the longest run of tokens in common."""
+    return common_runs(queries.tokens, corpus.values(found, chunk_len))
+
+
+class Reranked:
+    """Of the first `n` that a retriever finds, those that a judge likes best."""
+
+    def __init__(self, finds: Finds, n: int, judge: Judge, corpus: Corpus, chunk_len: int) -> None:
+        self.finds, self.n, self.judge, self.corpus, self.chunk_len = finds, n, judge, corpus, chunk_len
 
     def nearest(self, queries: Chunks, k: int, excluded: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """As of `Finds`; the distance is minus the length of the run, and of equal ones the nearer goes first."""
+        """As of `Finds`; the distance is minus what the judge says, and of equal ones the nearer goes first."""
         _, found = self.finds.nearest(queries, max(k, self.n), excluded)
-        runs = np.full(found.shape, -1)  # of those behind the first n, which keep their order behind these
+        said = np.zeros(found.shape, dtype=np.float32)
         for part, some in queries.parts():
-            values = self.corpus.values(found[part, : self.n], self.chunk_len)  # (q, n, m)
-            runs[part, : self.n] = common_runs(some.tokens, values)
-        return _first(-runs, found, k)
+            said[part, : self.n] = self.judge(some, found[part, : self.n], self.corpus, self.chunk_len)
+        # Those behind the first n keep their order behind these.
+        said[:, self.n :] = said[:, : self.n].min(initial=0) - 1
+        return _first(-said, found, k)
 
 
 def _first(distances: np.ndarray, found: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.config import BERT, PACKAGED
 from retro.device import has_bf16
 from retro.errors import InvalidOption
+from retro.search.chunks import Chunks
+from retro.text.corpus import Corpus
 from retro.text.pretrained import SHAPE, find_embedder, naming_what_cannot_be_loaded
 
 TOKENS_AT_ONCE = 8192  # of texts that are encoded together, as many as their model takes at most
@@ -88,12 +91,8 @@ class SentenceEmbeddings:
             "prompts": self.model.prompts,
             "most": self.model.max_seq_length,
         }
-        digest = hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode())
-        for weight_name, weight in sorted(self.model.state_dict().items()):
-            digest.update(weight_name.encode())
-            digest.update(weight.float().cpu().contiguous().numpy().tobytes())
         return {
-            "embedder": self.embedder, "embedder_sha256": digest.hexdigest(), "trim": self.trim,
+            "embedder": self.embedder, "embedder_sha256": sha256_of_model(self.model, made), "trim": self.trim,
             "precision": self.precision, "d_emb": self.d_emb,
         }  # fmt: skip
 
@@ -125,6 +124,53 @@ class SentenceEmbeddings:
         if progress:
             progress(len(texts))
         return found[torch.tensor([row_of[text] for text in texts], device=found.device)].to(self.device)
+
+
+class CrossEncoded:
+    """A cross-encoder of sentence-transformers, which reads query and neighbor together: a `Judge` of neighbors.
+
+    * `name` is a folder, or a name on the hub
+
+    Raises `InvalidOption` where there is no such model, or it gives more than one score.
+    """
+
+    def __init__(self, device: torch.device | str, name: str) -> None:
+        try:
+            from sentence_transformers import CrossEncoder
+        except ImportError:
+            reason = "is a model of sentence-transformers, which is not installed: pip install sentence-transformers"
+            raise InvalidOption("rerank_by", name, reason) from None
+        with naming_what_cannot_be_loaded("rerank_by", name, "cross-encoder"):
+            self.model = CrossEncoder(name, device=str(device), model_kwargs={"use_safetensors": True})
+        if self.model.num_labels != 1:
+            reason = f"is no cross-encoder for ranking: it gives {self.model.num_labels} scores of a pair, not 1"
+            raise InvalidOption("rerank_by", name, reason)
+        self.model.eval().requires_grad_(False)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Names its weights, and how they are used."""
+        return sha256_of_model(self.model, self.model.config.to_dict())
+
+    def __call__(self, queries: Chunks, found: np.ndarray, corpus: Corpus, chunk_len: int) -> np.ndarray:
+        """The score of each query with each chunk that it found, of shape `[q, n]`."""
+        there = np.argwhere(found >= 0)
+        texts = corpus.texts(found[tuple(there.T)], chunk_len)
+        pairs = [(queries.texts[row], text) for row, text in zip(there[:, 0].tolist(), texts, strict=True)]
+        said = np.zeros(found.shape, dtype=np.float32)
+        if pairs:  # the scores themselves: of squashed ones the best would all be 1
+            same = torch.nn.Identity()
+            said[tuple(there.T)] = self.model.predict(pairs, activation_fn=same, show_progress_bar=False)
+        return said
+
+
+def sha256_of_model(model: torch.nn.Module, made: Any) -> str:
+    """A hash of what a model is `made` with, as JSON, and of its weights."""
+    digest = hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def config_of(module: Any) -> dict[str, Any]:

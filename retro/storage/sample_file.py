@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from retro import parallel
-from retro.config import BERT, NEIGHBOR_SPAN, DatasetConfig
+from retro.config import BERT, NEIGHBOR_SPAN, OVERLAP, DatasetConfig
 from retro.errors import ArtifactError, DamagedFile, InvalidOption, MissingArtifact, differences, require_match
 from retro.storage.files import BLOCK, atomic_write, exclusive_lock, remove_unfinished, sha256_of_file
 from retro.storage.manifests import (
@@ -149,8 +149,10 @@ def dataset_cache_key(database: Mapping[str, Any], corpus: Any, config: DatasetC
 
 def retriever_of(database: Mapping[str, Any]) -> str:
     """What found the neighbors, in a word or two; `database` is a manifest."""
-    n = database.get("rerank", 0)  # which older summaries of databases lack
-    return database.get("retriever", BERT) + (f", {n} by overlap" if n else "")
+    n, by = database.get("rerank", 0), database.get("rerank_by", OVERLAP)  # which older summaries of databases lack
+    if by != OVERLAP:
+        by += f" ({database['rerank_sha256'][:8]})"
+    return database.get("retriever", BERT) + (f", {n} by {by}" if n else "")
 
 
 def write_samples(

@@ -111,10 +111,10 @@ def _require_vocabulary(embedder: str, tokenizer: Any, model: Any) -> None:
 
 
 @contextmanager
-def naming_what_cannot_be_loaded(option: str, name: str, what: str, packaged: str) -> Iterator[None]:
+def naming_what_cannot_be_loaded(option: str, name: str, what: str, packaged: str | None = None) -> Iterator[None]:
     """Inside, `from_pretrained` is quiet, and its errors are an `InvalidOption`: `name` is no `what`, or damaged.
 
-    * `packaged` is the name of the packaged one, which could be taken instead
+    * `packaged` is the name of the packaged one, if there is one, which could be taken instead
     """
     from safetensors import SafetensorError
 
@@ -124,9 +124,10 @@ def naming_what_cannot_be_loaded(option: str, name: str, what: str, packaged: st
     except SafetensorError as error:
         raise InvalidOption(option, name, f"is damaged: its weights cannot be read ({error})") from None
     except OSError as error:
+        instead = f", or the packaged {what}, {packaged}" if packaged else ""
         raise InvalidOption(
             option, name, f"is no {what}: it is not a local folder with one, and the hub did not give it "
-            f"({str(error).splitlines()[0][:160]}). Name a local folder, or the packaged {what}, {packaged}"
+            f"({str(error).splitlines()[0][:160]}). Name a local folder{instead}"
         ) from None  # fmt: skip
 
 
