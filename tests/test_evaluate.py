@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+from datetime import date
 from difflib import SequenceMatcher
 
 import faiss
@@ -406,8 +407,17 @@ def test_one_command_evaluates_a_run_on_new_text_with_another_database(runs, pla
     assert (out / "filtered.png").read_bytes().startswith(b"\x89PNG")
     assert first["baseline_differs"] == []
     longer, _ = train(resume=baseline, config=dataclasses.replace(CONFIG, steps=CONFIG.steps + 1), device="cpu")
-    assert main(["evaluate", "--run", str(run), "--baseline", str(longer), "--out", str(tmp_path / "unlike")]) == 0
-    assert f"continues_step={CONFIG.steps}, but continues_step=None is wanted" in capsys.readouterr().out
+    unlike = ["--run", str(run), "--baseline", str(longer), "--out", str(tmp_path / "unlike")]
+    in_context = ["--against", "in-context", "--window", str(12 * CHUNK_LEN), "--n-windows", "1"]
+    capsys.readouterr()
+    assert main(["evaluate", *unlike, *in_context]) == 0
+    costs = read_manifest(tmp_path / "unlike" / "evaluation.json")["costs"]
+    assert set(costs) == {"on", "off", "baseline", "in-context"}
+    assert costs["in-context"]["weights"] == costs["baseline"]["weights"] < costs["on"]["weights"]
+    assert (tmp_path / "unlike" / "costs.png").read_bytes().startswith(b"\x89PNG")
+    said = capsys.readouterr().out
+    assert "a generated token" in said
+    assert f"continues_step={CONFIG.steps}, but continues_step=None is wanted" in said
 
     # A database of other documents, in the words of the run's tokenizer, with all of them in it.
     new = tmp_path / "new"
@@ -422,6 +432,7 @@ def test_one_command_evaluates_a_run_on_new_text_with_another_database(runs, pla
     page = tmp_path / "report.html"
     assert main(["evaluate", *options, "--out", str(tmp_path / "out"), "--report", str(page)]) == 0
     assert "new.md" in page.read_text() and "hamlet.md" in page.read_text()
+    assert f"{run} · {CONFIG.steps} steps · {date.today():%-d %B %Y}" in page.read_text()
     second = read_manifest(tmp_path / "out" / "evaluation.json")
     assert second["n_neighbors"] == 4 and second["stride"] == 32 and second["documents"] == ["new.md"]
     assert second["database"]["n_documents"] == 2

@@ -1,6 +1,8 @@
 """Sampling: what it refuses, what it reads when a text outgrows the window, how tokens are drawn and become text."""
 
 import copy
+import io
+import json
 import shutil
 from collections import Counter
 from functools import partial
@@ -22,6 +24,7 @@ from retro.model import ChunkedCrossAttention, RetroModel
 from retro.runs.run import corpus_of_run, read_run
 from retro.sample import Sampler, choose, start_of_window
 from retro.search.index_file import INDEX_FILE
+from retro.storage.manifests import write_manifest
 from retro.text.build import build_corpus
 from retro.text.corpus import Corpus, DocumentEntry
 from retro.text.pretrained import find_embedder
@@ -469,3 +472,75 @@ def test_a_chunk_looks_up_its_text_as_it_stands_after_the_one_before(monkeypatch
     text = "he cannot stop " + "sleepwalking " * 30
     sampler.sample(text, 1)
     assert len(asked) > 3 and text.startswith("".join(asked)) and not any("##" in chunk for chunk in asked)
+
+
+# Prompts one after the other, and the runs there are.
+
+
+def answers(said):
+    """What was written for each prompt."""
+    return [part.split("--- sample ---\n")[1].rstrip() for part in said.split("--- prompt ---")[1:]]
+
+
+def test_without_a_prompt_each_line_is_continued_as_if_it_had_been_given(runs, capsys, monkeypatch):
+    given = ["To be, or not", "", "Love"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(given) + "\n"))
+    words = ["sample", "--run", str(runs[0]), "--length", "20", "--device", "cpu"]
+    assert main(words) == 0
+    said, wrong = capsys.readouterr()
+    found = answers(said)
+    assert len(found) == 2 and "error: the prompt is empty" in wrong and "> " not in said
+    for prompt, text in zip((given[0], given[2]), found, strict=True):
+        assert main([*words, prompt]) == 0
+        assert answers(capsys.readouterr().out) == [text]
+
+
+def test_ctrl_c_stops_a_sample_and_between_two_the_command(runs, capsys, monkeypatch):
+    stopped = iter([KeyboardInterrupt, None])
+    lines = iter(["first", "second", KeyboardInterrupt])
+
+    def ask(shown):
+        assert shown == "\n> "
+        if (line := next(lines)) is KeyboardInterrupt:
+            raise line
+        return line
+
+    def write(run, sampler, prompt, *_):
+        if error := next(stopped):
+            raise error
+        print(f"wrote {prompt}")
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr("retro.cli.using.write_sample", write)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    assert main(["sample", "--run", str(runs[0]), "--device", "cpu"]) == 130
+    said = capsys.readouterr().out
+    assert "Ctrl-D ends" in said and said.index("stopped") < said.index("wrote second")
+
+
+def test_runs_are_listed_with_their_figures_and_the_best_is_marked(runs, capsys):
+    summaries = {run: json.loads((run / "summary.json").read_text()) for run in runs}
+    best, other = sorted(runs, key=lambda run: summaries[run]["valid_bpb"])
+    unfinished = shutil.copytree(best, best.parent / "0123456789abcdef")
+    (unfinished / "summary.json").unlink()
+    evaluated = {"format_version": 6, "bits_per_byte": {"on": {"value": 1.2345}}}
+    write_manifest(other / "evaluation" / "evaluation.json", evaluated)
+    capsys.readouterr()
+    assert main(["runs"]) == 0
+    said = capsys.readouterr().out
+    rows = [line for line in said.splitlines() if "/" in line and "data:" not in line]
+    first, second, third = (row for row in rows if not row.startswith("  run"))
+    assert first.startswith(f"* {best.parent.name}/{best.name}") and f"{summaries[best]['valid_bpb']:.3f}" in first
+    assert second.split()[:2] == [f"{other.parent.name}/{other.name}", "1"] and second.split()[-2] in ("1.234", "1.235")
+    assert third.split() == [f"{best.parent.name}/0123456789abcdef", "to", "1"]
+    assert max(map(len, said.splitlines())) <= 120
+    plain = next(row for row in (first, second) if "plain/" in row)
+    assert plain.count(f"{summaries[runs[1]]['valid_bpb']:.3f}") == 1, "it has no retrieval to switch off"
+    (best / "run.json").write_text("{")
+    assert main(["runs"]) == 0 and "passed over: " in capsys.readouterr().out
+
+
+def test_where_there_is_no_run_the_list_says_how_to_make_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["runs"]) == 1
+    assert "there is no run below logs" in capsys.readouterr().err

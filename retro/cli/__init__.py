@@ -22,6 +22,7 @@ COMMANDS = {
     "train": ("training", "train a model that reads them; builds what is missing before, if texts are named"),
     "sample": ("using", "write text with a trained model that retrieves as it writes"),
     "evaluate": ("using", "what retrieval brings to text that nobody trained on"),
+    "runs": ("listing", "the runs there are, with their figures"),
     "add": ("changing", "add documents to a database, embedding only them"),
     "remove": ("changing", "take documents out of a database"),
     "plan": ("planning", "what a database of any size will take, told before it is built"),
@@ -36,7 +37,7 @@ From text to a sample:
   retro database ~/notes papers.jsonl --data-path mydata   your own text
   retro dataset --data-path mydata
   retro train --data-path mydata --steps 2000
-  retro sample --data-path mydata "Dear reader,"
+  retro sample --data-path mydata "Dear reader,"          without a text it asks for one after the other
 
 Commands:
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,14 @@ from jsonargparse import Namespace
 
 from retro.cli.building import TEXTS
 from retro.cli.options import DATA, add_config, config_from, new_parser
+from retro.cli.repair import explain
 from retro.config import EvaluateConfig, SampleConfig
 from retro.errors import phrase
 from retro.progress import note
 
 if TYPE_CHECKING:
     from retro.retrofit import Model
+    from retro.sample import Sampler
     from retro.text.corpus import Corpus
 
 BASE_HELP = "where the run's base is now, a folder or a hub name; null for where it was"
@@ -40,7 +43,9 @@ def find_run(options: Namespace) -> tuple[Path, dict[str, Any], Path, Corpus]:
 def sample_command(argv: Sequence[str]) -> None:
     """Text from a trained model."""
     parser = new_parser("sample", "Write text with a trained model that retrieves as it writes.", of_a_run=True)
-    parser.add_argument("prompt", type=str, help="text to continue")
+    parser.add_argument(
+        "prompt", nargs="?", type=str | None, default=None, help="text to continue; left out, it asks for one by one"
+    )
     parser.add_argument("--run", type=str, default=None, help=RUN_HELP)
     parser.add_argument("--base", type=str, default=None, help=BASE_HELP)
     parser.add_argument("--length", type=int, default=256, help="tokens to write")
@@ -55,34 +60,49 @@ def sample_command(argv: Sequence[str]) -> None:
 
     run, _, data_path, corpus = find_run(options)
     model = load_model(run, device, options.base)
-    write_sample(run, model, data_path, corpus, device, options.prompt, options.length, options.show_neighbors, config)
+    sampler = sampler_of(run, model, data_path, corpus, device)
+
+    def write(prompt: str) -> None:
+        write_sample(run, sampler, prompt, options.length, options.show_neighbors, config)
+
+    if options.prompt is None:
+        _write_what_is_asked(write)
+    else:
+        write(options.prompt)
 
 
-def write_sample(
-    run: Path,
-    model: Model,
-    data_path: Path,
-    corpus: Corpus,
-    device: Any,
-    prompt: str,
-    length: int,
-    show_neighbors: bool,
-    config: SampleConfig,
-) -> None:
-    """Write a sample as it comes, then the neighbors that its chunks read.
+def _write_what_is_asked(write: Callable[[str], None]) -> None:
+    """Continue prompts from standard input, a line each, to its end. Ctrl-C stops a sample; between two, the loop."""
+    asks = sys.stdin.isatty()
+    if asks:
+        note("write the beginning of a text; Ctrl-C stops what is written, Ctrl-D ends")
+    while True:
+        try:
+            prompt = input("\n> " if asks else "")
+        except EOFError:
+            return
+        try:
+            write(prompt)
+        except KeyboardInterrupt:
+            note("\nstopped")
+        except ValueError as error:  # one that cannot be continued, as an empty one
+            print(f"error: {explain(error)}", file=sys.stderr)
 
-    * `corpus` is the one in `data_path`; the database there is opened only if the run's model reads neighbors
+
+def sampler_of(run: Path, model: Model, data_path: Path, corpus: Corpus, device: Any) -> Sampler:
+    """What writes with a run's model.
+
+    * `corpus` is the one in `data_path`; the database there is opened only if the model reads neighbors
     """
     from retro.database import RetroIndex
     from retro.runs.run import read_run
     from retro.sample import Sampler
-    from retro.search.chunks import how_far
 
     dataset = read_run(run)["dataset"]
     m, K, index = dataset["chunk_len"], dataset["n_neighbors"], None
     if model.ca_layers:
         index = RetroIndex(m, corpus=corpus, data_path=data_path, device=device)
-    sampler = Sampler(
+    return Sampler(
         device,
         model,
         corpus,
@@ -91,6 +111,14 @@ def write_sample(
         n_neighbors=K,
         max_chunks=model.max_chunks or dataset["chunks_per_sample"],
     )
+
+
+def write_sample(
+    run: Path, sampler: Sampler, prompt: str, length: int, show_neighbors: bool, config: SampleConfig
+) -> None:
+    """Write a sample as it comes, then the neighbors that its chunks read."""
+    from retro.search.chunks import how_far
+
     pieces = sampler.stream(prompt, length, config)
     note(f"\n--- prompt ---\n{prompt}\n--- sample ---")
     for text in pieces:
@@ -98,12 +126,12 @@ def write_sample(
     note("")
     if not show_neighbors:
         return
-    if index is None:
+    if not sampler.model.ca_layers:
         note(f"\nno neighbors: {run} was trained without retrieval, and reads none")
         return
-    ids = corpus.tokenizer.encode(prompt)
+    n_tokens = len(sampler.corpus.tokenizer.encode(prompt))
     for u, neighbors in enumerate(sampler.neighbors, start=1):
-        origin = "prompt" if u * m <= len(ids) else "sample"
+        origin = "prompt" if u * sampler.chunk_len <= n_tokens else "sample"
         note(f"\n--- neighbors of chunk {u} ({origin}) ---" + ("" if neighbors else "\nnone"))
         for n in neighbors:
             note(f"[{n.document}, token {n.offset:,}, {how_far(n.distance)}] {' '.join(n.text.split())}")
@@ -156,8 +184,10 @@ def evaluate_command(argv: Sequence[str]) -> None:
     _write_figures(summary, Path(options.out or run / "evaluation"))
     if options.report:
         from retro.evaluation.report import write_report
+        from retro.runs.checkpoints import newest_checkpoint
 
-        write_report(Path(options.report), evaluation, model)
+        about = [str(run), f"{int(newest_checkpoint(run).name):,} steps"]
+        write_report(Path(options.report), evaluation, model, about=about)
         note(f"written: {options.report}")
 
 

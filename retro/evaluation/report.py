@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from datetime import date
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,13 @@ NOTABLE_BITS = 0.5  # a gain from which on a line break, which has no width to b
 N_OPEN = 2  # neighbors of a chunk; the others are folded unless they have a run in common
 
 
-def write_report(path: Path, evaluation: Evaluation, model: Model, n_passages: int = 6) -> None:
+def write_report(
+    path: Path, evaluation: Evaluation, model: Model, n_passages: int = 6, about: Sequence[str] = ()
+) -> None:
     """Write an HTML page with passages of the evaluated text, their gains and their neighbors.
 
     * `model` is the one that was evaluated
+    * `about` is what to say of it in words, as its name and how long it was trained; the day stands behind that
     * `n_passages` are shown: a third with the largest gain, a third around the median, a third with the largest loss
 
     Raises `InvalidOption` for no passages and `CannotWrite` when the page cannot be written.
@@ -62,6 +66,7 @@ def write_report(path: Path, evaluation: Evaluation, model: Model, n_passages: i
     environment = Environment(loader=PackageLoader("retro.evaluation", ""), autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"number": format, "interval": format_interval, "p": format_p, "behind": behind}
     page = environment.get_template("report.html.j2").render(
+        about=[*about, f"{date.today():%-d %B %Y}"],
         summary=evaluation.summary(),
         variants=VARIANTS,
         passages=[_passage(evaluation, model, ranked[rank], rank, kind) for rank, kind in chosen],

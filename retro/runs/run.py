@@ -244,17 +244,22 @@ def latest_run(data_path: Path, logs: Path = LOGS, reads_neighbors: bool = True)
     * `reads_neighbors` passes over models without retrieval
     """
     found = []
-    for file in logs.glob(f"*/*/{RUN_FILE}"):
+    for run in runs_below(logs):
         try:
-            manifest = read_run(file.parent)
+            manifest = read_run(run)
         except ArtifactError:
             continue
-        written, is_of_data = _last_written(file.parent), Path(manifest["data_path"]).resolve() == data_path.resolve()
+        written, is_of_data = _last_written(run), Path(manifest["data_path"]).resolve() == data_path.resolve()
         if written and is_of_data and (manifest["model"]["ca_layers"] or not reads_neighbors):
-            found.append((written, file.parent))
+            found.append((written, run))
     if not found:
         raise MissingArtifact(logs, f"there is no trained run of the data in {data_path} below {logs}")
     return max(found)[1]
+
+
+def runs_below(logs: Path) -> list[Path]:
+    """The folders of all runs, in the order of their names."""
+    return sorted(file.parent for file in logs.glob(f"*/*/{RUN_FILE}"))
 
 
 def run_in(folder: Path) -> Path:

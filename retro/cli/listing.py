@@ -1,0 +1,80 @@
+"""`retro runs`: the runs there are, with their figures, the best of each text marked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from retro.errors import ArtifactError
+from retro.progress import note
+
+COLUMNS = ("run", "steps", "valid", "off", "held out", "tokens/s")
+
+
+def runs_command(argv: Sequence[str]) -> None:
+    """List runs."""
+    description = "List the runs below logs/ with their figures, and mark the best on each text."
+    ArgumentParser(prog="retro runs", description=description).parse_args(list(argv))
+    from retro.errors import MissingArtifact
+    from retro.runs.run import LOGS, runs_below
+
+    texts: dict[str, list[dict[str, Any]]] = {}
+    for folder in runs_below(LOGS):
+        try:
+            row = row_of(folder)
+        except ArtifactError as error:
+            note(f"passed over: {error}")
+            continue
+        texts.setdefault(row["text"], []).append(row)
+    if not texts:
+        raise MissingArtifact(LOGS, f"there is no run below {LOGS}")
+    for text, rows in texts.items():
+        note("\n".join(["", f"data: {text}", *table(rows)]))
+    note("\nbits per byte: valid and off of the validation after training, held out of retro evaluate; * is the least")
+
+
+def row_of(run: Path) -> dict[str, Any]:
+    """What there is to say of a run."""
+    from retro.runs.checkpoints import checkpoints_of
+    from retro.runs.run import SUMMARY_FILE, read_run
+    from retro.storage.manifests import read_manifest
+
+    manifest = read_run(run)
+    checkpoints = checkpoints_of(run)
+    row = {
+        "text": f"{manifest['data_path']} ({manifest['dataset']['corpus_sha256'][:8]})",
+        "run": f"{run.parent.name}/{run.name}",
+        "reads": bool(manifest["model"]["ca_layers"]),
+        "steps": f"to {int(checkpoints[-1].name):,}" if checkpoints else "none yet",
+    }
+    if (run / SUMMARY_FILE).exists():
+        summary = read_manifest(run / SUMMARY_FILE)
+        row |= {
+            "steps": f"{summary['steps']:,}",
+            "valid": summary["valid_bpb"],
+            "tokens/s": summary["tokens_per_second"],
+        }
+        row["off"] = summary["valid_bpb_without_retrieval"] if row["reads"] else None
+    if (file := run / "evaluation" / "evaluation.json").exists():
+        row["held out"] = read_manifest(file)["bits_per_byte"]["on"]["value"]
+    return row
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines for the runs on one text, those that are best first."""
+    ordered = sorted(rows, key=lambda row: (row.get("valid", float("inf")), row["run"]))
+    cells = [[*COLUMNS]]
+    for row in ordered:
+        bits = [f"{row[name]:.3f}" if row.get(name) is not None else "" for name in ("valid", "off", "held out")]
+        speed = f"{row['tokens/s']:,.0f}" if "tokens/s" in row else ""
+        cells.append([row["run"], row["steps"], *bits, speed])
+    wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    best = "valid" in ordered[0]
+    return [
+        f"{'*' if number == 1 and best else ' '} {of_row[0]:<{wide[0]}}"
+        + "".join(f"  {cell:>{n}}" for cell, n in zip(of_row[1:], wide[1:], strict=True)).rstrip()
+        for number, of_row in enumerate(cells)
+    ]
