@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 from corpora import Source, Texts, drawn
 
 from retro.storage.files import atomic_write
-from retro.storage.manifests import FORMAT_VERSION, sha256_of_json
+from retro.storage.manifests import FORMAT_VERSION, package_versions, sha256_of_json
 
 HERE = Path(__file__).resolve().parent
 
@@ -73,19 +74,21 @@ def write_texts(folder: Path, texts: Texts) -> None:
     if folder.exists():
         return
     part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
     for name, text in texts:
         (part / name).parent.mkdir(parents=True, exist_ok=True)
         (part / name).write_text(text, encoding="utf-8")
     part.rename(folder)
 
 
-def about(source: Source, data: Path) -> dict[str, Any]:
-    """The documents and the sizes of a corpus in `data`."""
+def about(source: Source, share: float, data: Path) -> dict[str, Any]:
+    """The documents and the sizes of a share of a corpus, in `data`."""
     from retro.text.corpus import Corpus
 
     corpus = Corpus.load(data / "corpus")
     return {
         "title": source.title,
+        "share": share,
         "sha256": corpus.sha256,
         "documents": {"train": len(corpus.split("train")), "held out": len(corpus.split("valid"))},
         "held_out": [corpus.documents[i].name for i in corpus.split("valid")],
@@ -119,7 +122,7 @@ def evaluated(
 
     corpus, index = Corpus.load("data/corpus"), RetroIndex(data_path=database)
     key = [FORMAT_VERSION, run.name, baseline and baseline.name, index.manifest["index_sha256"], options]
-    key += [list(others), list(against), costs]
+    key += [list(others), list(against), costs, package_versions()]
     file = Path("evaluations") / f"{name}-{sha256_of_json(key)[:8]}.json"
     if not file.exists():
         print(f"\n# evaluation: {name}", flush=True)
@@ -133,7 +136,7 @@ def evaluated(
 
 def in_turns(file: Path, steps: dict[str, Callable[[int], None]], n_rounds: int) -> dict[str, float]:
     """How long each kind of step takes, in units of the first: medians of rounds in turns, after one that warms up."""
-    if not file.exists():
+    if not file.exists() or json.loads(file.read_text())["ratios"].keys() != steps.keys():
         rounds: list[dict[str, float]] = []
         for number in range(n_rounds + 1):
             seconds = {}

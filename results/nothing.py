@@ -100,8 +100,9 @@ def measure(place: Path, source: Source, size: Size) -> dict[str, Any]:
     """Everything for one corpus, in a folder below `place`."""
     from retro.evaluation.result import joined
 
+    share = source.share_from_nothing or source.share
     valid_fraction = source.valid_from_nothing or source.valid_fraction
-    begin(place, source, source.share_from_nothing or source.share, valid_fraction)
+    begin(place, source, share, valid_fraction)
     prepare(source, valid_fraction)
     ratio = 1 / time_ratios(n_rounds=8)["plain"]
     plans = {
@@ -121,7 +122,7 @@ def measure(place: Path, source: Source, size: Size) -> dict[str, Any]:
     lengths = [size.steps << n for n in range(size.doublings + 1)] if size.doublings else []
     longer = {kind: [trained(kind, kind, steps, size.seeds[0])[0] for steps in lengths] for kind in SHAPES}
     pairs = zip(lengths, longer["retro"], longer["plain"], strict=True)
-    return about(source, Path("data")) | {
+    return about(source, share, Path("data")) | {
         "longer": {n: evaluated(f"{n}-steps", on, baseline=plain, others=(), **options) for n, on, plain in pairs},
         "time_ratio": ratio,
         "runs": {name: [of_seed[name][1] for of_seed in runs] for name in plans},

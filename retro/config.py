@@ -269,7 +269,7 @@ class EvaluateConfig:
     n_neighbors: int | None = None  # neighbors that a chunk reads; null for as many as in training
     window: int | None = None  # the most tokens that the model sees at once; null for a training sample's
     stride: int | None = None  # tokens between windows; null for half a window
-    n_windows: int | None = None  # the most windows of each document, from its beginning; null for all
+    n_windows: int | None = None  # the most windows of each document, spread over it; null for all
     n_shuffles: int = 3  # times that neighbors are drawn at random
     batch_size: int = 8  # windows that are evaluated at once
 

@@ -8,13 +8,15 @@ import pytest
 import torch
 from conftest import CHUNK_LEN
 from test_evaluate import model_of
-from test_retrofit import new_retrofit, some_text
+from test_retrofit import SHAPE, new_retrofit, some_text
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from retro.config import EvaluateConfig
+from retro.config import EvaluateConfig, RetrofitConfig
 from retro.decoding import decoder_of
 from retro.evaluate import evaluate
 from retro.evaluation.costs import costs
 from retro.evaluation.figures import plot_costs, table
+from retro.retrofit import Retrofit
 
 M, K, WINDOW = CHUNK_LEN, 2, 16 * CHUNK_LEN
 T = 12 * M  # three quarters of a window
@@ -73,6 +75,19 @@ def _that_finds_at_once(index):
     offsets = index.nearest_at(torch.tensor([0]).numpy(), K)[1]
     names = ("corpus", "chunk_len", "manifest", "data_path", "values")
     return SimpleNamespace(nearest=lambda texts, k: (None, offsets), **{name: getattr(index, name) for name in names})
+
+
+def test_operations_of_a_pretrained_base_are_its_products(index, evaluation):
+    wide = {"vocab_size": index.corpus.n_tokens, "max_position_embeddings": 2 * WINDOW}
+    config = RetrofitConfig("tiny", chunk_len=M, ca_layers=(1,))
+    model = Retrofit(LlamaForCausalLM(LlamaConfig(**SHAPE | wide)).eval(), config).eval()
+    shape = model.base.config
+    d, H, kv, d_k = shape.hidden_size, shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+    found = costs(dataclasses.replace(evaluation, nats={"on": 0, "off": 0}), model, n_rounds=1)
+    of_layer = d * d_k * (2 * H + 2 * kv) + 3 * d * shape.intermediate_size
+    alone = sum(shape.num_hidden_layers * (of_layer + 2 * H * d_k * (T + i)) + d * model.n_vocab for i in range(M))
+    assert M * found["off"]["operations"] == 2 * alone
+    assert found["on"]["operations"] > found["off"]["operations"]
 
 
 def test_bytes_are_those_of_weights_text_and_database(index, of_two):

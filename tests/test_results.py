@@ -17,7 +17,7 @@ from test_retrofit_runs import write_base
 from retro.cli import main
 from retro.config import DatasetConfig
 from retro.database import RetroIndex
-from retro.dataset import build_dataset
+from retro.dataset import DATASET_FILE, Dataset, build_dataset
 from retro.evaluation.intervals import judged
 from retro.storage.manifests import read_manifest
 from retro.text.corpus import Corpus
@@ -34,6 +34,8 @@ with pytest.MonkeyPatch.context() as patch:
 
     run, ablations = load_script(FOLDER / "run.py"), load_script(FOLDER / "ablations.py")
 
+
+CLAIMS = report.FIRST + report.FURTHER
 
 # What is published.
 
@@ -59,7 +61,8 @@ def test_published_figures_are_of_held_out_documents_and_of_the_seeds_that_were_
         assert set(parts) <= set(run.SOURCES) == set(corpora.SOURCES)
         for name, part in parts.items():
             n_seeds = len(record["sizes"][kind][name]["seeds"])
-            assert n_seeds == 3 and {len(summaries) for summaries in part["runs"].values()} == {3}
+            of_all = {run: len(summaries) for run, summaries in part["runs"].items() if run != "a pass"}
+            assert n_seeds == 3 and set(of_all.values()) == {3}
             evaluated = {tuple(e["documents"]) for e in part["evaluations"].values()}
             assert evaluated == {tuple(part["held_out"])} and len(part["held_out"]) == part["documents"]["held out"] > 1
             main_evaluation = part["evaluations"]["lora" if kind == "memory" else "equal-steps"]
@@ -122,7 +125,7 @@ def measured(data, tmp_path_factory):
     texts = [(name, text[:6000]) for name, text in corpora.stdlib() if len(text) > 6000]
     of = {"models": texts[:24], "python": texts[24:30], "plays": texts[30:34]}
     sources = {n: corpora.Source(n, lambda some=some: some, share=0.5, valid_fraction=0.3) for n, some in of.items()}
-    sizes = memory.Size(2, (0, 1), 1, tuned=("lora", "all"), rivals=run.ALL_RIVALS, sweeps=True)
+    sizes = memory.Size(2, (0, 1), 1, tuned=("lora", "all"), rivals=run.ALL_RIVALS, sweeps=True, a_pass=True)
     with pytest.MonkeyPatch.context() as patch:
         for module in (memory, nothing):
             patch.setattr(module, "CHUNK_LEN", CHUNK_LEN)
@@ -160,8 +163,11 @@ def test_everything_is_measured_on_the_same_bytes_with_the_same_samples(measured
 def test_a_fine_tuned_model_has_the_time_and_a_plain_one_the_steps_or_the_time_of_those_that_read(measured):
     record, place = measured
     part, nothing_part = record["memory"]["models"], record["nothing"]["models"]
+    (folder,) = (place / "memory").glob("*/data")
+    n_samples = len(Dataset(folder / DATASET_FILE["train"], Corpus.load(folder / "corpus")))
     ratios = json.loads(next((place / "memory").glob("*/time_ratios.json")).read_text())["ratios"]
-    assert part["ratios"] == ratios and ratios["memory"] == 1
+    assert part["ratios"] == ratios | {"a pass": ratios["lora"]} and ratios["memory"] == 1
+    assert [s["steps"] for s in part["runs"]["a pass"]] == [n_samples]
     for name in ("lora", "all"):
         assert {summary["steps"] for summary in part["runs"][name]} == {max(2, round(2 / ratios[name]))}
     steps = {name: {s["steps"] for s in made} for name, made in nothing_part["runs"].items()}
@@ -171,6 +177,81 @@ def test_a_fine_tuned_model_has_the_time_and_a_plain_one_the_steps_or_the_time_o
     assert list(nothing_part["longer"]) == ["4", "8"]
 
 
+def test_a_step_that_takes_three_times_as_long_has_a_ratio_of_three(tmp_path, monkeypatch):
+    now = iter(np.cumsum([0, 1, 0, 3, 0, 9, 0, 2, 0, 6, 0, 1, 0, 1, 0, 3, 0, 4]).tolist())
+    monkeypatch.setattr(common.time, "perf_counter", lambda: float(next(now)))
+    file, numbers = tmp_path / "ratios.json", []
+    steps = {"first": numbers.append, "slow": lambda _: None, "other": lambda _: None}
+    found = common.in_turns(file, steps, n_rounds=2)
+    assert found == {"first": 1.0, "slow": 3.0, "other": 2.25} and numbers == [0, 1, 2], "the first round warms up"
+    assert common.in_turns(file, steps, n_rounds=2) == found and len(numbers) == 3, "it is found again"
+    monkeypatch.undo()
+    common.in_turns(file, {"first": numbers.append, "another": lambda _: None}, n_rounds=1)
+    assert len(numbers) == 5, "but not for other steps"
+
+
+def test_each_claim_is_about_the_figures_that_it_names():
+    """Every variant of every evaluation has bits of its own; each claim finds those of its two sides."""
+    names = {
+        "memory": {claim.worse[0] for claim in CLAIMS if claim.kind == "memory"},
+        "nothing": {"equal-steps", "equal-time"},
+    }
+    names["memory"] |= {claim.better[0] for claim in CLAIMS if claim.kind == "memory"}
+    variants = ("on", "off", "random", "baseline", "in-context", "longer-context", "knn-lm")
+    numbers = itertools.count(1)
+
+    def evaluation():
+        return {
+            "by_document": of_variants(variants, numbers),
+            "filtered": [{"by_document": of_variants(variants, numbers)}],
+        }
+
+    record = {
+        kind: {"models": {"evaluations": {name: evaluation() for name in sorted(of_kind)}}}
+        for kind, of_kind in names.items()
+    }
+    gains = report.judge(record)
+    assert {claim for claim, _ in gains} == set(CLAIMS)
+
+    def bits(kind, evaluation, variant, low=False):
+        e = record[kind]["models"]["evaluations"][evaluation]
+        return sum((e["filtered"][0] if low else e)["by_document"][variant])
+
+    memory_on, low = bits("memory", "lora", "on"), bits("memory", "lora", "on", True)
+    expected = {
+        "needs fewer bits than the base alone": bits("memory", "lora", "off") - memory_on,
+        "fewer than with random neighbors": bits("memory", "lora", "random") - memory_on,
+        "for as long: fewer than with LoRA": bits("memory", "lora", "baseline") - memory_on,
+        "what it finds put before its text": bits("memory", "rivals", "in-context") - memory_on,
+        "the time that its steps take": bits("nothing", "equal-time", "baseline") - bits("nothing", "equal-time", "on"),
+        f"A memory beats random neighbors {report.LOW}": bits("memory", "lora", "random", True) - low,
+        f"LoRA trained for as long {report.LOW}": bits("memory", "lora", "baseline", True) - low,
+        "all weights trained for as long": bits("memory", "all", "baseline") - memory_on,
+        "all of the text once": bits("memory", "a pass", "baseline") - bits("memory", "a pass", "on"),
+        "a longer context": bits("memory", "rivals", "longer-context") - memory_on,
+        "kNN-LM": bits("memory", "rivals", "knn-lm") - memory_on,
+        "LoRA with what it finds": bits("memory", "tuned, in-context", "in-context")
+        - bits("memory", "tuned, in-context", "on"),
+        "none at equal steps": bits("nothing", "equal-steps", "baseline") - bits("nothing", "equal-steps", "on"),
+        "one of a tenth": bits("memory", "database a tenth", "on") - bits("memory", "neighbors 2", "on"),
+        "ten times as much": bits("memory", "neighbors 2", "on") - bits("memory", "database ten times", "on"),
+        "from which most neighbors come": bits("memory", "database right removed", "on")
+        - bits("memory", "neighbors 2", "on"),
+        "8 neighbors beat 1": bits("memory", "neighbors 1", "on") - bits("memory", "neighbors 8", "on"),
+        "BM25 beats BERT": bits("memory", "database bert reranked", "on") - bits("memory", "neighbors 2", "on"),
+        "a compressed index": bits("memory", "database bert compressed", "on") - bits("memory", "database bert", "on"),
+    }
+    for words, saved in expected.items():
+        (gain,) = [gain for (claim, _), gain in gains.items() if words in claim.text] or pytest.fail(words)
+        assert gain["value"] == pytest.approx(saved / 400), words
+    assert len(expected) == len(CLAIMS) - 2, "all but two of models from nothing, beside random neighbors"
+
+
+def of_variants(variants, numbers):
+    """Bits of four documents of 100 bytes, which no other variant has."""
+    return {v: [float(n := next(numbers)), n + 7.0, n * 1.5, n + 3.0] for v in variants} | {"bytes": [100.0] * 4}
+
+
 def test_other_databases_hold_what_their_names_say(measured):
     record, place = measured
     (folder,) = (place / "memory").glob("*/data")
@@ -178,9 +259,11 @@ def test_other_databases_hold_what_their_names_say(measured):
     names = {split: {corpus.documents[i].name for i in corpus.split(split)} for split in ("train", "valid")}
     found = {}
     for texts in folder.parent.glob("database-*/texts"):
-        found[texts.parent.name.removeprefix("database-")] = {str(f.relative_to(texts)) for f in texts.rglob("*.py")}
-    assert found["1%"] < found["10%"] or (found["1%"] == found["10%"] and len(found["1%"]) == 2)
-    assert found["10%"] < names["train"] < found["ten-times"] and not found["ten-times"] & names["valid"]
+        found[texts.parent.name.removeprefix("database-").rpartition("-")[0]] = {
+            str(f.relative_to(texts)) for f in texts.rglob("*.py")
+        }
+    assert len(found["two-documents"]) == 2 and found["two-documents"] <= found["a-tenth"]
+    assert found["a-tenth"] < names["train"] < found["ten-times"] and not found["ten-times"] & names["valid"]
     assert found["right-removed"] < names["train"] and 1 <= len(names["train"] - found["right-removed"]) <= 7
     assert not found["python"] & names["train"] and not found["plays"] & found["python"]
     databases = {key: e["database"] for key, e in record["memory"]["models"]["evaluations"].items()}
@@ -234,6 +317,7 @@ def test_what_is_not_measured_yet_is_left_out_of_the_page(measured, tmp_path):
         del part[name]
     del record["memory"]["models"]["runs"]["all"], part["rivals"]["costs"]["knn-lm"]
     record["nothing"] = {}
+    report.write(record | {"memory": measured[0]["memory"]}, tmp_path)  # with all that there is of a base
     report.write(record, tmp_path)
     page = (tmp_path / "RESULTS.md").read_text()
     assert report.BASE.text in page and report.EQUAL_TIME.text not in page and "From nothing" not in page

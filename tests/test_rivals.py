@@ -39,8 +39,8 @@ def test_a_rivals_losses_are_those_of_a_loop_over_tokens(index, rival, most):
     start, all_tokens = int(corpus.starts[number]), corpus.tokens.tolist()
     room = (most or WINDOW // M) * M
     n_read = 0
-    for i in range(1, 2 * WINDOW + 3):
-        first = max(0, math.ceil((i - WINDOW) / STRIDE)) * STRIDE  # of the window that scores this token
+    scored = {t - start: w - start for w, end, at in windows(corpus, WINDOW, STRIDE, 3) for t in range(at, end + 1)}
+    for i, first in scored.items():  # `first` is where the window starts that scores this token
         nth = (i - first) // M
         before, begins = [], first
         last = min(first + (nth + 1) * M - 1, first + WINDOW)  # of the chunk, whose tokens are scored together
@@ -75,8 +75,8 @@ def test_no_rival_sees_a_token_that_it_has_yet_to_predict(index, rival):
     found = evaluate(model, corpus, index, config=CONFIG, others=())
     read, cut = found.neighbors[:, :K], windows(corpus, WINDOW, STRIDE, 3)
     before = rival_losses(rival, model, corpus, index, read, None, cut, WINDOW, STRIDE, 5, "cpu")
-    at = 5 * M + 3  # from here on the held-out text is another
     first = int(corpus.starts[corpus.n_train])
+    at = cut[1][0] - first + 5 * M + 3  # from here on the held-out text is another
     tokens = np.array(corpus.tokens)
     tokens[first + at :] = np.random.default_rng(0).permutation(tokens[first + at :])
     other = Corpus(tokens, corpus.documents, corpus.n_train, corpus.tokenizer, groups=corpus.groups)

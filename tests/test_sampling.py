@@ -523,8 +523,9 @@ def test_runs_are_listed_with_their_figures_and_the_best_is_marked(runs, capsys)
     best, other = sorted(runs, key=lambda run: summaries[run]["valid_bpb"])
     unfinished = shutil.copytree(best, best.parent / "0123456789abcdef")
     (unfinished / "summary.json").unlink()
-    evaluated = {"format_version": 6, "bits_per_byte": {"on": {"value": 1.2345}}}
-    write_manifest(other / "evaluation" / "evaluation.json", evaluated)
+    bits = {"bits_per_byte": {"on": {"value": 1.2345}}, "database_path": read_run(other)["data_path"]}
+    write_manifest(other / "evaluation" / "evaluation.json", bits | {"texts": []})
+    write_manifest(best / "evaluation" / "evaluation.json", bits | {"texts": ["elsewhere.txt"]})
     capsys.readouterr()
     assert main(["runs"]) == 0
     said = capsys.readouterr().out
@@ -532,6 +533,7 @@ def test_runs_are_listed_with_their_figures_and_the_best_is_marked(runs, capsys)
     first, second, third = (row for row in rows if not row.startswith("  run"))
     assert first.startswith(f"* {best.parent.name}/{best.name}") and f"{summaries[best]['valid_bpb']:.3f}" in first
     assert second.split()[:2] == [f"{other.parent.name}/{other.name}", "1"] and second.split()[-2] in ("1.234", "1.235")
+    assert not {"1.234", "1.235"} & set(first.split()), "that was another text"
     assert third.split() == [f"{best.parent.name}/0123456789abcdef", "to", "1"]
     assert max(map(len, said.splitlines())) <= 120
     plain = next(row for row in (first, second) if "plain/" in row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def row_of(run: Path) -> dict[str, Any]:
     manifest = read_run(run)
     checkpoints = checkpoints_of(run)
     row = {
-        "text": f"{manifest['data_path']} ({manifest['dataset']['corpus_sha256'][:8]})",
+        "text": f"{manifest['data_path']} ({manifest['dataset']['corpus_sha256'][:8]}){validated(manifest)}",
         "run": f"{run.parent.name}/{run.name}",
         "reads": bool(manifest["model"]["ca_layers"]),
         "steps": f"to {int(checkpoints[-1].name):,}" if checkpoints else "none yet",
@@ -58,23 +59,39 @@ def row_of(run: Path) -> dict[str, Any]:
             "tokens/s": summary["tokens_per_second"],
         }
         row["off"] = summary["valid_bpb_without_retrieval"] if row["reads"] else None
-    if (file := run / "evaluation" / "evaluation.json").exists():
-        row["held out"] = read_manifest(file)["bits_per_byte"]["on"]["value"]
+    try:
+        evaluation = read_manifest(run / "evaluation" / "evaluation.json")
+        # Of the run's own held-out documents, and with its own database.
+        is_own = evaluation.get("texts") == [] and evaluation.get("database_path") == manifest["data_path"]
+        row["held out"] = evaluation["bits_per_byte"]["on"]["value"] if is_own else None
+    except (ArtifactError, KeyError, TypeError):
+        pass  # not evaluated yet, or by an older version
     return row
+
+
+def validated(manifest: dict[str, Any]) -> str:
+    """How much of the text a run was validated on, if not on all: such runs are not compared with others."""
+    n = manifest["train"].get("n_final_batches")
+    return f", validated on {n:,} batches of {manifest['train']['batch_size']:,}" if n else ""
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Lines for the runs on one text, those that are best first."""
-    ordered = sorted(rows, key=lambda row: (row.get("valid", float("inf")), row["run"]))
+    ordered = sorted(rows, key=lambda row: (row["valid"] if is_finite(row) else math.inf, row["run"]))
     cells = [[*COLUMNS]]
     for row in ordered:
         bits = [f"{row[name]:.3f}" if row.get(name) is not None else "" for name in ("valid", "off", "held out")]
         speed = f"{row['tokens/s']:,.0f}" if "tokens/s" in row else ""
         cells.append([row["run"], row["steps"], *bits, speed])
     wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    best = "valid" in ordered[0]
+    best = is_finite(ordered[0])
     return [
         f"{'*' if number == 1 and best else ' '} {of_row[0]:<{wide[0]}}"
         + "".join(f"  {cell:>{n}}" for cell, n in zip(of_row[1:], wide[1:], strict=True)).rstrip()
         for number, of_row in enumerate(cells)
     ]
+
+
+def is_finite(row: dict[str, Any]) -> bool:
+    """Whether a run is finished, with a number."""
+    return math.isfinite(row.get("valid", math.nan))

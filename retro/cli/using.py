@@ -44,7 +44,7 @@ def sample_command(argv: Sequence[str]) -> None:
     """Text from a trained model."""
     parser = new_parser("sample", "Write text with a trained model that retrieves as it writes.", of_a_run=True)
     parser.add_argument(
-        "prompt", nargs="?", type=str | None, default=None, help="text to continue; left out, it asks for one by one"
+        "prompt", nargs="?", type=str, default=None, help="text to continue; left out, it asks for one by one"
     )
     parser.add_argument("--run", type=str, default=None, help=RUN_HELP)
     parser.add_argument("--base", type=str, default=None, help=BASE_HELP)
@@ -176,12 +176,16 @@ def evaluate_command(argv: Sequence[str]) -> None:
         "baseline_run": options.baseline and Path(options.baseline).name,
         "baseline_differs": [phrase({name: pair}) for name, pair in differing.items()],
         "database_path": str(options.database or data_path),
+        "texts": options.texts,
     }
+    out = Path(options.out or run / "evaluation")
     if options.against:
         from retro.evaluation.costs import costs
+        from retro.storage.manifests import write_manifest
 
+        write_manifest(out / "evaluation.json", summary)  # what took long is there, whatever becomes of the rest
         summary["costs"] = costs(evaluation, model, baseline)
-    _write_figures(summary, Path(options.out or run / "evaluation"))
+    _write_figures(summary, out)
     if options.report:
         from retro.evaluation.report import write_report
         from retro.runs.checkpoints import newest_checkpoint

@@ -1,8 +1,9 @@
 r"""What a generated token costs, by each way of using what was retrieved: operations, seconds, bytes.
 
-All ways write the same $m$ tokens, of held-out text, behind the same $T$ tokens before them, and what that costs is
-divided by $m$. $T$ is three quarters of a window, because a text that fills its window goes on with half of it. States
-of the $T$ tokens are kept, as in sampling, and were computed before, if the way can use them again:
+All ways write the same $m$ tokens, of held-out text, behind the same $T$ tokens before them (or fewer, where the model
+has no room for these and what a way puts before them), and what that costs is divided by $m$. $T$ is three quarters of
+a window, because a text that fills its window goes on with half of it. States of the $T$ tokens are kept, as in
+sampling, and were computed before, if the way can use them again:
 
 * `off`, `baseline`: $m$ passes, each over one token;
 * `on`: the same, and the neighbors of the last chunk of the $T$ tokens are looked up and encoded;
@@ -13,7 +14,8 @@ of the $T$ tokens are kept, as in sampling, and were computed before, if the way
 * `knn-lm`: as `off`, with a search among all remembered states for each token.
 
 Operations are those of the products of matrices in the networks, counted as they run
-(`torch.utils.flop_counter`; a multiplication and an addition are two); what searches counts in seconds only.
+(`torch.utils.flop_counter`; a multiplication and an addition are two). Attention counts in full, also what causal
+attention could leave out; what searches counts in seconds only.
 """
 
 from __future__ import annotations
@@ -126,7 +128,7 @@ class _Way:
         """Passes over the text's last token, which completes a chunk, and over all that are written but the last."""
         neighbors = self._look_up() if self.decoder.reads else None
         for token in torch.cat([self.text[-1:], self.written[:-1]]).split(1):
-            self.decoder.feed(token, neighbors)
+            int(self.decoder.feed(token, neighbors).argmax())  # the next one is chosen before it is read
             neighbors = None
             if self.memory is not None:
                 query = np.zeros((1, self.net.d_model), dtype=np.float32)
@@ -135,21 +137,25 @@ class _Way:
     def _write_behind_neighbors(self) -> None:
         neighbors = self._look_up()
         before = torch.from_numpy(put_before(neighbors.cpu().numpy(), self.index.chunk_len)).to(self.device)
-        self._read(torch.cat([before, self.text]), neighbors)
+        self._read(torch.cat([before, self.text]), neighbors, len(before))
         for token in self.written[:-1].split(1):
-            self.decoder.feed(token)
+            int(self.decoder.feed(token).argmax())
 
     def _look_up(self) -> Tensor:
         """Tokens (K, 2m) of the neighbors of the text's last chunk."""
         _, offsets = self.index.nearest([self.query], self.n_neighbors)
         return torch.from_numpy(self.index.values(offsets[0])).to(self.device)
 
-    def _read(self, tokens: Tensor, neighbors: Tensor | None = None) -> None:
-        """Read tokens, as many at once as it goes; if it reads neighbors, each chunk has the same."""
+    def _read(self, tokens: Tensor, neighbors: Tensor | None = None, n_before: int = 0) -> None:
+        """Read tokens, as many at once as it goes.
+
+        * `neighbors` are those of each chunk, if it reads any, behind the first `n_before` tokens
+        """
         while len(tokens):
-            due = self.decoder.reads and self.decoder.completes_chunk
+            due = self.decoder.reads and self.decoder.completes_chunk and self.decoder.length >= n_before
             now, tokens = tokens[: (n := self.decoder.n_next())], tokens[n:]
-            self.decoder.feed(now, neighbors if due else None)
+            logits = self.decoder.feed(now, neighbors if due else None)
+        int(logits.argmax())  # until it is there: a device computes on while nobody asks
 
     def operations(self) -> int:
         """Of the networks, for the chunk."""

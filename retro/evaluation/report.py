@@ -66,7 +66,7 @@ def write_report(
     environment = Environment(loader=PackageLoader("retro.evaluation", ""), autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"number": format, "interval": format_interval, "p": format_p, "behind": behind}
     page = environment.get_template("report.html.j2").render(
-        about=[*about, f"{date.today():%-d %B %Y}"],
+        about=[*about, f"{date.today().day} {date.today():%B %Y}"],
         summary=evaluation.summary(),
         variants=VARIANTS,
         passages=[_passage(evaluation, model, ranked[rank], rank, kind) for rank, kind in chosen],

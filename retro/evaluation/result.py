@@ -70,7 +70,7 @@ class Evaluation:
     overlap: np.ndarray  # (c) r(C)
     copyable_tokens: np.ndarray  # (c) in the longest run that a chunk shares with the neighbors it reads
     n_shuffles: int  # of which the losses with random neighbors are the mean
-    n_windows: int | None = None  # the most of each document that were evaluated; None for all
+    n_windows: int | None = None  # the most of each document that were evaluated, spread over it; None for all
 
     @property
     def start(self) -> int:
@@ -132,9 +132,9 @@ class Evaluation:
         return self.of_chunks(self.n_bytes) > 0
 
     def _n_tokens(self) -> int:
-        """Tokens that were evaluated, with the first one of each document."""
+        """Tokens that were evaluated, with the first one of a document where its beginning was."""
         cut = windows(self.corpus, self.window, self.stride, self.n_windows)
-        return len(self.corpus.split("valid")) + sum(end + 1 - scored for _, end, scored in cut)
+        return sum(end + 1 - (start if scored == start + 1 else scored) for start, end, scored in cut)
 
     def _sums(self, chosen: np.ndarray | None = None) -> dict[str, Any]:
         """Bits of each variant, and bytes, in each document: of all its chunks, or of the `chosen` ones (c)."""

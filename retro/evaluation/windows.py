@@ -75,7 +75,7 @@ def shuffled_neighbors(neighbors: np.ndarray, documents: np.ndarray, rng: np.ran
 def windows(corpus: Corpus, window: int, stride: int, n_windows: int | None = None) -> list[Window]:
     """The validation documents, cut into windows of at most `window` tokens, `stride` apart.
 
-    * `n_windows` is the most of each document; left out, all
+    * `n_windows` is the most of each document, from the middles of as many parts of it; left out, all
 
     Token `end` itself is predicted, but not read. Each token is scored by the first window that predicts it.
     """
@@ -88,11 +88,15 @@ def windows_of(
     """As `windows`, of the texts in some ranges of offsets."""
     found: list[Window] = []
     for first, end_of_document in ranges:
-        scored, start, n_before = first + 1, first, len(found)
-        while scored < end_of_document and (n_windows is None or len(found) - n_before < n_windows):
+        scored, start, of_document = first + 1, first, list[Window]()
+        while scored < end_of_document:
             end = min(start + window, end_of_document - 1)
-            found.append((start, end, scored))
+            of_document.append((start, end, scored))
             scored, start = end + 1, start + stride
+        n = len(of_document)
+        if n_windows is not None and n_windows < n:
+            of_document = [of_document[(2 * i + 1) * n // (2 * n_windows)] for i in range(n_windows)]
+        found += of_document
     return found
 
 

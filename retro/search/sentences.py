@@ -149,8 +149,11 @@ class CrossEncoded:
 
     @cached_property
     def sha256(self) -> str:
-        """Names its weights, and how they are used."""
-        return sha256_of_model(self.model, self.model.config.to_dict())
+        """Names its weights, its tokenizer, and how they are used."""
+        shape = self.model.config.to_dict()
+        made = {name: value for name, value in shape.items() if name not in ("_name_or_path", "transformers_version")}
+        tokenizer = self.model.tokenizer.backend_tokenizer.to_str()
+        return sha256_of_model(self.model, [made, self.model.max_length, tokenizer])
 
     def __call__(self, queries: Chunks, found: np.ndarray, corpus: Corpus, chunk_len: int) -> np.ndarray:
         """The score of each query with each chunk that it found, of shape `[q, n]`."""
