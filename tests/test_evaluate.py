@@ -218,7 +218,7 @@ def by_hand() -> Evaluation:
     bits = {"on": [0, 1, 2, 2, 0, 3, 4, 4], "off": [0, 2, 2, 4, 0, 3, 4, 2]}
     nats = {name: np.array(values) * math.log(2) for name, values in bits.items()}
     n_bytes = np.array([0, 1, 1, 1, 0, 1, 2, 2.0])
-    manifest = dict.fromkeys(DATABASE_FIELDS, 0) | {"retriever": "bert"}
+    manifest = dict.fromkeys(DATABASE_FIELDS, 0) | {"retriever": "bert", "rerank_by": "overlap"}
     index = type("Index", (), {"chunk_len": 2, "corpus": corpus, "manifest": manifest | {"chunk_len": 2}})()
     none = np.full((4, 10), -1)
     return Evaluation(

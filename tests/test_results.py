@@ -150,6 +150,7 @@ def measured(data, tmp_path_factory):
     return json.loads(json.dumps(record)), place
 
 
+@pytest.mark.slow
 def test_everything_is_measured_on_the_same_bytes_with_the_same_samples(measured):
     record, place = measured
     for kind in ("memory", "nothing"):
@@ -160,6 +161,7 @@ def test_everything_is_measured_on_the_same_bytes_with_the_same_samples(measured
         assert {r["train"]["seed"] for r in runs} == {0, 1}
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_model_has_the_time_and_a_plain_one_the_steps_or_the_time_of_those_that_read(measured):
     record, place = measured
     part, nothing_part = record["memory"]["models"], record["nothing"]["models"]
@@ -252,6 +254,7 @@ def of_variants(variants, numbers):
     return {v: [float(n := next(numbers)), n + 7.0, n * 1.5, n + 3.0] for v in variants} | {"bytes": [100.0] * 4}
 
 
+@pytest.mark.slow
 def test_other_databases_hold_what_their_names_say(measured):
     record, place = measured
     (folder,) = (place / "memory").glob("*/data")
@@ -275,6 +278,7 @@ def test_other_databases_hold_what_their_names_say(measured):
     assert "IVF2" in databases["database bert compressed"]["index"]
 
 
+@pytest.mark.slow
 def test_the_right_document_is_the_one_from_which_most_of_a_document_comes(measured, monkeypatch):
     _, place = measured
     (folder,) = (place / "memory").glob("*/data")
@@ -291,6 +295,7 @@ def test_the_right_document_is_the_one_from_which_most_of_a_document_comes(measu
     assert len(found & expected) >= len(expected) - 1, "but for ties"
 
 
+@pytest.mark.slow
 def test_a_page_is_made_of_everything_and_tells_what_was_reached(measured, tmp_path):
     record, _ = measured
     report.write(record, tmp_path)
@@ -310,6 +315,7 @@ def test_a_page_is_made_of_everything_and_tells_what_was_reached(measured, tmp_p
         assert (tmp_path / file).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_what_is_not_measured_yet_is_left_out_of_the_page(measured, tmp_path):
     record = json.loads(json.dumps(measured[0]))
     part = record["memory"]["models"]["evaluations"]

@@ -153,7 +153,7 @@ class CrossEncoded:
         shape = self.model.config.to_dict()
         made = {name: value for name, value in shape.items() if name not in ("_name_or_path", "transformers_version")}
         tokenizer = self.model.tokenizer.backend_tokenizer.to_str()
-        return sha256_of_model(self.model, [made, self.model.max_length, tokenizer])
+        return sha256_of_model(self.model, [made, self.model.max_seq_length, tokenizer])
 
     def __call__(self, queries: Chunks, found: np.ndarray, corpus: Corpus, chunk_len: int) -> np.ndarray:
         """The score of each query with each chunk that it found, of shape `[q, n]`."""
