@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +119,16 @@ def evaluated(
     from retro.evaluate import evaluate
     from retro.evaluation.costs import costs as costs_of
     from retro.runs.checkpoints import load_model
+    from retro.search.index_file import read_database_manifest
     from retro.text.corpus import Corpus
 
-    corpus, index = Corpus.load("data/corpus"), RetroIndex(data_path=database)
-    key = [FORMAT_VERSION, run.name, baseline and baseline.name, index.manifest["index_sha256"], options]
+    index_sha256 = read_database_manifest(database)["index_sha256"]
+    key = [FORMAT_VERSION, run.name, baseline and baseline.name, index_sha256, options]
     key += [list(others), list(against), costs, package_versions()]
     file = Path("evaluations") / f"{name}-{sha256_of_json(key)[:8]}.json"
     if not file.exists():
         print(f"\n# evaluation: {name}", flush=True)
+        corpus, index = Corpus.load("data/corpus"), RetroIndex(data_path=database)
         model, plain = load_model(run), None if baseline is None else load_model(baseline)
         evaluation = evaluate(
             model, corpus, index, config=EvaluateConfig(**options), baseline=plain, others=others, against=against
@@ -134,9 +137,39 @@ def evaluated(
     return json.loads(file.read_text())  # type: ignore[no-any-return]
 
 
-def in_turns(file: Path, steps: dict[str, Callable[[int], None]], n_rounds: int) -> dict[str, float]:
-    """How long each kind of step takes, in units of the first: medians of rounds in turns, after one that warms up."""
-    if not file.exists() or json.loads(file.read_text())["ratios"].keys() != steps.keys():
+def time_ratios(models: dict[str, Callable[[], Any]], how: Any, n_steps: int, n_rounds: int) -> dict[str, float]:
+    """How long a training step of each kind of model takes, in units of the first; samples are read from the disk.
+
+    * `models` make them, which is left out where it was measured before
+    * `how` they are trained; a round has `n_steps` of each
+    """
+    from retro.runs.data import TrainingData
+    from retro.runs.engine import new_optimizer
+    from retro.train import Trainer
+
+    data = TrainingData(Path("data"))
+
+    def step_of(make: Callable[[], Any]) -> Callable[[int], None]:
+        model = make().train()
+        optimizer = new_optimizer(model, how, fused=True)
+        trainer = Trainer("cpu", model, None, optimizer, config=how, n_steps=how.steps)
+
+        def step(number: int) -> None:
+            for batch in data.batches("train", how, n_steps * number, n_steps * (number + 1), False):
+                trainer.train_step(*batch)
+
+        return step
+
+    return in_turns(Path("time_ratios.json"), {n: partial(step_of, make) for n, make in models.items()}, n_rounds)
+
+
+def in_turns(file: Path, kinds: dict[str, Callable[[], Callable[[int], None]]], n_rounds: int) -> dict[str, float]:
+    """How long each kind of step takes, in units of the first: medians of rounds in turns, after one that warms up.
+
+    * `kinds` make the steps, which are called with the number of the round
+    """
+    if not file.exists() or not kinds.keys() <= json.loads(file.read_text())["ratios"].keys():
+        steps = {name: make() for name, make in kinds.items()}
         rounds: list[dict[str, float]] = []
         for number in range(n_rounds + 1):
             seconds = {}
@@ -148,4 +181,5 @@ def in_turns(file: Path, steps: dict[str, Callable[[int], None]], n_rounds: int)
         first = next(iter(steps))
         ratios = {n: statistics.median(r[n] / r[first] for r in rounds[1:]) for n in steps}
         write_json(file, {"ratios": ratios, "rounds": rounds[1:]})
-    return json.loads(file.read_text())["ratios"]  # type: ignore[no-any-return]
+    ratios = json.loads(file.read_text())["ratios"]
+    return {name: ratios[name] for name in kinds}

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import about, begin, call, evaluated, in_turns, write_texts
+from common import about, begin, call, evaluated, time_ratios, write_texts
 from corpora import SOURCES, Source, Texts, drawn
 
 from retro.config import PACKAGED_BASE
@@ -71,33 +72,19 @@ def config(steps: int, seed: int, **given: Any) -> Any:
     return replace(PRESETS["retrofit"].train, steps=steps, seed=seed, warmup=warmup, **measured_once, **given)
 
 
-def shape(trains: str | None) -> dict[str, Any]:
-    """A model that reads neighbors, or one that is fine-tuned."""
-    return {"base": BASE} | ({"ca_layers": (), "trains": trains} if trains else {})
+def shape(kind: str) -> dict[str, Any]:
+    """The shape of a model of some kind: `memory` reads neighbors, the others are fine-tuned."""
+    return {"base": BASE} | ({"ca_layers": (), "trains": TUNED[kind]["trains"]} if kind in TUNED else {})
 
 
-def time_ratios(tuned: tuple[str, ...], n_rounds: int) -> dict[str, float]:
-    """How long a step of each kind takes, in units of one that learns to read; samples are read from the disk."""
+def new_model(kind: str) -> Any:
+    """A model of some kind that has not been trained."""
     from retro.config import RetrofitConfig
     from retro.retrofit import Retrofit
-    from retro.runs.data import TrainingData
-    from retro.runs.engine import new_optimizer
     from retro.text.base_model import load_base
-    from retro.train import Trainer
 
-    data, steps = TrainingData(Path("data")), {}
-    for name in ("memory", *tuned):
-        how = config(100, 0)
-        of = RetrofitConfig(chunk_len=CHUNK_LEN, **shape(None if name == "memory" else TUNED[name]["trains"]))
-        model = Retrofit(load_base(of.base), of).train()
-        trainer = Trainer("cpu", model, None, new_optimizer(model, how, fused=True), config=how, n_steps=100)
-
-        def step(number: int, trainer: Trainer = trainer, how: Any = how) -> None:
-            for batch in data.batches("train", how, number, number + 1, False):
-                trainer.train_step(*batch)
-
-        steps[name] = step
-    return in_turns(Path("time_ratios.json"), steps, n_rounds)
+    of = RetrofitConfig(chunk_len=CHUNK_LEN, **shape(kind))
+    return Retrofit(load_base(of.base), of)
 
 
 def train_all(size: Size, seed: int, ratios: dict[str, float]) -> dict[str, tuple[Path, dict[str, Any]]]:
@@ -112,8 +99,7 @@ def trained(name: str, kind: str, steps: int, seed: int) -> tuple[Path, dict[str
 
     print(f"\n# {name}, seed {seed}: {steps:,} steps", flush=True)
     given = {"lr": TUNED[kind]["lr"]} if kind in TUNED else {}
-    of = shape(TUNED[kind]["trains"] if kind in TUNED else None)
-    return train(name=name, config=config(steps, seed, **given), model_shape=of, device="cpu")
+    return train(name=name, config=config(steps, seed, **given), model_shape=shape(kind), device="cpu")
 
 
 def n_samples() -> int:
@@ -205,7 +191,8 @@ def measure(place: Path, source: Source, size: Size) -> dict[str, Any]:
 
     begin(place, source, source.share, source.valid_fraction)
     prepare(source)
-    ratios = time_ratios(size.tuned, n_rounds=5)
+    kinds = {kind: partial(new_model, kind) for kind in ("memory", *size.tuned)}
+    ratios = time_ratios(kinds, config(100, 0), n_steps=1, n_rounds=5)
     runs = [train_all(size, seed, ratios) for seed in size.seeds]
     options = {"window": WINDOW, "stride": STRIDE, "n_windows": size.n_windows, "n_shuffles": 1}
     found: dict[str, Any] = {}

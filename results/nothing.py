@@ -8,10 +8,11 @@ documents that neither the training nor the database has seen.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import about, begin, call, evaluated, in_turns
+from common import about, begin, call, evaluated, time_ratios
 from corpora import Source
 
 CHUNK_LEN, CHUNKS_PER_SAMPLE = 32, 8
@@ -67,25 +68,13 @@ def config(steps: int, seed: int) -> Any:
     )
 
 
-def time_ratios(n_rounds: int) -> dict[str, float]:
-    """How long a step of each kind takes, in units of one with retrieval; samples are read from the disk."""
-    from retro.config import RetroConfig
-    from retro.model import RetroModel
-    from retro.runs.data import TrainingData
-    from retro.runs.engine import new_optimizer
-    from retro.train import Trainer
+def new_model(kind: str) -> Any:
+    """A model of some kind that has not been trained."""
+    from retro.model import RetroConfig, RetroModel
+    from retro.text.corpus import Corpus
 
-    data, how, steps = TrainingData(Path("data")), config(1000, 0), {}
-    for name, shape in SHAPES.items():
-        model = RetroModel.from_config(RetroConfig(n_vocab=data.corpus.n_tokens, chunk_len=CHUNK_LEN, **shape))
-        trainer = Trainer("cpu", model, None, new_optimizer(model, how, fused=True), config=how, n_steps=1000)
-
-        def step(number: int, trainer: Trainer = trainer) -> None:
-            for batch in data.batches("train", how, 10 * number, 10 * number + 10, False):
-                trainer.train_step(*batch)
-
-        steps[name] = step
-    return in_turns(Path("time_ratios.json"), steps, n_rounds)
+    n_vocab = Corpus.load("data/corpus").n_tokens
+    return RetroModel.from_config(RetroConfig(n_vocab=n_vocab, chunk_len=CHUNK_LEN, **SHAPES[kind]))
 
 
 def trained(name: str, kind: str, steps: int, seed: int) -> tuple[Path, dict[str, Any]]:
@@ -104,7 +93,8 @@ def measure(place: Path, source: Source, size: Size) -> dict[str, Any]:
     valid_fraction = source.valid_from_nothing or source.valid_fraction
     begin(place, source, share, valid_fraction)
     prepare(source, valid_fraction)
-    ratio = 1 / time_ratios(n_rounds=8)["plain"]
+    kinds = {kind: partial(new_model, kind) for kind in SHAPES}
+    ratio = 1 / time_ratios(kinds, config(1000, 0), n_steps=10, n_rounds=8)["plain"]
     plans = {
         "retro": ("retro", size.steps),
         "equal-steps": ("plain", size.steps),

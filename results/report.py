@@ -12,6 +12,7 @@ import numpy as np
 from retro.evaluation.figures import behind, plot, plot_costs
 from retro.evaluation.intervals import Gain, Interval, counted, format_interval, format_p, judged, ratio_of_sums
 from retro.evaluation.result import saved_bits
+from retro.storage.sample_file import retriever_of
 
 Part = dict[str, Any]  # what was measured on a corpus
 
@@ -22,9 +23,9 @@ class Way(NamedTuple):
     text: str
     evaluation: str
     variant: str
-    cost: tuple[str, str] | None = (
-        None  # the evaluation and the variant that have its cost; LoRA is merged, and is none
-    )
+    # The evaluation and the variant that have its cost. What LoRA learns can be added to the weights, where it costs
+    # nothing.
+    cost: tuple[str, str] | None = None
 
 
 MEMORY = (
@@ -35,12 +36,7 @@ MEMORY = (
     Way("LoRA, trained for as long", "lora", "baseline", ("rivals", "off")),
     Way("LoRA, trained on all of the text once", "a pass", "baseline", ("rivals", "off")),
     Way("all weights, trained for as long", "all", "baseline", ("rivals", "off")),
-    Way(
-        "that LoRA, what it finds before its text",
-        "tuned, in-context",
-        "in-context",
-        ("tuned, in-context", "in-context"),
-    ),
+    Way("that LoRA, what it finds before its text", "tuned, in-context", "in-context", ("rivals", "in-context")),
     Way("**reads what it finds**", "lora", "on", ("rivals", "on")),
     Way("reads random neighbors", "lora", "random"),
 )
@@ -327,8 +323,7 @@ def of_memory(name: str, part: Part) -> Iterator[str]:
         yield "|---|---|---|---|---|---|"
         for key, of in swept.items():
             d = of["database"]
-            by = d["retriever"] + (f", {d['rerank']} by overlap" if d["rerank"] else "")
-            by += f" ({d['index']})" if d["index"] != d["retriever"] else ""
+            by = retriever_of(d) + (f" ({d['index']})" if d["index"] != d["retriever"] else "")
             saved = (
                 "" if key == "neighbors 2" else format_interval(ratio_of_sums(*saved_bits(e["neighbors 2"], "on", of)))
             )

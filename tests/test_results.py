@@ -21,6 +21,7 @@ from retro.dataset import DATASET_FILE, Dataset, build_dataset
 from retro.evaluation.intervals import judged
 from retro.storage.manifests import read_manifest
 from retro.text.corpus import Corpus
+from retro.text.documents import find_texts, read_documents
 
 pytest.importorskip("matplotlib", reason="the plots need it: pip install matplotlib")
 FOLDER = Path(__file__).parent.parent / "results"
@@ -112,6 +113,17 @@ def test_an_archive_of_other_content_is_not_measured(tmp_path, monkeypatch):
         corpora.manual()
 
 
+def test_ones_own_texts_are_all_measured_also_those_that_are_lines_of_a_file(tmp_path):
+    (tmp_path / "mine" / "b").mkdir(parents=True)
+    (tmp_path / "mine" / "a.md").write_text("one text")
+    (tmp_path / "mine" / "b" / "c.jsonl").write_text('{"text": "another"}\n\n{"text": "a third"}\n')
+    source = corpora.own(tmp_path / "mine")
+    assert source.title == "The texts in mine"
+    common.write_texts(tmp_path / "texts", source.read())
+    found = sorted(document.text for document in read_documents(find_texts([tmp_path / "texts"])))
+    assert found == ["a third", "another", "one text"]
+
+
 # All of it, with a tiny base and tiny models.
 
 TINY = {"d_model": 16, "n_layers": 2, "n_heads": 2, "d_k": 8, "d_ff": 32, "n_encoder_layers": 1}
@@ -183,12 +195,16 @@ def test_a_step_that_takes_three_times_as_long_has_a_ratio_of_three(tmp_path, mo
     now = iter(np.cumsum([0, 1, 0, 3, 0, 9, 0, 2, 0, 6, 0, 1, 0, 1, 0, 3, 0, 4]).tolist())
     monkeypatch.setattr(common.time, "perf_counter", lambda: float(next(now)))
     file, numbers = tmp_path / "ratios.json", []
-    steps = {"first": numbers.append, "slow": lambda _: None, "other": lambda _: None}
+    steps = {"first": lambda: numbers.append, "slow": lambda: lambda _: None, "other": lambda: lambda _: None}
     found = common.in_turns(file, steps, n_rounds=2)
     assert found == {"first": 1.0, "slow": 3.0, "other": 2.25} and numbers == [0, 1, 2], "the first round warms up"
     assert common.in_turns(file, steps, n_rounds=2) == found and len(numbers) == 3, "it is found again"
+    unmade = {"first": lambda: pytest.fail("made"), "slow": lambda: pytest.fail("made")}
+    assert common.in_turns(file, unmade, n_rounds=2) == {"first": 1.0, "slow": 3.0}, (
+        "also some of them, without a model"
+    )
     monkeypatch.undo()
-    common.in_turns(file, {"first": numbers.append, "another": lambda _: None}, n_rounds=1)
+    common.in_turns(file, {"first": lambda: numbers.append, "another": lambda: lambda _: None}, n_rounds=1)
     assert len(numbers) == 5, "but not for other steps"
 
 
@@ -308,6 +324,9 @@ def test_a_page_is_made_of_everything_and_tells_what_was_reached(measured, tmp_p
     on, off = (np.mean(e["lora"]["by_document"][variant], axis=0).sum() for variant in ("on", "off"))
     assert f"(models: {100 * (1 - on / off):+.0f}%)" in page
     (row,) = (line for line in page.splitlines() if line.startswith("| kNN-LM | ") and "billion" in line)
+    assert set(report.costs_of(record["memory"]["models"])) == {
+        way for way in report.MEMORY if "random" not in way.text
+    }
     cost = e["rivals"]["costs"]["knn-lm"]
     assert f"{cost['operations'] / 1e9:.2f} billion | {1e3 * cost['seconds']:.0f} ms" in row
     assert f"{e['rivals']['bits_per_byte']['knn-lm']['value']:.3f}" in row

@@ -40,7 +40,7 @@ def runs_command(argv: Sequence[str]) -> None:
 def row_of(run: Path) -> dict[str, Any]:
     """What there is to say of a run."""
     from retro.runs.checkpoints import checkpoints_of
-    from retro.runs.run import SUMMARY_FILE, read_run
+    from retro.runs.run import SUMMARY_FIELDS, SUMMARY_FILE, read_run
     from retro.storage.manifests import read_manifest
 
     manifest = read_run(run)
@@ -52,7 +52,7 @@ def row_of(run: Path) -> dict[str, Any]:
         "steps": f"to {int(checkpoints[-1].name):,}" if checkpoints else "none yet",
     }
     if (run / SUMMARY_FILE).exists():
-        summary = read_manifest(run / SUMMARY_FILE)
+        summary = read_manifest(run / SUMMARY_FILE, SUMMARY_FIELDS)
         row |= {
             "steps": f"{summary['steps']:,}",
             "valid": summary["valid_bpb"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def plot_costs(summary: dict[str, Any], path: Path) -> None:
         (both[0], "operations", 1e9, "billion operations"),
         (both[1], "seconds", 1e-3, "milliseconds"),
     ):
-        for (variant, cost), color in zip(summary["costs"].items(), COLORS, strict=False):
+        for (variant, cost), color in zip(summary["costs"].items(), cycle(COLORS), strict=False):
             bits = summary["bits_per_byte"][variant]["value"]
             axes.plot(cost[kind] / unit, bits, "o", color=color, label=variant)
         axes.set(xlabel=f"a generated token, {label}", xlim=(0, None), ylim=(0, None))
@@ -108,10 +109,10 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     rows = [row for row in summary["filtered"] if row["n_chunks"]]
     alphas = [100 * row["alpha"] for row in rows]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for variant, color in zip(summary["bits_per_byte"], COLORS, strict=False):
+    for variant, color in zip(summary["bits_per_byte"], cycle(COLORS), strict=False):
         left.plot(alphas, [row["bits_per_byte"][variant] for row in rows], marker="o", label=variant, color=color)
     left.set(title="Chunks filtered by overlap", ylabel="bits per byte")
-    for name, color in zip(summary["gain"], COLORS[1:], strict=False):
+    for name, color in zip(summary["gain"], islice(cycle(COLORS), 1, None), strict=False):
         gains = [row["gain"][name] for row in rows]
         right.plot(alphas, [gain["value"] for gain in gains], marker="o", label=name, color=color)
         if all(gain["low"] is not None for gain in gains):
