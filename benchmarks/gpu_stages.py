@@ -416,6 +416,14 @@ def sampling(s: Setting, note: Note) -> None:
         works = {name: lambda x=x, n=length: x.sample(prompt, n) for name, x in samplers.items()}  # type: ignore[misc]
         for name, seconds in in_turns(s, works, 1, s.size(3, 1)).items():
             note(f"{length} tokens, {name}", {"tokens/s": length / statistics.median(seconds)})
+    both, prompts = samplers["device, its BERT too"], [text[i * 999 :][:40] for i in range(s.size(16, 2))]
+    n = s.size(128, 16)
+    works = {
+        "at once": lambda: both.sample_many(prompts, n),
+        "one by one": lambda: [both.sample(prompt, n) for prompt in prompts],
+    }
+    for name, seconds in in_turns(s, works, 1, s.size(3, 1)).items():
+        note(f"{len(prompts)} prompts, {name}", {"tokens/s": len(prompts) * n / statistics.median(seconds)})
     chunk = [corpus.tokenizer.decode(corpus.tokens[:16].tolist())]
     works = {"CPU": lambda: index.embed(chunk), "device": lambda: on_device.embed(chunk)}
     for name, seconds in in_turns(s, works, s.size(20, 2), 3).items():
