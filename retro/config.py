@@ -32,6 +32,8 @@ class CorpusConfig:
     hold_out: Literal["documents", "folders"] = "documents"  # what is held out as a whole
     keep_near_held_out: bool = False  # train on near-duplicates of held-out documents too, which are left out otherwise
     seed: int = 0  # start of everything random
+    text_column: str = "text"  # where the text of a record is, in JSON lines, Parquet files and datasets
+    name_column: str | None = None  # where its name is; null to call it by its place: FILE:LINE
 
     def __post_init__(self) -> None:
         require_numbers(self)

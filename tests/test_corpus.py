@@ -8,7 +8,7 @@ from labml_helpers.datasets.text import TextFileDataset
 from retro.errors import DamagedFile
 from retro.text.build import build_corpus, name_of
 from retro.text.corpus import Corpus
-from retro.text.documents import find_texts, sha256_of_text
+from retro.text.documents import find_texts, read_documents, sha256_of_text
 from retro.text.split import split_texts
 
 TEXT = "Full fathom five thy father lies;\nOf his bones are coral made;\n" * 20
@@ -56,7 +56,10 @@ def test_subwords_are_learnt_from_the_training_documents_alone(tmp_path):
 def test_no_more_is_held_out_than_the_share_in_whole_documents(tmp_path, fraction):
     texts = {f"{i}.txt": f"Document {i}" + "." * (i * i % 37) for i in range(200)}
     (tmp_path / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts.values()))
-    split, sizes = split_texts(find_texts([tmp_path]), fraction), [len(text) for text in texts.values()]
+    split, sizes = (
+        split_texts(list(read_documents(find_texts([tmp_path]))), fraction),
+        [len(text) for text in texts.values()],
+    )
     held_out = [size for size, side in zip(sizes, split.sides, strict=True) if side == "valid"]
     assert sum(held_out) >= fraction * sum(sizes) > sum(held_out) - max(sizes)
     # As they were drawn: by the hash of seed and text.

@@ -13,7 +13,7 @@ from retro.errors import InvalidOption
 from retro.storage.manifests import read_manifest, write_manifest
 from retro.text.build import build_corpus
 from retro.text.copies import near
-from retro.text.documents import find_texts
+from retro.text.documents import find_texts, read_documents
 from retro.text.split import folders_of, split_texts
 
 
@@ -40,7 +40,7 @@ def write(folder, texts):
 
 def split_of(folder, **options):
     texts = find_texts([folder])
-    split = split_texts(texts, **options)
+    split = split_texts(list(read_documents(texts)), **options)
     return {name: side for (name, _), side in zip(texts, split.sides, strict=True)}, dict(split.left_out)
 
 

@@ -12,7 +12,7 @@ from retro.config import OF_OWN_TEXT, CorpusConfig, DatabaseConfig, DatasetConfi
 from retro.errors import MissingArtifact
 from retro.progress import note
 
-TEXTS = "text files, .jsonl files, or folders of them"
+TEXTS = "text files, files of many texts (JSON lines, Parquet, datasets), or folders of them"
 
 
 def database_config(options: Namespace, given: set[str], named: set[str]) -> DatabaseConfig:

@@ -37,6 +37,7 @@ def plan_command(argv: Sequence[str]) -> None:
     from retro.device import pick_device
     from retro.planning.plan import check_size, describe, plan
     from retro.planning.rates import measure
+    from retro.text.records import Columns
 
     device = pick_device(options.device)
     check_size(options.n_tokens, options.n_processes)
@@ -47,6 +48,13 @@ def plan_command(argv: Sequence[str]) -> None:
     if not options.texts:
         note(f"no TEXT is named, so this is for text like that of --preset {preset}; name your own to plan for it")
     rates = measure(
-        texts, corpus.tokenizer, database.chunk_len, database.embedder, device, database.factory, corpus.valid_fraction
+        texts,
+        corpus.tokenizer,
+        database.chunk_len,
+        database.embedder,
+        device,
+        database.factory,
+        corpus.valid_fraction,
+        Columns(corpus.text_column, corpus.name_column),
     )
     note(describe(plan(options.n_tokens, rates, database.factory, options.n_processes, database.n_train)))

@@ -82,6 +82,7 @@ def prepare_corpus(config: CorpusConfig, preset: str, texts: Sequence[str], data
     from retro.text.build import build_corpus, corpus_cache_key
     from retro.text.corpus import CORPUS_FOLDER, MANIFEST_FILE, Corpus
     from retro.text.documents import search_texts
+    from retro.text.records import Columns
     from retro.text.split import list_documents, texts_sha256
 
     folder, corpus = data_path / CORPUS_FOLDER, None
@@ -95,7 +96,9 @@ def prepare_corpus(config: CorpusConfig, preset: str, texts: Sequence[str], data
         found_texts, passed_over = search_texts(paths())
         if str(passed_over):
             note(f"passed over: {passed_over}")
-        documents = list_documents(found_texts)
+        if not (folder / MANIFEST_FILE).exists():
+            return False  # they are read when it is built
+        documents = list_documents(found_texts, Columns(config.text_column, config.name_column))
         cache_key = corpus_cache_key(texts_sha256(documents), config)
         path, reason = folder / MANIFEST_FILE, ""
         try:

@@ -212,12 +212,15 @@ def _evaluate(
     from retro.evaluate import evaluate
     from retro.evaluation.held_out import held_out_texts, require_held_out
     from retro.runs.checkpoints import load_model
+    from retro.text.records import Columns
 
     dataset = manifest["dataset"]
     require_match(
         data_path / "corpus", {"corpus_sha256": trained_on.sha256}, {"corpus_sha256": dataset["corpus_sha256"]}
     )
-    held_out = held_out_texts(options.texts, trained_on.tokenizer) if options.texts else trained_on
+    held_out = trained_on
+    if options.texts:
+        held_out = held_out_texts(options.texts, trained_on.tokenizer, Columns.of(trained_on.manifest))
     database = Path(options.database or data_path)
     in_database = trained_on
     if database.resolve() != data_path.resolve():

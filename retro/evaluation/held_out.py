@@ -11,15 +11,23 @@ from retro.errors import SeenText
 from retro.text.copies import near, signature
 from retro.text.corpus import Corpus, DocumentEntry
 from retro.text.documents import find_texts, read_documents, sha256_of_text
+from retro.text.records import PLAIN, Columns
 from retro.text.tokenizer import Tokenizer
 
 N_NAMED = 5  # documents that an error names; the others are counted
 
 
-def held_out_texts(paths: Sequence[str | Path], tokenizer: Tokenizer) -> Corpus:
-    """A corpus in memory of texts to evaluate: all of them are validation documents."""
+def held_out_texts(
+    paths: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    columns: Columns = PLAIN,
+) -> Corpus:
+    """A corpus in memory of texts to evaluate: all of them are validation documents.
+
+    * `columns` are the fields of records that are their text and their name
+    """
     arrays, entries, signatures = [], [], []
-    for document in read_documents(find_texts(paths)):
+    for document in read_documents(find_texts(paths), columns):
         try:
             ids = np.asarray(tokenizer.encode(document.text), dtype=np.int32)
         except ValueError as error:

@@ -32,6 +32,7 @@ from retro.storage.shards import TOKENS_PER_SHARD, Shards
 from retro.text.build import build_corpus
 from retro.text.corpus import MANIFEST_FILE, Corpus
 from retro.text.documents import find_texts, read_documents
+from retro.text.records import PLAIN, Columns
 from retro.text.split import list_documents
 
 T = TypeVar("T")
@@ -75,6 +76,7 @@ def measure(
     device: torch.device | str = "cpu",
     index: str = "auto",
     valid_fraction: float = CorpusConfig.valid_fraction,
+    columns: Columns = PLAIN,
 ) -> Rates:
     """Rates of this machine on a sample drawn from the files of `texts`; takes some 20 s on two cores.
 
@@ -82,7 +84,7 @@ def measure(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        sample = _write_sample(texts, folder / "texts")
+        sample = _write_sample(texts, folder / "texts", columns)
 
         def make_corpus() -> Corpus:  # as the command does it: look, build, load
             list_documents(find_texts([sample]))
@@ -128,12 +130,12 @@ def plannable_index(factory: str, d: int) -> faiss.Index:
     return index
 
 
-def _write_sample(texts: Sequence[str | Path], folder: Path) -> Path:
+def _write_sample(texts: Sequence[str | Path], folder: Path, columns: Columns) -> Path:
     """A folder with documents of randomly drawn files, `SAMPLE_CHARS` in all or what there is."""
     found, n_chars = find_texts(texts), 0
     drawn = np.random.default_rng(0).permutation(len(found))
     folder.mkdir()
-    for number, document in enumerate(read_documents(found[i] for i in drawn)):
+    for number, document in enumerate(read_documents((found[i] for i in drawn), columns)):
         text = document.text[: SAMPLE_CHARS - n_chars]
         (folder / f"{number:06d}.txt").write_text(text, encoding="utf-8")
         n_chars += len(text)

@@ -61,6 +61,7 @@ from retro.text.build import write_documents
 from retro.text.copies import are_near, first_of_equals, groups_of, near, signatures_of
 from retro.text.corpus import CORPUS_FOLDER, SIGNATURES_FILE, TOKENS_FILE, Corpus
 from retro.text.documents import Document, find_texts, read_documents, sha256_of_text
+from retro.text.records import Columns
 
 MEASURE_UP_TO = 4_000_000  # keys; above, recall stays as it was measured when the index was built
 
@@ -84,7 +85,9 @@ def add_documents(
     with _one_process(data_path):
         corpus = Corpus.load(data_path / CORPUS_FOLDER)
         _require_retriever(data_path, corpus, retriever)
-        new, restored = split_new_and_restored(corpus, list(read_documents(find_texts(paths))))
+        new, restored = split_new_and_restored(
+            corpus, list(read_documents(find_texts(paths), Columns.of(corpus.manifest)))
+        )
         if new or restored:
             _rewrite(data_path / CORPUS_FOLDER, corpus, new, corpus.removed - set(restored))
         manifest = update_index(data_path, bert, device, retriever)

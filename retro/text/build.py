@@ -11,14 +11,20 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from retro.config import CorpusConfig
-from retro.progress import note
+from retro.progress import each, note
 from retro.storage.files import TEMPORARY, atomic_write, exclusive_lock, sha256_of_file
 from retro.storage.manifests import package_versions, write_manifest
 from retro.text.copies import first_of_equals
 from retro.text.corpus import MANIFEST_FILE, SIGNATURES_FILE, TOKENIZER_FILE, TOKENS_FILE, Corpus, DocumentEntry
-from retro.text.documents import Document, find_texts, read_documents, sha256_of_text
-from retro.text.split import split_single, split_texts
+from retro.text.documents import Document, find_texts, read_documents
+from retro.text.records import Columns
+from retro.text.split import Split, cut_in_two, entry_of, require_text, split_texts
+from retro.text.spool import Spool
 from retro.text.tokenizer import Tokenizer, lost_text, train_tokenizer
+
+CHARS_AT_ONCE = 1 << 22  # of the documents that are tokenized together, on all cores
+LEARNT_FROM = 1 << 26  # characters that a subword vocabulary is learnt from, where there are more
+COLUMNS = ("text_column", "name_column")  # of CorpusConfig
 
 
 def build_corpus(
@@ -30,10 +36,12 @@ def build_corpus(
     name: str | None = None,
     keep_near_held_out: bool = CorpusConfig.keep_near_held_out,
     hold_out: Literal["documents", "folders"] = CorpusConfig.hold_out,
+    text_column: str = CorpusConfig.text_column,
+    name_column: str | None = CorpusConfig.name_column,
 ) -> Corpus:
     """Read texts into a corpus folder: `tokens.bin`, `tokenizer.json`, `signatures.bin`, `manifest.json`.
 
-    * `paths` are text files and folders of them
+    * `paths` are text files, files of many texts, datasets, and folders of them (`retro.text.documents`)
     * `tokenizer` is `char`, `bpe:SIZE` (trained here, on the training documents), or the name or folder of any
       Hugging Face tokenizer
     * `valid_fraction` is the least share of the bytes to hold out, in whole documents; the last part of the text when
@@ -42,29 +50,30 @@ def build_corpus(
     * `keep_near_held_out` trains on documents that are near-duplicates of held-out ones; they are left out otherwise
     * `hold_out` is what is held out as a whole: `documents`, or the `folders` that their names tell
 
-    The texts are read once for each pass and one document at a time. Raises `ValueError` for text that cannot be used
-    and leaves an existing corpus as it was.
+    * `text_column`, `name_column` are the fields of records, and the columns of Parquet files and datasets, in which
+      their text is, and what they are called
+
+    The texts are read once, one at a time, into a file without a name beside the corpus; what comes afterwards takes
+    them from there. Raises `ValueError` for text that cannot be used and leaves an existing corpus as it was.
     """
     folder = Path(folder)
-    config = CorpusConfig(tokenizer, valid_fraction, hold_out, keep_near_held_out, seed)
+    config = CorpusConfig(tokenizer, valid_fraction, hold_out, keep_near_held_out, seed, text_column, name_column)
     texts = find_texts(paths)
-    split = split_texts(texts, valid_fraction, seed, keep_near_held_out, hold_out)
+    with Spool(read_documents(texts, Columns(text_column, name_column)), folder) as documents:
+        require_text(documents, texts)
+        split = split_texts(documents, valid_fraction, seed, keep_near_held_out, hold_out)
+        parts = cut_in_two(documents[0], valid_fraction) if split.single else documents
+        return _write_corpus(parts, split, folder, config, name or name_of(paths))
 
-    def documents(side: str) -> Iterator[tuple[int, Document]]:
-        number = -1
-        for number, document in enumerate(split_single(read_documents(texts), split.single, valid_fraction)):
-            if split.texts[number : number + 1] != (sha256_of_text(document.text),):
-                raise ValueError(f"{document.name} changed while it was read; give the same command again")
-            if split.sides[number] == side:
-                yield number, document
-        if number + 1 < len(split.texts):
-            raise ValueError("a text vanished while the texts were read; give the same command again")
+
+def _write_corpus(documents: Sequence[Document], split: Split, folder: Path, config: CorpusConfig, name: str) -> Corpus:
+    """The corpus of documents that are held out as `split` says."""
+    numbers_of = {side: [i for i, of in enumerate(split.sides) if of == side] for side in ("train", "valid")}
 
     # As in the tutorial, every character of either part is in the vocabulary. A subword
     # vocabulary is learnt from the training documents alone.
-    train_texts = (d.text for _, d in documents("train"))
-    all_texts = (d.text for side in ("train", "valid") for _, d in documents(side))
-    encoder = train_tokenizer(tokenizer, all_texts if tokenizer == "char" else train_texts)
+    learnt_from = [*numbers_of["train"], *(numbers_of["valid"] if config.tokenizer == "char" else ())]
+    encoder = train_tokenizer(config.tokenizer, _texts_to_learn_from(documents, learnt_from, config))
 
     dtype = np.dtype("uint16" if encoder.n_tokens <= 1 << 16 else "uint32")
     written: list[tuple[int, DocumentEntry]] = []
@@ -77,11 +86,11 @@ def build_corpus(
             atomic_write(folder / SIGNATURES_FILE) as signatures,
         ):
             with open(tokens, "wb") as file:
-                for side in ("train", "valid"):
-                    written += write_documents(file, documents(side), encoder, dtype)
+                for numbers in numbers_of.values():
+                    written += write_documents(file, ((i, documents[i]) for i in numbers), encoder, dtype)
                     n_train = n_train or len(written)
                     if not n_train:
-                        raise ValueError(f"no text to train on has a token of the tokenizer {tokenizer}")
+                        raise ValueError(f"no text to train on has a token of the tokenizer {config.tokenizer}")
             written = _with_groups_together(tokens, written, n_train, split.groups, dtype)
             numbers = [number for number, _ in written]
             split.signatures[numbers].tofile(signatures)
@@ -90,7 +99,9 @@ def build_corpus(
             hashes = {f"{name}_sha256": sha256_of_file(path) for name, path in files.items()}
         manifest = {
             **corpus_cache_key(split.sha256, config),
-            "name": name or name_of(paths),
+            "name": name,
+            "text_column": config.text_column,
+            "name_column": config.name_column,
             "tokenizer": encoder.kind,
             "dtype": str(dtype),
             "n_train": n_train,
@@ -140,19 +151,49 @@ def write_documents(
     Tells of the first document that its tokens do not give back.
     """
     entries, lost = [], None
-    for number, document in documents:
-        ids = np.asarray(encoder.encode(document.text), dtype=dtype)
-        if not lost and (lost := lost_text(encoder, document.text, ids)):
-            note(
-                f"The tokenizer does not keep all of the text: in {document.name}, {lost}. Bits per byte of models of "
-                f"this corpus cannot be compared with those of other tokenizers."
-            )
-        if not len(ids):
-            continue  # of characters that the tokenizer drops
-        file.write(ids.tobytes())
-        sha256, n_bytes = sha256_of_text(document.text), len(document.text.encode())
-        entries.append((number, DocumentEntry(document.name, sha256, n_bytes, len(ids))))
+    for batch in _in_batches(each(documents, "Tokenize", "document")):
+        arrays = encoder.encode_batch([document.text for _, document in batch])
+        for (number, document), ids in zip(batch, arrays, strict=True):
+            if not lost and (lost := lost_text(encoder, document.text, ids)):
+                note(
+                    f"The tokenizer does not keep all of the text: in {document.name}, {lost}. Bits per byte of models "
+                    f"of this corpus cannot be compared with those of other tokenizers."
+                )
+            if not len(ids):
+                continue  # of characters that the tokenizer drops
+            file.write(ids.astype(dtype).tobytes())
+            entries.append((number, DocumentEntry(*entry_of(document), len(ids))))
     return entries
+
+
+def _in_batches(documents: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
+    """Documents that are tokenized together: as many as have `CHARS_AT_ONCE`, or one longer one."""
+    batch, n_chars = [], 0
+    for number, document in documents:
+        batch.append((number, document))
+        n_chars += len(document.text)
+        if n_chars >= CHARS_AT_ONCE:
+            yield batch
+            batch, n_chars = [], 0
+    if batch:
+        yield batch
+
+
+def _texts_to_learn_from(documents: Sequence[Document], numbers: list[int], config: CorpusConfig) -> Iterator[str]:
+    """The texts of documents with these numbers; for subwords, if they are longer, `LEARNT_FROM` characters of them.
+
+    Which these are, is drawn by the seed.
+    """
+    if config.tokenizer == "char":
+        yield from (documents[number].text for number in numbers)
+        return
+    left = LEARNT_FROM
+    for place in np.random.default_rng(config.seed).permutation(len(numbers)):
+        text = documents[numbers[place]].text[:left]
+        left -= len(text)
+        yield text
+        if not left:
+            return
 
 
 def corpus_cache_key(texts_sha256: str, config: CorpusConfig) -> dict[str, Any]:
@@ -160,5 +201,6 @@ def corpus_cache_key(texts_sha256: str, config: CorpusConfig) -> dict[str, Any]:
     name = config.tokenizer
     if (file := Path(name) / TOKENIZER_FILE).is_file():
         name = f"{Path(name).name}:{sha256_of_file(file)[:12]}"
-    others = {key: value for key, value in asdict(config).items() if key != "tokenizer"}
+    # What the columns are shows in the texts that are read from them.
+    others = {key: value for key, value in asdict(config).items() if key not in ("tokenizer", *COLUMNS)}
     return {"texts_sha256": texts_sha256, "tokenizer_name": name, **others}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import json
 import os
-import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +12,12 @@ from pathlib import Path
 
 from retro.errors import ArtifactError, CannotRead
 from retro.storage.manifests import is_manifest
+from retro.text.reading import decoded
+from retro.text.records import PLAIN, RECORD_SUFFIXES, Columns, holds_records, is_dataset, read_records
 
 # What is taken for text inside a folder. A file that is named itself may have any suffix.
-_SUFFIXES = ".txt .md .rst .tex .html .xml .csv .py .pyi .js .ts .java .c .h .cc .cpp .hpp .go .rs .sh .jsonl"
-TEXT_SUFFIXES = frozenset(_SUFFIXES.split())
+_SUFFIXES = ".txt .md .rst .tex .html .xml .csv .py .pyi .js .ts .java .c .h .cc .cpp .hpp .go .rs .sh"
+TEXT_SUFFIXES = frozenset((*_SUFFIXES.split(), *RECORD_SUFFIXES))
 N_NAMED = 5  # of what is passed over; the rest is counted
 
 # What retro writes is no text: the manifests that tell its folders (of a database, a run, a corpus or shards), and how
@@ -26,20 +25,10 @@ N_NAMED = 5  # of what is passed over; the rest is counted
 _OWN_MANIFESTS = ("retro.index.json", "run.json", "manifest.json", "corpus/manifest.json")
 _OWN_FILES = {".jsonl": b'{"format_version":', ".html": b'<meta name="generator" content="retro">'}
 
-_OTHER_ENCODINGS = (  # in this order: the mark of UTF-32 begins with that of UTF-16
-    (codecs.BOM_UTF32_LE, "UTF-32"),
-    (codecs.BOM_UTF32_BE, "UTF-32"),
-    (codecs.BOM_UTF16_LE, "UTF-16"),
-    (codecs.BOM_UTF16_BE, "UTF-16"),
-)
-_KINDS = {
-    dict: "an object", list: "a list", str: "a string", float: "a number", bool: "true or false", type(None): "null"
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Document:
-    """A named text. `name` is a file's path below the folder it was found in, or `FILE.jsonl:LINE`."""
+    """A named text. `name` is a file's path below the folder it was found in, `FILE.jsonl:LINE`, or a record's own."""
 
     name: str
     text: str
@@ -83,9 +72,10 @@ def printable(path: Path) -> str:
 
 
 def find_texts(paths: Sequence[str | Path]) -> list[tuple[str, Path]]:
-    """Text files under files and folders, as (name, path), in order of their names.
+    """Text files and datasets under files and folders, as (name, path), in order of their names.
 
-    A folder is searched without what is hidden in it, and without what retro wrote; links to folders are followed.
+    `hf:NAME`, `hf:NAME:SPLIT` and `hf:NAME:SPLIT:CONFIG` are datasets of the hub. A folder is searched without what is
+    hidden in it, and without what retro wrote; links to folders are followed.
 
     Raises `FileNotFoundError` for a path that does not exist, `CannotRead` for one that may not be read, and
     `ValueError` for a folder without text.
@@ -99,7 +89,9 @@ def search_texts(paths: Sequence[str | Path]) -> tuple[list[tuple[str, Path]], P
     passed_over = PassedOver()
     for path in map(Path, paths):
         with naming_what_cannot_be_read():
-            if path.is_dir():
+            if is_dataset(path):
+                found[path] = path.name if path.is_dir() else str(path)
+            elif path.is_dir():
                 below = {file: printable(file.relative_to(path)) for file in _texts_below(path, passed_over)}
                 if not below:
                     raise ValueError(
@@ -133,6 +125,10 @@ def _texts_below(top: Path, passed_over: PassedOver) -> Iterator[Path]:
                 passed_over.own.append(Path(folder))
                 below.clear()
                 continue
+            if folder != str(top) and is_dataset(Path(folder)):
+                below.clear()
+                yield Path(folder)
+                continue
             passed_over.others.update("hidden folder" for name in below if name[0] == ".")
             below[:] = sorted(name for name in below if name[0] != ".")
             folders += [path for name in below if os.path.islink(path := os.path.join(folder, name))]
@@ -140,7 +136,7 @@ def _texts_below(top: Path, passed_over: PassedOver) -> Iterator[Path]:
                 suffix = file.suffix.lower()
                 if file.name[0] == ".":
                     passed_over.others["hidden file"] += 1
-                elif suffix not in TEXT_SUFFIXES:
+                elif not file.name.lower().endswith(tuple(TEXT_SUFFIXES)):
                     passed_over.kinds[printable(Path(suffix)) if suffix else "without suffix"] += 1
                 elif not file.is_file():
                     passed_over.others["broken link" if file.is_symlink() else "special file"] += 1
@@ -180,73 +176,32 @@ def naming_what_cannot_be_read() -> Iterator[None]:
 def read_text(path: Path) -> str:
     """A file's text. Raises `ValueError` naming the file, and the byte where it is not UTF-8 text, or `CannotRead`."""
     with naming_what_cannot_be_read():
-        data = path.read_bytes()
-    for mark, encoding in _OTHER_ENCODINGS:
-        if data.startswith(mark):
-            old, new = shlex.quote(str(path)), shlex.quote(f"{path}.new")
-            raise ValueError(
-                f"{path} is {encoding} text, but UTF-8 is wanted. Convert it: "
-                f"iconv -f {encoding} -t UTF-8 {old} > {new} && mv {new} {old}"
-            )
-    if (nul := data.find(b"\0")) >= 0:
-        raise ValueError(f"{path} is binary, not text: it has a zero byte at byte {nul}")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}. "
-            f"Convert it (iconv -t UTF-8) or leave it out."
-        ) from None
-    return _with_plain_newlines(text)
+        return decoded(path.read_bytes(), str(path))
 
 
-def _with_plain_newlines(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+def read_documents(texts: Iterable[tuple[str, Path]], columns: Columns = PLAIN) -> Iterator[Document]:
+    """The documents of files, one at a time: a file each, or each record of a file or dataset of many.
 
+    * `columns` are the fields of records that are their text and their name. Of several records of one name, those
+      that come later are called by their place as well
 
-def read_documents(texts: Iterable[tuple[str, Path]]) -> Iterator[Document]:
-    """The documents of files, one at a time: a file each, or each line's `text` of a `.jsonl` file.
-
-    Files and lines without any text are passed over.
+    Files and records without any text are passed over.
     """
+    seen = set[str]()
     for name, path in texts:
-        text = read_text(path)
-        if path.suffix.lower() != ".jsonl":
-            if text.strip():
+        if not holds_records(path):
+            if (text := read_text(path)).strip():
                 yield Document(name, text)
             continue
-        for number, line in enumerate(text.split("\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                entry = _text_of_record(line)
-            except ValueError as error:
-                raise ValueError(
-                    f'{path}, line {number}: expected a JSON object with a "text" string, but {error}'
-                ) from None
-            if entry.strip():
-                yield Document(f"{name}:{number}", entry)
-
-
-def _text_of_record(line: str) -> str:
-    """The text of a line of a `.jsonl` file. Raises `ValueError` saying what is there instead."""
-    try:
-        # The other fields may hold what they like, also numbers of so many digits that Python makes no int of them.
-        record = json.loads(line, parse_int=float)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"this is no JSON ({error.msg}, column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("this is nested too deeply") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"this is {_KINDS[type(record)]}")
-    if not isinstance(text := record.get("text"), str):
-        raise ValueError(f'its "text" is {_KINDS[type(text)]}' if "text" in record else 'it has no "text"')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise ValueError(f'character {error.start + 1} of its "text" is {half}, half a surrogate pair') from None
-    return _with_plain_newlines(text)
+        with naming_what_cannot_be_read():
+            for number, text, own in read_records(path, columns):
+                if not text.strip():
+                    continue
+                place = f"{name}:{number}"
+                called = place if own is None else f"{own} ({place})" if own in seen else own
+                if own is not None:
+                    seen.add(own)
+                yield Document(called, text)
 
 
 def sha256_of_text(text: str) -> str:

@@ -5,16 +5,18 @@ Documents can also be drawn by whole folders, whose files are kin: those of a pr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from retro.errors import InvalidOption
+from retro.progress import each
 from retro.storage.manifests import sha256_of_json
 from retro.text.copies import groups_of, signature
 from retro.text.documents import Document, read_documents, sha256_of_text
+from retro.text.records import PLAIN, Columns
 
 Found = list[tuple[str, str, int]]  # name, sha256 and bytes of the text of each document, in the order of reading
 
@@ -32,9 +34,24 @@ class Split:
     single: bool  # there is one text, and its last part is held out
 
 
-def list_documents(texts: list[tuple[str, Path]]) -> Found:
+def list_documents(texts: list[tuple[str, Path]], columns: Columns = PLAIN) -> Found:
     """What documents there are, in one pass over the texts. Raises `ValueError` if there are none."""
-    return _found(texts, ((d, sha256_of_text(d.text)) for d in read_documents(texts)))
+    found = [entry_of(document) for document in read_documents(texts, columns)]
+    require_text(found, texts)
+    return found
+
+
+def entry_of(document: Document) -> tuple[str, str, int]:
+    """Name, sha256 and bytes of a document."""
+    return document.name, sha256_of_text(document.text), len(document.text.encode())
+
+
+def require_text(documents: Sequence[object], texts: list[tuple[str, Path]]) -> None:
+    """Raise `ValueError` naming the texts if there is no document in them."""
+    if not documents:
+        raise ValueError(
+            f"no text in {', '.join(str(path) for _, path in texts) or 'what was named'}: all of it is empty"
+        )
 
 
 def texts_sha256(found: Found) -> str:
@@ -42,23 +59,14 @@ def texts_sha256(found: Found) -> str:
     return sha256_of_json(found)
 
 
-def _found(texts: list[tuple[str, Path]], documents: Iterable[tuple[Document, str]]) -> Found:
-    found = [(d.name, sha256, len(d.text.encode())) for d, sha256 in documents]
-    if not found:
-        raise ValueError(
-            f"no text in {', '.join(str(path) for _, path in texts) or 'what was named'}: all of it is empty"
-        )
-    return found
-
-
 def split_texts(
-    texts: list[tuple[str, Path]],
+    documents: Sequence[Document],
     valid_fraction: float = 0.1,
     seed: int = 0,
     keep_near_held_out: bool = False,
     hold_out: str = "documents",
 ) -> Split:
-    """Draw the held-out documents, in one pass over the texts.
+    """Draw the held-out documents, in one pass over them.
 
     They are drawn by a seeded hash of their text, so the split does not depend on the order of the files. Of a group
     of near-duplicates one text is drawn for all: it is held out, and the others are left out, so that nobody trains on
@@ -71,19 +79,15 @@ def split_texts(
     Raises `InvalidOption` where no folder can be held out.
     """
     signatures: dict[str, np.ndarray] = {}
-
-    def signed() -> Iterator[tuple[Document, str]]:
-        for document in read_documents(texts):
-            sha256 = sha256_of_text(document.text)
-            if sha256 not in signatures:
-                signatures[sha256] = signature(document.text)
-            yield document, sha256
-
-    found = _found(texts, signed())
+    found = Found()
+    for document in each(documents, "Compare", "document", len(documents)):
+        found.append(entry_of(document))
+        if (sha256 := found[-1][1]) not in signatures:
+            signatures[sha256] = signature(document.text)
     signs = np.array([signatures[sha256] for _, sha256, _ in found])
     groups, n = groups_of(signs), len(found)
     if valid_fraction > 0 and not groups.any() and hold_out == "documents":
-        return _split_of_one(texts, found, valid_fraction)
+        return _split_of_one(documents, found, valid_fraction)
     sides = np.full(n, "train", dtype="<U5")
     if valid_fraction > 0:
         units = list(range(n)) if hold_out == "documents" else folders_of([name for name, _, _ in found])
@@ -138,24 +142,21 @@ def _drawn(
     return drawn, list(held_out.values())
 
 
-def _split_of_one(texts: list[tuple[str, Path]], found: Found, valid_fraction: float) -> Split:
+def _split_of_one(documents: Sequence[Document], found: Found, valid_fraction: float) -> Split:
     """The split of one text: the first of the documents is cut in two, the others are copies of it."""
-    parts = list(split_single(read_documents(texts), True, valid_fraction))
+    parts = cut_in_two(documents[0], valid_fraction)
     left_out = tuple((name, found[0][0]) for name, _, _ in found[1:])
     shas = tuple(sha256_of_text(part.text) for part in parts)
     signs = np.array([signature(part.text) for part in parts])
     return Split(texts_sha256(found), shas, ("train", "valid"), signs, np.arange(2), left_out, True)
 
 
-def split_single(documents: Iterable[Document], single: bool, valid_fraction: float) -> Iterator[Document]:
-    """Documents as they are; but a corpus of one document is cut into its first and its last part."""
-    for document in documents:
-        if not single:
-            yield document
-            continue
-        cut = int(len(document.text) * (1 - valid_fraction))
-        if not 0 < cut < len(document.text):
-            raise ValueError(f"{document.name} has {len(document.text)} characters: too few to hold some out")
-        yield Document(f"{document.name} [train]", document.text[:cut])
-        yield Document(f"{document.name} [valid]", document.text[cut:])
-        return  # any further documents are copies of this one
+def cut_in_two(document: Document, valid_fraction: float) -> list[Document]:
+    """The first and the last part of a document. Raises `ValueError` where one of them would be empty."""
+    cut = int(len(document.text) * (1 - valid_fraction))
+    if not 0 < cut < len(document.text):
+        raise ValueError(f"{document.name} has {len(document.text)} characters: too few to hold some out")
+    return [
+        Document(f"{document.name} [train]", document.text[:cut]),
+        Document(f"{document.name} [valid]", document.text[cut:]),
+    ]

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import takewhile
 from operator import eq
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -35,6 +37,15 @@ from retro.text.base_model import find_base
 CONTEXT = 8
 
 N_SHOWN = 12  # characters of a text that a tokenizer loses
+
+N_THREADS = os.cpu_count() or 1
+# How byte-level BPE cuts a text into words (GPT-2's pattern), and the letter that it writes each byte with: itself, if
+# it is printed, else the next one from 256 on.
+WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LONG = re.compile(r"\S{1000}|\s{1000}")  # a word that may be so long that tiktoken takes time in the square of it
+_PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
+_OTHERS = (byte for byte in range(256) if byte not in _PRINTED)
+BYTES = {chr(byte): byte for byte in _PRINTED} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 
 # What byte-level BPE cuts no further: letters, digits, other characters or blanks in a row. Learning from one takes
 # time in the square of its length, so that longer ones are cut to this many characters.
@@ -60,6 +71,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Tokens of each of several texts, as `encode` gives them, on all cores where that is quicker."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of tokens that begin a text."""
@@ -114,6 +128,12 @@ class CharTokenizer:
         return table
 
     def encode(self, text: str) -> list[int]:
+        return self._ids(text).tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self._ids(text) for text in texts]
+
+    def _ids(self, text: str) -> np.ndarray:
         ids = self._table[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)]
         if len(unknown := np.flatnonzero(ids < 0)):
             at = int(unknown[0])
@@ -121,7 +141,7 @@ class CharTokenizer:
                 f"{text[at]!r} (character {at} of the text) is not among the {self.n_tokens} characters of this "
                 "corpus. Leave it out, or build the corpus with subwords, as bpe:4096"
             )
-        return ids.tolist()
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.itos[i] for i in ids)
@@ -160,6 +180,40 @@ class SubwordTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        quick = [i for i, text in enumerate(texts) if self._quick is not None and not LONG.search(text)]
+        others = [i for i in range(len(texts)) if i not in {*quick}]
+        encoded: dict[int, list[int]] = {}
+        if quick:
+            given = self._quick.encode_ordinary_batch([texts[i] for i in quick], num_threads=N_THREADS)
+            encoded |= zip(quick, given, strict=True)
+        if others:
+            given = self.backend.encode_batch_fast([texts[i] for i in others], add_special_tokens=False)
+            encoded |= zip(others, (text.ids for text in given), strict=True)
+        return [np.array(encoded[i], dtype=np.int64) for i in range(len(texts))]
+
+    @cached_property
+    def _quick(self) -> Any:
+        """The same vocabulary in `tiktoken`, several times as fast; None for what it cannot be, as WordPiece.
+
+        It joins any two pieces that make a token, earlier tokens first; the backend those that were joined when it was
+        learnt. In a vocabulary that is in the order in which it was learnt, that is the same (tests).
+        """
+        import tiktoken
+        from tokenizers import pre_tokenizers
+
+        made = json.loads(self.backend.to_str())
+        model, split = made["model"], self.backend.pre_tokenizer
+        is_plain = isinstance(split, pre_tokenizers.ByteLevel) and not split.add_prefix_space and split.use_regex
+        if model["type"] != "BPE" or not is_plain or made["normalizer"] or made["added_tokens"]:
+            return None
+        vocabulary, merges = model["vocab"], model["merges"]
+        joined = [vocabulary.get("".join(pair), -1) for pair in merges]
+        if joined != list(range(256, len(vocabulary))) or not set(BYTES).issubset(vocabulary):
+            return None
+        ranks = {bytes(BYTES[letter] for letter in token): number for token, number in vocabulary.items()}
+        return tiktoken.Encoding("learnt", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=False)
