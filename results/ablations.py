@@ -166,7 +166,7 @@ def measure(name: str, size: Size, seed: int) -> None:
     from retro.evaluation.windows import chunk_offsets, is_scored, losses, predicted_bytes, windows
     from retro.model import RetroConfig, RetroModel
     from retro.runs.data import TrainingData
-    from retro.runs.engine import new_optimizer
+    from retro.runs.optimizers import new_optimizer
     from retro.train import Trainer
 
     torch.set_num_threads(1)

@@ -144,7 +144,7 @@ def time_ratios(models: dict[str, Callable[[], Any]], how: Any, n_steps: int, n_
     * `how` they are trained; a round has `n_steps` of each
     """
     from retro.runs.data import TrainingData
-    from retro.runs.engine import new_optimizer
+    from retro.runs.optimizers import new_optimizer
     from retro.train import Trainer
 
     data = TrainingData(Path("data"))

@@ -216,6 +216,7 @@ class TrainConfig:
     schedule: Literal["noam", "cosine", "constant"] = "noam"
     warmup: int = 2000  # steps of the schedule's warm-up
     clip: float | None = None  # largest norm of the gradient
+    optimizer: Literal["adam", "muon"] = "adam"  # muon: for matrices; a learning rate of 4e-3, say, as for adam
     beta2: float = 0.999  # of Adam: how much of the past is in the mean of squared gradients
     weight_decay: float = 0.0  # of AdamW, times the learning rate; on matrices, not on embeddings, norms, biases
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast
@@ -230,7 +231,11 @@ class TrainConfig:
     seed: int = 0  # start of everything random
 
     def __post_init__(self) -> None:
-        for name, known in (("schedule", ("noam", "cosine", "constant")), ("precision", ("fp32", "bf16"))):
+        for name, known in (
+            ("schedule", ("noam", "cosine", "constant")),
+            ("precision", ("fp32", "bf16")),
+            ("optimizer", ("adam", "muon")),
+        ):
             if (value := getattr(self, name)) not in known:
                 raise InvalidOption(name, value, f"is not one of {', '.join(known)}")
         require_numbers(self)

@@ -29,7 +29,8 @@ from retro.model import RetroModel
 from retro.runs import loop
 from retro.runs.checkpoints import load_model, newest_checkpoint, save_model
 from retro.runs.data import Batches, TrainingData
-from retro.runs.engine import new_optimizer, start_engine
+from retro.runs.engine import start_engine
+from retro.runs.optimizers import new_optimizer
 from retro.runs.run import find_run, latest_run, read_run, write_run
 from retro.runs.tracking import InterruptedInStep
 from retro.sample import Sampler
@@ -623,6 +624,72 @@ def test_weight_decay_is_of_matrices_alone_and_adam_forgets_as_told(index):
     # Means of gradients .1 * .9 and of squares .25 * .75, divided by 1 - .9^2 and 1 - .75^2; the first step is 1.
     expected = -1 - (0.09 / 0.19) / math.sqrt(0.1875 / 0.4375)
     torch.testing.assert_close(bias.data, torch.full_like(bias, expected))
+
+
+def orthogonal_near(matrix):
+    """What five of Muon's Newton-Schulz steps make of a matrix, in 64 bits, by its singular values."""
+    u, values, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    values = values / values.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return u @ values.diag() @ v
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 has it")
+def test_muon_takes_matrices_along_their_orthogonal_gradients_and_adam_the_rest(index):
+    model, other = a_model(index), a_model(index)
+    optimizer = new_optimizer(model, TrainConfig(optimizer="muon", weight_decay=0.25), fused=False)
+    adam = new_optimizer(other, TrainConfig(weight_decay=0.25), fused=False)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    torch.manual_seed(0)
+    for weight, same in zip(model.parameters(), other.parameters(), strict=True):
+        weight.grad = torch.randn_like(weight)
+        same.grad = weight.grad.clone()
+    for group in (*optimizer.param_groups, *adam.param_groups):
+        group["lr"] = 0.5
+    optimizer.step()
+    adam.step()
+    inside = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    inside -= {"read.weight"}
+    assert len(inside) > 20 and not any(model.get_parameter(name).dim() < 2 for name in inside)
+    for name, weight in model.named_parameters():
+        if name not in inside:
+            assert weight.equal(other.get_parameter(name)), name
+            continue
+        # Nesterov's momentum of a first gradient: (1 - 0.95) (1 + 0.95) of it, of which only the direction counts.
+        size = 0.2 * math.sqrt(max(weight.shape))
+        expected = before[name] * 0.875 - 0.5 * size * orthogonal_near(weight.grad).float()
+        torch.testing.assert_close(weight.data, expected, rtol=0, atol=0.03 * size)  # it computes in bf16
+        assert (weight.data - before[name]).abs().max() > 0.1 * size
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 has it")
+def test_a_run_by_muon_that_is_stopped_ends_as_if_it_had_not_been(run, monkeypatch):
+    config = replace(CONFIG, optimizer="muon", lr=0.01, schedule="constant", warmup=2)
+    whole, _ = train(config=config, model_shape=SHAPE, device="cpu", name="whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        watched(patch, at=4)
+        train(config=config, model_shape=SHAPE, device="cpu", name="b")
+    made = watched(monkeypatch)
+    again, _ = train(config=config, model_shape=SHAPE, device="cpu", name="b")
+    assert [step for step, *_ in made] == [4, 5]
+    expected = load_model(whole).state_dict()
+    assert all(weight.equal(expected[name]) for name, weight in load_model(again).state_dict().items())
+    assert not load_model(run).state_dict()["attn.0.query.weight"].equal(expected["attn.0.query.weight"])
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 has it")
+def test_muon_is_refused_where_it_cannot_be(run, index, monkeypatch):
+    config = replace(CONFIG, optimizer="muon")
+    with refused(InvalidOption, "--optimizer muon needs whole matrices"):
+        train(config=config, model_shape=SHAPE, device="cpu", name="sharded", fsdp=True)
+    with refused(InvalidOption, "--optimizer muon is for models that are trained from nothing"):
+        new_optimizer(torch.nn.Linear(2, 2), config, fused=False)
+    with refused(InvalidOption, "--optimizer sgd is not one of adam, muon"):
+        TrainConfig(optimizer="sgd")
+    monkeypatch.delattr(torch.optim, "Muon")
+    with refused(InvalidOption, "--optimizer muon needs torch 2.9"):
+        new_optimizer(a_model(index), config, fused=False)
 
 
 def test_a_gradient_is_clipped_to_its_largest_norm_and_not_stretched(index):

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from retro import parallel
-from retro.config import TrainConfig
 from retro.errors import InvalidOption
 from retro.loss import cross_entropy
 from retro.retrofit import Model, Retrofit
@@ -28,6 +27,7 @@ from retro.runs.checkpoints import (
     set_aside_after,
 )
 from retro.runs.models import seeded_model
+from retro.runs.optimizers import new_optimizer
 from retro.runs.run import Run
 
 
@@ -66,6 +66,10 @@ def start_engine(run: Run, device: torch.device, fsdp: bool) -> Engine:
     if isinstance(model, Retrofit) and (fsdp or config.compile or config.recompute):
         reason = "is read through hooks, which fsdp, compile and recompute do not take"
         raise InvalidOption("base", model.config.base, reason)
+    if fsdp and config.optimizer == "muon":
+        raise InvalidOption(
+            "optimizer", config.optimizer, "needs whole matrices, of which fsdp gives each process rows"
+        )
     if fsdp and config.micro_batch is not None:  # weights are gathered in each part, of which a process may have fewer
         raise InvalidOption("micro_batch", config.micro_batch, "does not go with fsdp, whose processes step together")
     if (saved := _checkpoint_to_go_on_from(run)) is not None:
@@ -87,28 +91,6 @@ def start_engine(run: Run, device: torch.device, fsdp: bool) -> Engine:
     optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
     net = model if fsdp else accelerator.prepare_model(model, device_placement=False)
     return Engine(model, net, optimizer, accelerator, progress)
-
-
-def new_optimizer(model: Model, config: TrainConfig, fused: bool) -> torch.optim.Optimizer:
-    """AdamW over what a model trains; without weight decay it is Adam, as in the tutorial."""
-    groups = model.parameter_groups() if isinstance(model, Retrofit) else [{"params": [*model.parameters()]}]
-    if config.weight_decay:
-        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-
-        def decays(weight: torch.nn.Parameter) -> bool:
-            return weight.dim() > 1 and id(weight) not in embeddings
-
-        groups = [
-            {
-                **group,
-                "params": [w for w in group["params"] if decays(w) == of],
-                "weight_decay": config.weight_decay * of,
-            }
-            for group in groups
-            for of in (True, False)
-        ]
-    betas, own = (0.9, config.beta2), [group for group in groups if group["params"]]
-    return torch.optim.AdamW(own, lr=config.lr, betas=betas, eps=1e-9, weight_decay=0.0, fused=fused)
 
 
 def _checkpoint_to_go_on_from(run: Run) -> Path | None:
