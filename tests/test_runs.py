@@ -27,6 +27,7 @@ from retro.errors import DamagedFile, InvalidOption, MissingArtifact
 from retro.evaluate import evaluate
 from retro.model import RetroModel
 from retro.runs import loop
+from retro.runs import run as run_files
 from retro.runs.checkpoints import load_model, newest_checkpoint, save_model
 from retro.runs.data import Batches, TrainingData
 from retro.runs.engine import start_engine
@@ -34,7 +35,7 @@ from retro.runs.optimizers import new_optimizer
 from retro.runs.run import find_run, latest_run, read_run, write_run
 from retro.runs.tracking import InterruptedInStep
 from retro.sample import Sampler
-from retro.storage.manifests import read_manifest, write_manifest
+from retro.storage.manifests import read_manifest, sha256_of_json, write_manifest
 from retro.text.build import build_corpus
 from retro.text.corpus import Corpus
 from retro.train import TrainConfig, Trainer, learning_rate, train
@@ -624,6 +625,20 @@ def test_weight_decay_is_of_matrices_alone_and_adam_forgets_as_told(index):
     # Means of gradients .1 * .9 and of squares .25 * .75, divided by 1 - .9^2 and 1 - .75^2; the first step is 1.
     expected = -1 - (0.09 / 0.19) / math.sqrt(0.1875 / 0.4375)
     torch.testing.assert_close(bias.data, torch.full_like(bias, expected))
+
+
+def test_what_there_was_no_choice_of_once_does_not_name_a_run_so_that_earlier_ones_are_found(run, monkeypatch):
+    """The names of the fields that name a run: a new one belongs here only if all earlier runs are to be lost."""
+    hashed = []
+    monkeypatch.setattr(run_files, "sha256_of_json", lambda value: hashed.append(value) or sha256_of_json(value))
+    found = find_run(TrainingData(Path("data")), "a", CONFIG, SHAPE, None)
+    assert found.folder.name == run.name
+    names = """batch_size micro_batch epochs steps lr schedule warmup clip beta2 weight_decay precision compile recompute
+        interval missing_neighbors random_neighbors n_valid_batches n_final_batches seed"""
+    assert list(hashed[0]["train"]) == names.split()
+    assert "retriever" not in hashed[0]["dataset"]
+    for other in (replace(CONFIG, optimizer="muon"), replace(CONFIG, lr=0.5)):
+        assert find_run(TrainingData(Path("data")), "a", other, SHAPE, None).folder.name != run.name
 
 
 def orthogonal_near(matrix):

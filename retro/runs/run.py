@@ -144,9 +144,10 @@ def _run_of(folder: Path, data: TrainingData, config: TrainConfig, shape: ModelC
 
 def _hash_of(data: TrainingData, config: TrainConfig, shape: ModelConfig, others: Mapping[str, Any]) -> str:
     """The name of a run's folder, which tells it from all that anything else shaped."""
-    train = {name: value for name, value in asdict(config).items() if name != "save_minutes"}  # it changes no number
-    # What there was no choice of once is left out, so that runs from then are found.
-    dataset = {name: value for name, value in data.manifest.items() if (name, value) != ("retriever", BERT)}
+    # What there was no choice of once is left out, so that runs from then are found; and what changes no number.
+    once = (("retriever", BERT), ("optimizer", "adam"))
+    train = {name: v for name, v in asdict(config).items() if name != "save_minutes" and (name, v) not in once}
+    dataset = {name: value for name, value in data.manifest.items() if (name, value) not in once}
     shaped_by = {"train": train, "model": asdict(shape), "dataset": dataset, "format": FORMAT_VERSION}
     return sha256_of_json({**shaped_by, **others})[:16]
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from retro.config import CorpusConfig
-from retro.progress import each, note
+from retro.progress import MOMENT, each, note
 from retro.storage.files import TEMPORARY, atomic_write, exclusive_lock, sha256_of_file
 from retro.storage.manifests import package_versions, write_manifest
 from retro.text.copies import first_of_equals
@@ -151,7 +151,7 @@ def write_documents(
     Tells of the first document that its tokens do not give back.
     """
     entries, lost = [], None
-    for batch in _in_batches(each(documents, "Tokenize", "document")):
+    for batch in _in_batches(each(documents, "Tokenize", "document", delay=MOMENT)):
         arrays = encoder.encode_batch([document.text for _, document in batch])
         for (number, document), ids in zip(batch, arrays, strict=True):
             if not lost and (lost := lost_text(encoder, document.text, ids)):

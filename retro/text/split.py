@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from retro.errors import InvalidOption
-from retro.progress import each
+from retro.progress import MOMENT, each
 from retro.storage.manifests import sha256_of_json
 from retro.text.copies import groups_of, signature
 from retro.text.documents import Document, read_documents, sha256_of_text
@@ -80,7 +80,7 @@ def split_texts(
     """
     signatures: dict[str, np.ndarray] = {}
     found = Found()
-    for document in each(documents, "Compare", "document", len(documents)):
+    for document in each(documents, "Compare", "document", len(documents), MOMENT):
         found.append(entry_of(document))
         if (sha256 := found[-1][1]) not in signatures:
             signatures[sha256] = signature(document.text)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
 
-from retro.progress import each
+from retro.progress import MOMENT, each
 from retro.text.documents import Document
 
 
@@ -22,7 +22,7 @@ class Spool(Sequence[Document]):
         place = next(folder for folder in (near, *near.absolute().parents) if folder.is_dir())
         self._file = tempfile.TemporaryFile(dir=place)
         self._names, self._ends = list[str](), [0]
-        for document in each(documents, "Read", "document"):
+        for document in each(documents, "Read", "document", delay=MOMENT):
             self._ends.append(self._ends[-1] + self._file.write(document.text.encode()))
             self._names.append(document.name)
 
