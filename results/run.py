@@ -29,7 +29,10 @@ FULL: dict[str, dict[str, Any]] = {
         else memory.Size(100, SEEDS, 2, tuned=("lora", "all"), rivals=ALL_RIVALS, sweeps=True, a_pass=True)
         for name in SOURCES
     },
-    "nothing": {name: nothing.Size(600, SEEDS, doublings=1 if name == "models" else 0) for name in SOURCES},
+    "nothing": {
+        name: nothing.Size(450, SEEDS) if name != "models" else nothing.Size(1600, SEEDS, doublings=1)
+        for name in SOURCES
+    },
 }
 QUICK: dict[str, dict[str, Any]] = {
     "memory": {"models": memory.Size(20, (0,), 1)},

@@ -633,8 +633,8 @@ def test_what_there_was_no_choice_of_once_does_not_name_a_run_so_that_earlier_on
     monkeypatch.setattr(run_files, "sha256_of_json", lambda value: hashed.append(value) or sha256_of_json(value))
     found = find_run(TrainingData(Path("data")), "a", CONFIG, SHAPE, None)
     assert found.folder.name == run.name
-    names = """batch_size micro_batch epochs steps lr schedule warmup clip beta2 weight_decay precision compile recompute
-        interval missing_neighbors random_neighbors n_valid_batches n_final_batches seed"""
+    names = """batch_size micro_batch epochs steps lr schedule warmup clip beta2 weight_decay precision compile
+        recompute interval missing_neighbors random_neighbors n_valid_batches n_final_batches seed"""
     assert list(hashed[0]["train"]) == names.split()
     assert "retriever" not in hashed[0]["dataset"]
     for other in (replace(CONFIG, optimizer="muon"), replace(CONFIG, lr=0.5)):
