@@ -25,6 +25,7 @@ COMMANDS = {
     "runs": ("listing", "the runs there are, with their figures"),
     "add": ("changing", "add documents to a database, embedding only them"),
     "remove": ("changing", "take documents out of a database"),
+    "verify": ("verifying", "whether all that was written is as it was written, read from the first byte to the last"),
     "plan": ("planning", "what a database of any size will take, told before it is built"),
 }
 ENDED_BY_SIGPIPE = 141  # as shells report of other programs whose reader went

@@ -88,6 +88,12 @@ class BM25:
             n_tokens += int((tokens >= 0).sum())
         return np.log1p((len(self.chunks) - n_with + 0.5) / (n_with + 0.5)), n_tokens / len(self.chunks)
 
+    def is_whole(self) -> bool:
+        """True. Raises `MissingArtifact` or `DamagedFile` if a shard is missing, or not as it was written."""
+        for number in range(len(self.parts)):
+            self._scores(number)
+        return True
+
     def _scores(self, number: int) -> csr_array:
         """What each token adds to the score of each chunk of a shard, mapped from its file; of shape `[V, chunks]`."""
         if number in self._opened:

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from retro import parallel
 from retro.errors import ArtifactError, CannotWrite, DamagedFile, FolderInUse
+from retro.storage.known import known
 
 LOCK_FILE = ".lock"
 TEMPORARY = ".tmp"  # how the names of unfinished files end
@@ -25,7 +26,14 @@ BLOCK = 1 << 20  # bytes that are read at a time
 
 
 def sha256_of_file(path: Path, n_bytes: int | None = None, skip_line: bool = False) -> str:
-    """The sha256 in hexadecimal of a file's bytes, of the first `n_bytes`, or of all but the first line."""
+    """The sha256 in hexadecimal of a file's bytes, of the first `n_bytes`, or of all but the first line.
+
+    It is computed once, and holds while the file is as it was then (`retro.storage.known`).
+    """
+    return known(path, f"sha256 of {n_bytes}, {skip_line}", lambda: _sha256_of_file(path, n_bytes, skip_line))
+
+
+def _sha256_of_file(path: Path, n_bytes: int | None, skip_line: bool) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         if skip_line:

@@ -27,6 +27,7 @@ from retro import parallel
 from retro.errors import ArtifactError, MissingArtifact, differences
 from retro.progress import bar, note
 from retro.storage.files import BLOCK, atomic_write
+from retro.storage.known import known
 from retro.storage.manifests import FORMAT_VERSION, read_manifest, sha256_of_json, write_manifest
 
 TOKENS_PER_SHARD = 1 << 19  # of text: the work that an interruption can lose, and that shares its duplicates
@@ -142,13 +143,16 @@ class Shards:
         shutil.rmtree(self.folder)
 
     def _name(self, number: int, file: Path) -> str:
-        digest = hashlib.sha256(
-            f"{sha256_of_json([FORMAT_VERSION, self.manifest])} {number} {self.inputs[number]} ".encode()
-        )
-        with open(file, "rb") as content:
-            while block := content.read(BLOCK):
-                digest.update(block)
-        return f"{number:06d}-{digest.hexdigest()[:HASH_LENGTH]}{self.suffix}"
+        made_of = f"{sha256_of_json([FORMAT_VERSION, self.manifest])} {number} {self.inputs[number]} "
+
+        def digest() -> str:
+            whole = hashlib.sha256(made_of.encode())
+            with open(file, "rb") as content:
+                while block := content.read(BLOCK):
+                    whole.update(block)
+            return whole.hexdigest()[:HASH_LENGTH]
+
+        return f"{number:06d}-{known(file, f'shard {made_of}', digest)}{self.suffix}"
 
 
 def _ahead(prepare: Callable[[int], Any], numbers: Sequence[int]) -> Iterator[tuple[int, Any]]:

@@ -29,6 +29,7 @@ import numpy as np
 
 from retro.errors import DamagedFile, MissingArtifact
 from retro.storage.files import sha256_of_file
+from retro.storage.known import known
 from retro.storage.manifests import MAX_NUMBER, Fields, read_manifest, sha256_of_json
 from retro.text.copies import N_ORDERS, signatures_of
 from retro.text.documents import sha256_of_text
@@ -217,7 +218,8 @@ class Corpus:
             raise DamagedFile(
                 folder / TOKENS_FILE, f"holds {len(corpus.tokens)} tokens, but its manifest says {n_tokens}"
             )
-        if (largest := largest_token(corpus.tokens)) >= corpus.n_tokens:
+        largest = known(corpus.file, f"largest of {n_tokens} {manifest['dtype']}", lambda: largest_token(corpus.tokens))
+        if largest >= corpus.n_tokens:
             raise DamagedFile(folder / TOKENS_FILE, f"holds token {largest}, but there are {corpus.n_tokens}")
         return corpus
 
