@@ -1,7 +1,9 @@
 """Files of many texts are read a row at a time, into the same corpus whatever their format is, and only once."""
 
+import errno
 import gzip
 import json
+import tempfile
 import tracemalloc
 
 import pyarrow
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from retro.cli import main
-from retro.errors import InvalidOption
+from retro.errors import CannotWrite, InvalidOption
 from retro.evaluation.held_out import held_out_texts
 from retro.search.updates import split_new_and_restored
 from retro.text import build, records, tokenizer
@@ -165,6 +167,24 @@ def test_a_format_whose_package_is_missing_says_what_to_install(tmp_path, monkey
         ValueError, match=rf"is read by {package}, which is not installed: pip install 'retro-lm\[datasets\]'"
     ):
         list(read_records(file, COLUMNS))
+
+
+def test_a_disk_that_is_full_while_texts_are_read_is_named_and_the_old_corpus_stays(tmp_path, monkeypatch):
+    file = write(tmp_path / "a.jsonl")
+    corpus = build_corpus([file], tmp_path / "corpus", text_column="body")
+    real = tempfile.TemporaryFile
+
+    class Full:
+        def __init__(self, dir):
+            self.file = real(dir=dir)
+
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", Full)
+    with refused(CannotWrite, r"cannot write .*corpus: No space left on device.* was changed; free some space"):
+        build_corpus([file], tmp_path / "corpus", "bpe:300", text_column="body")
+    assert Corpus.load(tmp_path / "corpus").sha256 == corpus.sha256
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import overload
 
 from retro.progress import MOMENT, each
+from retro.storage.files import naming_what_cannot_be_written
 from retro.text.documents import Document
 
 
@@ -16,15 +17,19 @@ class Spool(Sequence[Document]):
 
     * `documents` are read once, here
     * `near` is where there is room: the folder, or the closest one that exists, whose disk is used until this is closed
+
+    Raises `CannotWrite` naming it where there is none.
     """
 
     def __init__(self, documents: Iterable[Document], near: Path) -> None:
-        place = next(folder for folder in (near, *near.absolute().parents) if folder.is_dir())
-        self._file = tempfile.TemporaryFile(dir=place)
         self._names, self._ends = list[str](), [0]
-        for document in each(documents, "Read", "document", delay=MOMENT):
-            self._ends.append(self._ends[-1] + self._file.write(document.text.encode()))
-            self._names.append(document.name)
+        with naming_what_cannot_be_written(near):
+            place = next(folder for folder in (near, *near.absolute().parents) if folder.is_dir())
+            self._file = tempfile.TemporaryFile(dir=place)
+            for document in each(documents, "Read", "document", delay=MOMENT):
+                self._ends.append(self._ends[-1] + self._file.write(document.text.encode()))
+                self._names.append(document.name)
+            self._file.flush()
 
     def __enter__(self) -> Spool:
         return self
