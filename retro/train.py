@@ -17,6 +17,7 @@ lacks: validation on held-out documents, checkpoints, gradient clipping, bf16, a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import torch
 from retro.config import TrainConfig
 from retro.device import pick_device
 from retro.retrofit import Model
-from retro.runs import data, loop, tracking
+from retro.runs import curves, data, loop, tracking
 from retro.runs.engine import Engine, nats_of, new_engine, start_engine
 from retro.runs.run import find_run, saved_prompt, write_run
 from retro.sample import Sampler
@@ -192,6 +193,7 @@ def train(
     prompt: str | None = None,
     resume: str | Path | None = None,
     fsdp: bool = False,
+    log: Sequence[str] = (),
 ) -> tuple[Path, dict[str, Any]]:
     """Train a model on the dataset in `data_path`; without arguments, as the tutorial does.
 
@@ -205,6 +207,7 @@ def train(
       `base` is now. If `config` is given and has another length, in `steps` or `epochs`, a run of its own goes on from
       there, in a folder beside it
     * `fsdp` shards the weights over the processes of `torchrun`, for models that do not fit one
+    * `log` are trackers of accelerate that are told what labml's is, as `tensorboard`, `wandb`, `trackio`
 
     Returns the run's folder and its summary: steps, bits per byte, tokens per second. Calling it again with the same
     arguments continues the same run, or returns the finished one.
@@ -215,7 +218,8 @@ def train(
     if (finished := run.summary()) is not None:
         return run.folder, finished
     beginning = prompt or saved_prompt(run) or found.corpus.beginning_of_held_out(2 * found.chunk_len)
-    with tracking.tracked(run, found.path):
+    tracking.require_trackers(log)
+    with tracking.tracked(run, found.path), tracking.recorded_by(log, run):
         write_run(run, found, beginning)
         engine = start_engine(run, device, fsdp)
         if engine.progress.step == run.first_step:
@@ -229,7 +233,9 @@ def train(
         def sample() -> str:
             return beginning + sampler.sample(beginning, 64)
 
-        return run.folder, loop.fit(trainer, run, found, None if fsdp else sample)
+        summary = loop.fit(trainer, run, found, None if fsdp else sample)
+    curves.draw(run.folder)
+    return run.folder, summary
 
 
 __all__ = ["Sampler", "TrainConfig", "Trainer", "train"]

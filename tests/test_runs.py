@@ -12,9 +12,11 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
 from conftest import CHUNK_LEN, refused
 from labml import tracker
 from labml_nn.optimizers.noam import Noam
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
@@ -26,13 +28,14 @@ from retro.dataset import DATASET_FILE, Dataset, build_dataset
 from retro.errors import DamagedFile, InvalidOption, MissingArtifact
 from retro.evaluate import evaluate
 from retro.model import RetroModel
-from retro.runs import loop
+from retro.runs import loop, tracking
 from retro.runs import run as run_files
 from retro.runs.checkpoints import load_model, newest_checkpoint, save_model
+from retro.runs.curves import recorded
 from retro.runs.data import Batches, TrainingData
 from retro.runs.engine import start_engine
 from retro.runs.optimizers import new_optimizer
-from retro.runs.run import find_run, latest_run, read_run, write_run
+from retro.runs.run import find_run, latest_run, read_run, run_in, write_run
 from retro.runs.tracking import InterruptedInStep
 from retro.sample import Sampler
 from retro.storage.manifests import read_manifest, sha256_of_json, write_manifest
@@ -42,6 +45,7 @@ from retro.train import TrainConfig, Trainer, learning_rate, train
 
 SHAPE = {"d_model": 16, "n_layers": 2, "ca_layers": (1,), "n_heads": 2, "d_k": 8, "d_ff": 32}
 SHAPE |= {"n_encoder_layers": 1, "encoder_ca_layers": (0,)}
+OFF = "valid without neighbors"
 CONFIG = TrainConfig(
     batch_size=8, steps=6, interval=3, lr=1e-2, schedule="cosine", warmup=2, clip=1.0, n_valid_batches=1
 )
@@ -228,6 +232,92 @@ def test_checkpoints_within_an_interval_change_nothing_and_are_gone_on_from(run,
     assert {k: v for k, v in summary.items() if k not in speed}.items() <= read_manifest(run / "summary.json").items()
     expected = load_model(run).state_dict()
     assert all(weight.equal(expected[name]) for name, weight in load_model(folder).state_dict().items())
+
+
+def test_the_curves_of_a_run_are_what_was_said_of_it_also_if_it_was_stopped(workplace, monkeypatch):
+    said = []
+    report = loop.report_progress
+    monkeypatch.setattr(loop, "report_progress", lambda *line: said.append(line) or report(*line))
+    config = replace(CONFIG, interval=2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        watched(patch, at=5)
+        train(config=config, model_shape=SHAPE, device="cpu", name="b")
+    folder = run_in(Path("logs/b"))
+    with open(folder / "log.jsonl", "a") as log:
+        log.write('{"track": {"bpb.valid": [[16, [NaN]]]}}\n{"track": {"bpb.tr')  # killed while it was written
+    assert not (folder / "curves.png").exists()
+    with open(folder / "log.jsonl", "a") as log:
+        log.write("\n")
+    train(config=config, model_shape=SHAPE, device="cpu", name="b")
+    curves, samples = recorded(folder), [16, 32, 48]
+    assert [step for step, *_ in said] == [2, 4, 6]
+    for name, of in (("valid", "bpb.valid"), ("train", "bpb.train"), ("valid without neighbors", f"bpb.{OFF}")):
+        expected = {n: losses[name] for n, (_, _, losses, *_) in zip(samples, said, strict=True)}
+        assert curves[of] == pytest.approx(expected)
+    speeds, rates = ([line[i] for line in said] for i in (3, 5))
+    assert curves["tokens per second"] == pytest.approx(dict(zip(samples, speeds, strict=True)))
+    assert curves["learning rate"] == pytest.approx(dict(zip(samples, rates, strict=True))) and len({*rates}) == 3
+    with Image.open(folder / "curves.png") as picture:
+        assert picture.width > 1000 and len({*picture.convert("L").resize((100, 40)).getdata()}) > 3
+
+
+def test_tensorboard_has_the_same_curves(workplace):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _ = train(config=CONFIG, model_shape=SHAPE, device="cpu", name="b", log=["tensorboard"])
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    of_samples = recorded(folder)
+    for name in ("bpb.valid", "bpb.train", f"bpb.{OFF}", "learning rate", "tokens per second"):
+        found = {point.step: point.value for point in events.Scalars(name)}
+        assert [*found] == [3, 6] and [*found.values()] == pytest.approx([*of_samples[name].values()])
+
+
+def test_any_tracker_of_accelerate_is_told_and_ended_also_by_ctrl_c(workplace, monkeypatch):
+    told = []
+
+    class Mine(GeneralTracker):
+        name, requires_logging_directory, main_process_only = "mine", False, True
+
+        def __init__(self, run_name, name):
+            super().__init__()
+            told.append((run_name, name))
+
+        def start(self):
+            told.append("start")
+
+        tracker = property(lambda self: None)
+
+        def log(self, values, step):
+            told.append((step, sorted(values)))
+
+        def finish(self):
+            told.append("finish")
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "mine", Mine)
+    with pytest.raises(KeyboardInterrupt):
+        watched(monkeypatch, at=4)
+        train(config=CONFIG, model_shape=SHAPE, device="cpu", name="b", log=["mine"])
+    names = sorted(["bpb.train", "bpb.valid", f"bpb.{OFF}", "learning rate", "tokens per second"])
+    assert told == [("b", run_in(Path("logs/b")).name), "start", (3, names), "finish"]
+    told.clear()
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(Sampler, "sample", lambda *_: "")
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "mine", Mine)
+    train(config=replace(CONFIG, steps=12, interval=12), model_shape=SHAPE, device="cpu", name="d", log=["mine"])
+    assert told[2:] == [(10, ["loss.train"]), (12, names), "finish"]  # the loss of every tenth step
+    told.clear()
+    train(config=replace(CONFIG, steps=1, interval=1), model_shape=SHAPE, device="cpu", name="c")
+    assert told == []
+
+
+def test_a_tracker_that_is_not_there_is_named_before_anything_is_written(workplace, monkeypatch):
+    with refused(InvalidOption, "--log nothing is not one of .*tensorboard.*trackio"):
+        train(config=CONFIG, model_shape=SHAPE, device="cpu", name="b", log=["nothing"])
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["tensorboard"])
+    with refused(InvalidOption, "--log wandb is not installed: pip install wandb"):
+        train(config=CONFIG, model_shape=SHAPE, device="cpu", name="b", log=["wandb"])
+    assert not Path("logs/b").exists()
 
 
 def test_a_longer_run_is_the_latest_one_as_soon_as_it_is_there(run, monkeypatch):

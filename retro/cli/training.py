@@ -72,6 +72,7 @@ def train_command(argv: Sequence[str]) -> None:
         device=device,
         prompt=prompt,
         fsdp=options.fsdp,
+        log=[*filter(None, options.log.split(","))],
     )
     if parallel.rank():
         return
@@ -119,6 +120,13 @@ def _parser(preset: Preset) -> ArgumentParser:
     )
     parser.add_argument(
         "--fsdp", action="store_true", help="under torchrun: shard the weights over the processes, for large models"
+    )
+    parser.add_argument(
+        "--log",
+        metavar="NAME,...",
+        type=str,
+        default="",
+        help="trackers that are told the curves too, if installed: tensorboard, wandb, trackio",
     )
     parser.add_argument(
         "--resume",
@@ -176,6 +184,7 @@ def _resume(options: Namespace, config: TrainConfig | None, named: Path | None, 
         resume=folder,
         prompt=options.prompt,
         fsdp=options.fsdp,
+        log=[*filter(None, options.log.split(","))],
     )
     if not parallel.rank():
         _report_run(run, summary, data_path, device, options.prompt, None, base)

@@ -78,7 +78,8 @@ def fit(trainer: Any, run: Run, data: TrainingData, sample: Callable[[], str] | 
         on, off = validate(min(n_valid, config.n_valid_batches))
         losses = {"train": done.train_bpb, "valid": on, "valid without neighbors": off}
         left = (run.n_steps - done.step) * done.seconds / max(1, done.step - run.first_step)
-        report_progress(done.step, run.n_steps, losses, tokens_per_second(), left)
+        lr = trainer.optimizer.param_groups[0]["lr"]
+        report_progress(done.step, run.n_steps, losses, tokens_per_second(), left, lr)
         if sample is not None and parallel.rank() == 0:
             note(_one_line(sample))
     on, off = validate(min(n_valid, config.n_final_batches or n_valid))

@@ -6,19 +6,25 @@ import contextlib
 import io
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from accelerate.utils import LoggerType
 from labml import experiment, lab, tracker
 
 from retro import parallel
 from retro.config import TrainConfig
+from retro.errors import InvalidOption
 from retro.progress import each, note
+from retro.runs.curves import LEARNING_RATE, SPEED
 from retro.runs.run import Run
 from retro.storage.files import exclusive_lock
+
+_also: list[GeneralTracker] = []  # accelerate's trackers of the run that is trained now
 
 
 @contextlib.contextmanager
@@ -45,6 +51,41 @@ def tracked(run: Run, data_path: Path) -> Iterator[None]:
                 yield
         finally:
             pid_file.unlink(missing_ok=True)
+            for thread in threading.enumerate():
+                if type(thread).__name__ == "FileWriterThread":  # labml's, which has been told to end
+                    thread.join()
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Raise `InvalidOption` for the name of a tracker that accelerate does not know, or whose package is missing."""
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise InvalidOption("log", name, f"is not one of {', '.join(LOGGER_TYPE_TO_CLASS)}")
+        if name in LoggerType and name not in map(str, get_available_trackers()):
+            raise InvalidOption("log", name, f"is not installed: pip install {name}")
+
+
+@contextlib.contextmanager
+def recorded_by(names: Sequence[str], run: Run) -> Iterator[None]:
+    """Inside, accelerate's trackers of these names are told what labml's is; files are in the run's folder."""
+    for name in names if not parallel.rank() else ():
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        if kind.requires_logging_directory:
+            also = kind(run_name=name, logging_dir=run.folder)
+        else:
+            also = kind(run_name=run.folder.parent.name, name=run.folder.name)
+        also.start()
+        _also.append(also)
+    try:
+        yield
+    finally:
+        while _also:
+            _also.pop().finish()
+
+
+def _tell(values: Mapping[str, float], step: int) -> None:
+    for also in _also:
+        also.log(dict(values), step=step)
 
 
 def steps(dataloader: Iterable[Any]) -> Iterable[Any]:
@@ -63,6 +104,8 @@ def record(loss: torch.Tensor, step: int, n_samples: torch.Tensor, n_recorded: i
     if step % 10 == 0:
         n_recorded = record_samples(n_samples, n_recorded)
         tracker.save()
+        if _also:
+            _tell({"loss.train": float(loss)}, step)
     return n_recorded
 
 
@@ -119,15 +162,18 @@ def report_origin(run: Run, d_model: int, learning_rate: Callable[[int, int, Tra
 
 
 def report_progress(
-    step: int, n_steps: int, losses: Mapping[str, float], tokens_per_second: float, left: float
+    step: int, n_steps: int, losses: Mapping[str, float], tokens_per_second: float, left: float, learning_rate: float
 ) -> None:
-    """Record losses, in bits per byte, and say how far training is, in a line.
+    """Record losses, in bits per byte, speed and learning rate, and say how far training is, in a line.
 
     * `left` are seconds
     """
     if parallel.rank():
         return
-    tracker.save({f"bpb.{name}": value for name, value in losses.items()})
+    values = {f"bpb.{name}": value for name, value in losses.items()}
+    values |= {LEARNING_RATE: learning_rate, SPEED: tokens_per_second}
+    tracker.save(values)
+    _tell(values, step)
     figures = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
     minutes = f"{left / 60:.0f} min" if left >= 120 else f"{left:.0f} s"
     note(f"step {step:,} of {n_steps:,}: {figures} bits per byte; {tokens_per_second:,.0f} tokens/s, {minutes} left")
