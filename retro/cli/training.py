@@ -24,7 +24,6 @@ from retro.config import (
     Preset,
     RetroConfig,
     RetrofitConfig,
-    SampleConfig,
     TrainConfig,
 )
 from retro.errors import InvalidOption
@@ -205,7 +204,7 @@ def _report_run(
     * `base` is where the run's base is now, if it was moved
     """
     from retro.cli.stages import describe
-    from retro.cli.using import sampler_of, write_sample
+    from retro.cli.using import DRAWN, sampler_of, write_sample
     from retro.dataset import DATASET_FILE, Dataset
     from retro.evaluation.audit import audit
     from retro.runs.checkpoints import load_model
@@ -236,7 +235,7 @@ def _report_run(
         prompt = None
     prompt = prompt or corpus.beginning_of_held_out(2 * manifest["chunk_len"])
     try:
-        model, config = load_model(run, device, base), SampleConfig(temperature=0.8, top_k=40)
+        model, config = load_model(run, device, base), DRAWN
         write_sample(run, sampler_of(run, model, data_path, corpus, device), prompt, 128, reads, config)
     except Exception as error:  # the run is finished all the same
         note(f"no sample: {explain(error)}")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from retro.text.corpus import Corpus
 
 BASE_HELP = "where the run's base is now, a folder or a hub name; null for where it was"
+DRAWN = SampleConfig(temperature=0.8, top_k=40)  # greedy text, which the library's default is, soon turns in circles
 RUN_HELP = "folder of a run, or logs/NAME for its latest; null for the latest of the data that reads neighbors"
 
 
@@ -50,7 +51,7 @@ def sample_command(argv: Sequence[str]) -> None:
     parser.add_argument("--base", type=str, default=None, help=BASE_HELP)
     parser.add_argument("--length", type=int, default=256, help="tokens to write")
     parser.add_argument("--show-neighbors", action="store_true", help="print what each chunk retrieved")
-    add_config(parser, SampleConfig, SampleConfig())
+    add_config(parser, SampleConfig, DRAWN)
     options = parser.parse_args(list(argv))
     config = config_from(SampleConfig, options)
     from retro.device import pick_device
