@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo retrofit test check format lint layers types wheel chaos fuzz mutants bench scale gpu results ablations docs clean
+.PHONY: demo retrofit test check format lint layers types wheel chaos fuzz mutants bench scale ingest gpu results ablations docs clean
 
 # From text to samples, on eight plays. QUICK=1 takes three plays and ten steps, twice, in a folder of its own.
 demo: .venv/installed
@@ -67,6 +67,10 @@ bench: .venv-bench/installed
 # The planner against real builds, and indexes of two million keys; or one: make scale STAGE=plan
 scale: .venv/installed
 	$(BIN)/python benchmarks/scale.py $(STAGE)
+
+# From texts to a corpus, up to a gigabyte, beside retro-pytorch.
+ingest: .venv-bench/installed
+	.venv-bench/bin/python benchmarks/ingest.py
 
 # Everything on one GPU, in eight minutes; make gpu ARGS=--tiny tries it anywhere, make gpu ARGS=parity takes one stage.
 gpu: .venv/installed

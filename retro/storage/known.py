@@ -51,7 +51,7 @@ def known(path: Path, what: str, find_out: Callable[[], Value]) -> Value:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retro"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "retro"
 
 
 def _stamp(path: Path) -> dict[str, int]:
