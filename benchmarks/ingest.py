@@ -176,9 +176,9 @@ def page(record: dict[str, Any]) -> str:
     lines = [
         "# From texts to a corpus",
         "",
-        f"`make ingest`, {record['date']}: {record['processor']}, {record['cores']} cores. JSON lines of Python code;",
-        "a corpus is read, hashed, compared for near-duplicates, split, learnt from, tokenized and written. MB a second,",
-        "by the clock and for each core that was busy; memory is what it held at most beyond its imports.",
+        f"`make ingest`, {record['date']}: {record['processor']}, {record['cores']} cores. JSON lines of Python",
+        "code; a corpus is read, hashed, compared for near-duplicates, split, learnt from, tokenized and written. MB a",
+        "second, by the clock and for each core that was busy; memory is how far it rose at most.",
         "",
         "| MB | tokenizer | documents | MB/s | MB/s a core | memory, MB | opened at first, again (s) |",
         "|---|---|---|---|---|---|---|",
