@@ -19,6 +19,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import takewhile
 from operator import eq
@@ -42,7 +43,8 @@ N_THREADS = os.cpu_count() or 1
 # How byte-level BPE cuts a text into words (GPT-2's pattern), and the letter that it writes each byte with: itself, if
 # it is printed, else the next one from 256 on.
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LONG = re.compile(r"\S{1000}|\s{1000}")  # a word that may be so long that tiktoken takes time in the square of it
+LONG = 1000  # characters of a word, from which on it is not for tiktoken, which takes time in the square of them
+BLANKS = re.compile(rf"\s{{{LONG}}}")
 _PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
 _OTHERS = (byte for byte in range(256) if byte not in _PRINTED)
 BYTES = {chr(byte): byte for byte in _PRINTED} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
@@ -182,16 +184,16 @@ class SubwordTokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        quick = [i for i, text in enumerate(texts) if self._quick is not None and not LONG.search(text)]
+        quick = [i for i, text in enumerate(texts) if self._quick is not None and not _has_long_words(text)]
         others = [i for i in range(len(texts)) if i not in {*quick}]
-        encoded: dict[int, list[int]] = {}
+        encoded: dict[int, np.ndarray] = {}
         if quick:
-            given = self._quick.encode_ordinary_batch([texts[i] for i in quick], num_threads=N_THREADS)
-            encoded |= zip(quick, given, strict=True)
+            with ThreadPoolExecutor(N_THREADS) as pool:
+                encoded |= zip(quick, pool.map(self._quick.encode_to_numpy, [texts[i] for i in quick]), strict=True)
         if others:
             given = self.backend.encode_batch_fast([texts[i] for i in others], add_special_tokens=False)
-            encoded |= zip(others, (text.ids for text in given), strict=True)
-        return [np.array(encoded[i], dtype=np.int64) for i in range(len(texts))]
+            encoded |= {i: np.array(text.ids, dtype=np.int64) for i, text in zip(others, given, strict=True)}
+        return [encoded[i] for i in range(len(texts))]
 
     @cached_property
     def _quick(self) -> Any:
@@ -283,6 +285,10 @@ class SubwordTokenizer:
 
     def save(self, path: Path) -> None:
         self.backend.save(str(path))
+
+
+def _has_long_words(text: str) -> bool:
+    return max(map(len, text.split()), default=0) >= LONG or BLANKS.search(text) is not None
 
 
 def lost_text(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> str | None:
