@@ -17,7 +17,6 @@ lacks: validation on held-out documents, checkpoints, gradient clipping, bf16, a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -193,7 +192,7 @@ def train(
     prompt: str | None = None,
     resume: str | Path | None = None,
     fsdp: bool = False,
-    log: Sequence[str] = (),
+    log: tuple[str, ...] = (),
 ) -> tuple[Path, dict[str, Any]]:
     """Train a model on the dataset in `data_path`; without arguments, as the tutorial does.
 

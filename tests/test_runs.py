@@ -264,7 +264,7 @@ def test_the_curves_of_a_run_are_what_was_said_of_it_also_if_it_was_stopped(work
 def test_tensorboard_has_the_same_curves(workplace):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder, _ = train(config=CONFIG, model_shape=SHAPE, device="cpu", name="b", log=["tensorboard"])
+    folder, _ = train(config=CONFIG, model_shape=SHAPE, device="cpu", name="b", log=("tensorboard",))
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     of_samples = recorded(folder)
     for name in ("bpb.valid", "bpb.train", f"bpb.{OFF}", "learning rate", "tokens per second"):
@@ -296,7 +296,7 @@ def test_any_tracker_of_accelerate_is_told_and_ended_also_by_ctrl_c(workplace, m
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "mine", Mine)
     with pytest.raises(KeyboardInterrupt):
         watched(monkeypatch, at=4)
-        train(config=CONFIG, model_shape=SHAPE, device="cpu", name="b", log=["mine"])
+        train(config=CONFIG, model_shape=SHAPE, device="cpu", name="b", log=("mine",))
     names = sorted(["bpb.train", "bpb.valid", f"bpb.{OFF}", "learning rate", "tokens per second"])
     assert told == [("b", run_in(Path("logs/b")).name), "start", (3, names), "finish"]
     told.clear()
@@ -304,7 +304,7 @@ def test_any_tracker_of_accelerate_is_told_and_ended_also_by_ctrl_c(workplace, m
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(Sampler, "sample", lambda *_: "")
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "mine", Mine)
-    train(config=replace(CONFIG, steps=12, interval=12), model_shape=SHAPE, device="cpu", name="d", log=["mine"])
+    train(config=replace(CONFIG, steps=12, interval=12), model_shape=SHAPE, device="cpu", name="d", log=("mine",))
     assert told[2:] == [(10, ["loss.train"]), (12, names), "finish"]  # the loss of every tenth step
     told.clear()
     train(config=replace(CONFIG, steps=1, interval=1), model_shape=SHAPE, device="cpu", name="c")
@@ -313,10 +313,10 @@ def test_any_tracker_of_accelerate_is_told_and_ended_also_by_ctrl_c(workplace, m
 
 def test_a_tracker_that_is_not_there_is_named_before_anything_is_written(workplace, monkeypatch):
     with refused(InvalidOption, "--log nothing is not one of .*tensorboard.*trackio"):
-        train(config=CONFIG, model_shape=SHAPE, device="cpu", name="b", log=["nothing"])
+        train(config=CONFIG, model_shape=SHAPE, device="cpu", name="b", log=("nothing",))
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["tensorboard"])
     with refused(InvalidOption, "--log wandb is not installed: pip install wandb"):
-        train(config=CONFIG, model_shape=SHAPE, device="cpu", name="b", log=["wandb"])
+        train(config=CONFIG, model_shape=SHAPE, device="cpu", name="b", log=("wandb",))
     assert not Path("logs/b").exists()
 
 

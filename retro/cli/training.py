@@ -71,7 +71,7 @@ def train_command(argv: Sequence[str]) -> None:
         device=device,
         prompt=prompt,
         fsdp=options.fsdp,
-        log=[*filter(None, options.log.split(","))],
+        log=tuple(filter(None, options.log.split(","))),
     )
     if parallel.rank():
         return
@@ -183,7 +183,7 @@ def _resume(options: Namespace, config: TrainConfig | None, named: Path | None, 
         resume=folder,
         prompt=options.prompt,
         fsdp=options.fsdp,
-        log=[*filter(None, options.log.split(","))],
+        log=tuple(filter(None, options.log.split(","))),
     )
     if not parallel.rank():
         _report_run(run, summary, data_path, device, options.prompt, None, base)
