@@ -68,6 +68,7 @@ def kill_a_worker(process, pattern, folder):
     return worker
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the workers in /proc")
 def test_two_processes_killed_twice_leave_what_one_leaves(alone, tmp_path):
     chaos.prepare(tmp_path)

@@ -250,7 +250,7 @@ def learnt():
     return {size: train_tokenizer(f"bpe:{size}", texts) for size in (256, 300, 420)}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     texts=st.lists(
         st.text(alphabet="theismorandy' \n\t\r19.,_ä😀٣é\u0301", max_size=60) | st.text(max_size=30), max_size=4

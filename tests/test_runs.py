@@ -410,7 +410,7 @@ def test_tokens_per_second_are_of_tokens_that_were_predicted(run, data, index, m
     assert state["tokens"] == sum(targets[i] for batch in batches for i in batch)
     assert summary["tokens_per_second"] == pytest.approx(state["tokens"] / state["seconds"], abs=0.06)
     assert steps == {"set": 0, "add": samples + 32}, "an epoch and two batches"
-    step, n_steps, _, speed, left = lines[0]
+    step, n_steps, _, speed, left, _ = lines[0]
     assert (step, n_steps) == (5, config.steps)
     # 5 steps have been made in the time in which `state['tokens']` of 5 steps were predicted.
     first = sum(targets[i] for batch in batches[:5] for i in batch)
