@@ -28,7 +28,7 @@ from retro.dataset import DATASET_FILE, Dataset, build_dataset
 from retro.errors import DamagedFile, InvalidOption, MissingArtifact
 from retro.evaluate import evaluate
 from retro.model import RetroModel
-from retro.runs import loop, tracking
+from retro.runs import curves, loop, tracking
 from retro.runs import run as run_files
 from retro.runs.checkpoints import load_model, newest_checkpoint, save_model
 from retro.runs.curves import recorded
@@ -249,16 +249,26 @@ def test_the_curves_of_a_run_are_what_was_said_of_it_also_if_it_was_stopped(work
     with open(folder / "log.jsonl", "a") as log:
         log.write("\n")
     train(config=config, model_shape=SHAPE, device="cpu", name="b")
-    curves, samples = recorded(folder), [16, 32, 48]
+    found, samples = recorded(folder), [16, 32, 48]
     assert [step for step, *_ in said] == [2, 4, 6]
     for name, of in (("valid", "bpb.valid"), ("train", "bpb.train"), ("valid without neighbors", f"bpb.{OFF}")):
         expected = {n: losses[name] for n, (_, _, losses, *_) in zip(samples, said, strict=True)}
-        assert curves[of] == pytest.approx(expected)
+        assert found[of] == pytest.approx(expected)
     speeds, rates = ([line[i] for line in said] for i in (3, 5))
-    assert curves["tokens per second"] == pytest.approx(dict(zip(samples, speeds, strict=True)))
-    assert curves["learning rate"] == pytest.approx(dict(zip(samples, rates, strict=True))) and len({*rates}) == 3
+    assert found["tokens per second"] == pytest.approx(dict(zip(samples, speeds, strict=True)))
+    assert found["learning rate"] == pytest.approx(dict(zip(samples, rates, strict=True))) and len({*rates}) == 3
     with Image.open(folder / "curves.png") as picture:
-        assert picture.width > 1000 and len({*picture.convert("L").resize((100, 40)).getdata()}) > 3
+        assert picture.width > 1000 and len(np.unique(np.asarray(picture.convert("L").resize((100, 40))))) > 3
+
+
+@pytest.mark.parametrize("error", [ImportError("no matplotlib"), OSError("No space left on device")])
+def test_a_picture_that_cannot_be_drawn_ends_no_training(workplace, monkeypatch, capsys, error):
+    def fails(run):
+        raise error
+
+    monkeypatch.setattr(curves, "_draw", fails)
+    folder, summary = train(config=replace(CONFIG, steps=3), model_shape=SHAPE, device="cpu", name="b")
+    assert summary["steps"] == 3 and "not drawn: " in capsys.readouterr().out and not (folder / "curves.png").exists()
 
 
 def test_tensorboard_has_the_same_curves(workplace):
@@ -312,7 +322,10 @@ def test_any_tracker_of_accelerate_is_told_and_ended_also_by_ctrl_c(workplace, m
 
 
 def test_a_tracker_that_is_not_there_is_named_before_anything_is_written(workplace, monkeypatch):
-    with refused(InvalidOption, "--log nothing is not one of .*tensorboard.*trackio"):
+    for name in ("nothing", "mlflow"):  # which wants to be told the run's name otherwise
+        with refused(InvalidOption, f"--log {name} is not one of tensorboard, wandb, trackio"):
+            tracking.require_trackers([name])
+    with refused(InvalidOption, "--log nothing is not one of tensorboard, wandb, trackio"):
         train(config=CONFIG, model_shape=SHAPE, device="cpu", name="b", log=("nothing",))
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["tensorboard"])
     with refused(InvalidOption, "--log wandb is not installed: pip install wandb"):

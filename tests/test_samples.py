@@ -197,7 +197,11 @@ def chunks_in(dataset) -> list[int]:
 
 @pytest.mark.parametrize(
     ("precision", "factory", "skip_range"),
-    [("fp32", "Flat", 1), ("fp32", "IVF4,PQ16", 1), ("bf16", "Flat", 1), ("fp32", "Flat", 5)],
+    [
+        ("fp32", "IVF4,PQ16", 1),
+        *(pytest.param(*of, marks=pytest.mark.slow) for of in (("fp32", "Flat", 1), ("bf16", "Flat", 1))),
+        ("fp32", "Flat", 5),
+    ],
 )
 def test_no_chunk_of_the_database_is_embedded_again(
     data, tmp_path, embedded, monkeypatch, precision, factory, skip_range

@@ -148,6 +148,7 @@ def test_documents_of_one_folder_or_of_copies_cannot_be_held_out_by_folders(tmp_
     assert set(split_of(tmp_path, hold_out="folders", valid_fraction=0)[0].values()) == {"train"}
 
 
+@pytest.mark.slow
 def test_the_command_line_holds_out_folders_and_builds_another_corpus_for_it(tmp_path):
     write(tmp_path / "texts", TEXTS)
     argv = ["database", str(tmp_path / "texts"), "--index", "Flat", "--chunk-len", "64", "--data-path", str(tmp_path)]

@@ -173,7 +173,11 @@ def place(plays, bert, tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     corpus = build_corpus([plays], folder / "data" / "corpus", "bpe:512")
     build_database(
-        CHUNK_LEN, corpus=corpus, data_path=folder / "data", config=DatabaseConfig(retriever="hybrid"), bert=bert
+        CHUNK_LEN,
+        corpus=corpus,
+        data_path=folder / "data",
+        config=DatabaseConfig(retriever="hybrid", index="Flat"),
+        bert=bert,
     )
     index = RetroIndex(CHUNK_LEN, corpus=corpus, data_path=folder / "data", bert=bert)
     build_dataset(None, 4, corpus=corpus, data_path=folder / "data", index=index)

@@ -35,6 +35,11 @@ def train_command(argv: Sequence[str]) -> None:
     options, given, named = parse_with_preset(_parser, argv)
     changed = {"steps": None} if the_other_of(("steps", "epochs"), given, named) == "steps" else {}
     config = config_from(TrainConfig, options, changed)
+    log = tuple(name for name in map(str.strip, options.log.split(",")) if name)
+    if log:  # before anything takes long
+        from retro.runs.tracking import require_trackers
+
+        require_trackers(log)
     own_tokenizer = {"tokenizer": options.base} if options.base and "tokenizer" not in given else {}
     configs = (
         config_from(CorpusConfig, options, own_tokenizer),
@@ -51,7 +56,7 @@ def train_command(argv: Sequence[str]) -> None:
             raise ValueError("--no-retrieval shapes a new run; --resume continues one as it is. Leave one of them out")
         data_path = Path(options.data_path) if "data_path" in given else None
         base = options.base if "base" in named else None
-        _resume(options, config if given & {"steps", "epochs"} else None, data_path, base, device)
+        _resume(options, config if given & {"steps", "epochs"} else None, data_path, base, device, log)
         return
     if configs[0].valid_fraction == 0:
         raise InvalidOption("valid_fraction", 0, "leaves nothing to validate on; training needs a share above 0")
@@ -71,7 +76,7 @@ def train_command(argv: Sequence[str]) -> None:
         device=device,
         prompt=prompt,
         fsdp=options.fsdp,
-        log=tuple(filter(None, options.log.split(","))),
+        log=log,
     )
     if parallel.rank():
         return
@@ -163,7 +168,14 @@ def _prepare(
     return prepare_dataset(dataset_config, corpus, manifest, data_path, device, rebuild=False)
 
 
-def _resume(options: Namespace, config: TrainConfig | None, named: Path | None, base: str | None, device: Any) -> None:
+def _resume(
+    options: Namespace,
+    config: TrainConfig | None,
+    named: Path | None,
+    base: str | None,
+    device: Any,
+    log: tuple[str, ...],
+) -> None:
     """Continue a run with its own configs; if `config` has another length, one that goes on from it.
 
     * `named` is the folder of the data, if it is given, `base` where the run's base is now
@@ -183,7 +195,7 @@ def _resume(options: Namespace, config: TrainConfig | None, named: Path | None, 
         resume=folder,
         prompt=options.prompt,
         fsdp=options.fsdp,
-        log=tuple(filter(None, options.log.split(","))),
+        log=log,
     )
     if not parallel.rank():
         _report_run(run, summary, data_path, device, options.prompt, None, base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import cast
 
@@ -11,7 +12,7 @@ from jsonargparse import ArgumentParser
 from retro.cli.options import DATA
 from retro.cli.repair import explain
 from retro.config import LEXICAL, retriever_parts
-from retro.errors import ArtifactError, DamagedFile, MissingArtifact
+from retro.errors import ArtifactError, MissingArtifact
 from retro.progress import note
 
 Part = tuple[str, Callable[[], object]]  # what it is, and what raises where it is not as it was written
@@ -32,7 +33,7 @@ def verify_command(argv: Sequence[str]) -> None:
             try:
                 look()
                 note(f"{what}: as it was written")
-            except ArtifactError as error:
+            except (ArtifactError, OSError) as error:
                 damaged += 1
                 note(f"{what}: {explain(error)}")
     if not n_parts:
@@ -54,12 +55,13 @@ def _parts_of_data(data_path: Path) -> Iterator[Part]:
     from retro.text.corpus import CORPUS_FOLDER, MANIFEST_FILE, Corpus
 
     folder = data_path / CORPUS_FOLDER
+    corpus_of = cache(Corpus.load)  # which all parts have, and one reads
     if (folder / MANIFEST_FILE).exists():
-        yield f"corpus in {folder}", lambda: Corpus.load(folder)
+        yield f"corpus in {folder}", lambda: corpus_of(folder)
     if (data_path / DATABASE_MANIFEST).exists():
 
         def database() -> None:
-            corpus = Corpus.load(folder)
+            corpus = corpus_of(folder)
             manifest = open_manifest(data_path, corpus)
             embeds, other = retriever_parts(manifest["retriever"])
             if embeds:
@@ -71,7 +73,7 @@ def _parts_of_data(data_path: Path) -> Iterator[Part]:
         yield f"database in {data_path}", database
     for file in (data_path / name for name in DATASET_FILE.values()):
         if file.exists():
-            yield f"samples in {file}", lambda file=file: Dataset(file, Corpus.load(folder))  # type: ignore[misc]
+            yield f"samples in {file}", lambda file=file: Dataset(file, corpus_of(folder))  # type: ignore[misc]
 
 
 def _parts_of_runs(data_path: Path) -> Iterator[Part]:
@@ -83,7 +85,7 @@ def _parts_of_runs(data_path: Path) -> Iterator[Part]:
         try:
             if Path(read_run(run)["data_path"]).resolve() != data_path.resolve():
                 continue
-        except DamagedFile as error:
+        except ArtifactError as error:
             yield f"run in {run}", lambda error=error: _raise(error)  # type: ignore[misc]
             continue
         for checkpoint in checkpoints_of(run):

@@ -33,7 +33,6 @@ from retro.text.build import build_corpus
 from retro.text.corpus import MANIFEST_FILE, Corpus
 from retro.text.documents import find_texts, read_documents
 from retro.text.records import PLAIN, Columns
-from retro.text.split import list_documents
 
 T = TypeVar("T")
 SAMPLE_CHARS = 4_000_000  # of text that is read
@@ -86,8 +85,7 @@ def measure(
         folder = Path(name)
         sample = _write_sample(texts, folder / "texts", columns)
 
-        def make_corpus() -> Corpus:  # as the command does it: look, build, load
-            list_documents(find_texts([sample]))
+        def make_corpus() -> Corpus:  # as the command does it: build, load
             build_corpus([sample], folder / "corpus", tokenizer, valid_fraction)
             return Corpus.load(folder / "corpus")
 

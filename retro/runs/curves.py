@@ -33,19 +33,26 @@ def recorded(run: Path) -> Curves:
 
 
 def draw(run: Path) -> None:
-    """Draw the curves of a run into its folder; without matplotlib, say so. Of several processes the first does."""
+    """Draw the curves of a run into its folder, or say why not: the run is finished all the same.
+
+    Of several processes the first does.
+    """
     if parallel.rank():
         return
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
+        _draw(run)
     except ImportError:
         note(f"not drawn: {run / PICTURE}, for which matplotlib is needed (pip install matplotlib)")
-        return
+    except Exception as error:
+        note(f"not drawn: {run / PICTURE} ({error})")
+
+
+def _draw(run: Path) -> None:
+    from matplotlib.figure import Figure  # and not pyplot, which has a state that a notebook would miss
+
     curves = recorded(run)
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained", width_ratios=(2, 1, 1))
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3, width_ratios=(2, 1, 1))
     for name, label in BITS.items():
         _line(axes[0], curves.get(name, {}), label)
     axes[0].set(ylabel="bits per byte")
@@ -59,7 +66,6 @@ def draw(run: Path) -> None:
         panel.set(xlabel="samples")
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(run / PICTURE, dpi=120)
-    plt.close(figure)
 
 
 def _line(panel: Any, curve: dict[int, float], label: str) -> None:

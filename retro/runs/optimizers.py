@@ -81,11 +81,13 @@ class MuonAndAdam(torch.optim.Optimizer):
         self._muon.state = self._adam.state = self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what `state_dict()` gave, of both."""
         super().load_state_dict(state_dict)
         self.state = defaultdict(dict, self.state)
         self._share()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """A step of both; `closure` is there because optimizers take one, and is not called."""
         self._muon.step()
         self._adam.step()

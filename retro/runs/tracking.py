@@ -24,6 +24,7 @@ from retro.runs.curves import LEARNING_RATE, SPEED
 from retro.runs.run import Run
 from retro.storage.files import exclusive_lock
 
+TRACKERS = ("tensorboard", "wandb", "trackio")  # of accelerate, whose others are told a run's name in ways of their own
 _also: list[GeneralTracker] = []  # accelerate's trackers of the run that is trained now
 
 
@@ -59,24 +60,25 @@ def tracked(run: Run, data_path: Path) -> Iterator[None]:
 def require_trackers(names: Sequence[str]) -> None:
     """Raise `InvalidOption` for the name of a tracker that accelerate does not know, or whose package is missing."""
     for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise InvalidOption("log", name, f"is not one of {', '.join(LOGGER_TYPE_TO_CLASS)}")
-        if name in LoggerType and name not in map(str, get_available_trackers()):
+        own = [known for known in LOGGER_TYPE_TO_CLASS if known not in LoggerType]  # that someone has registered
+        if name not in (*TRACKERS, *own):
+            raise InvalidOption("log", name, f"is not one of {', '.join((*TRACKERS, *own))}")
+        if name in TRACKERS and name not in map(str, get_available_trackers()):
             raise InvalidOption("log", name, f"is not installed: pip install {name}")
 
 
 @contextlib.contextmanager
 def recorded_by(names: Sequence[str], run: Run) -> Iterator[None]:
     """Inside, accelerate's trackers of these names are told what labml's is; files are in the run's folder."""
-    for name in names if not parallel.rank() else ():
-        kind = LOGGER_TYPE_TO_CLASS[name]
-        if kind.requires_logging_directory:
-            also = kind(run_name=name, logging_dir=run.folder)
-        else:
-            also = kind(run_name=run.folder.parent.name, name=run.folder.name)
-        also.start()
-        _also.append(also)
     try:
+        for name in names if not parallel.rank() else ():
+            kind = LOGGER_TYPE_TO_CLASS[name]
+            if kind.requires_logging_directory:
+                also = kind(run_name=name, logging_dir=run.folder)
+            else:
+                also = kind(run_name=run.folder.parent.name, name=run.folder.name)
+            also.start()
+            _also.append(also)
         yield
     finally:
         while _also:

@@ -90,7 +90,7 @@ def search_texts(paths: Sequence[str | Path]) -> tuple[list[tuple[str, Path]], P
     for path in map(Path, paths):
         with naming_what_cannot_be_read():
             if is_dataset(path):
-                found[path] = path.name if path.is_dir() else str(path)
+                found[path] = printable(Path(path.resolve().name if path.is_dir() else path))
             elif path.is_dir():
                 below = {file: printable(file.relative_to(path)) for file in _texts_below(path, passed_over)}
                 if not below:
@@ -159,7 +159,7 @@ def _beginning(file: Path) -> bytes:
 
 
 def _cannot_read(error: OSError) -> None:
-    raise CannotRead(Path(error.filename), error)
+    raise CannotRead(Path(os.fsdecode(error.filename or "a file")), error)
 
 
 @contextmanager

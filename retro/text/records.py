@@ -135,7 +135,7 @@ def _object(line: str) -> Mapping[str, Any]:
 def _record(fields: Mapping[str, Any], number: int, columns: Columns) -> Record:
     """The text and the name in the fields of a record. Raises `ValueError` saying what is there instead."""
     text, name = with_plain_newlines(_string(fields, columns.text)), None
-    if columns.name is not None:
+    if columns.name is not None and text.strip():
         value = fields.get(columns.name)
         name = str(value) if type(value) in (int, _Digits) else _string(fields, columns.name)
         if not name.strip():
@@ -166,11 +166,13 @@ def _string(fields: Mapping[str, Any], column: str) -> str:
 
 
 def _rows(batches: Iterable[Mapping[str, list[Any]]], path: Path, columns: Columns) -> Iterator[Record]:
-    """The records of batches, each of which has lists of the values of its columns."""
+    """The records of batches, each of which has lists of the values of its columns, that of texts first."""
     number = 0
     for batch in batches:
         for values in zip(*batch.values(), strict=True):
             number += 1
+            if values[0] is None:
+                continue  # no text, as an empty one
             with _expecting(f'a "{columns.text}" string', f"{path}, row {number}"):
                 record = _record(dict(zip(batch, values, strict=True)), number, columns)
             yield record
@@ -179,11 +181,12 @@ def _rows(batches: Iterable[Mapping[str, list[Any]]], path: Path, columns: Colum
 def _parquet_batches(path: Path, columns: Columns) -> Iterator[Mapping[str, list[Any]]]:
     parquet, pyarrow = _package("pyarrow.parquet", path), _package("pyarrow", path)
     try:
-        with parquet.ParquetFile(path) as file:
+        # Without buffers for whole columns, of which a file may have one.
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             wanted = _wanted(path, columns, file.schema_arrow.names)
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=wanted):
                 yield batch.to_pydict()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.filename:
             raise
         raise ValueError(f"{path} is no whole Parquet file ({str(error)[:200]}); get it again") from None
@@ -202,7 +205,11 @@ def _dataset_batches(path: Path, columns: Columns) -> Iterator[Mapping[str, list
     if isinstance(dataset, datasets.DatasetDict):
         raise ValueError(f"{path} holds {', '.join(dataset)}; name one of them: {path / next(iter(dataset), 'train')}")
     wanted = _wanted(path, columns, dataset.column_names)
-    yield from dataset.select_columns(wanted).iter(_ROWS_AT_ONCE)
+    try:
+        for batch in dataset.select_columns(wanted).iter(_ROWS_AT_ONCE):
+            yield {column: batch[column] for column in wanted}
+    except (KeyError, OSError, ValueError) as error:  # a column that nobody told of, a connection that was lost
+        raise ValueError(f"{path} cannot be read to its end ({str(error)[:300]}); try again") from None
 
 
 def _wanted(path: Path, columns: Columns, found: list[str] | None) -> list[str]:

@@ -26,9 +26,11 @@ class Spool(Sequence[Document]):
         with naming_what_cannot_be_written(near):
             place = next(folder for folder in (near, *near.absolute().parents) if folder.is_dir())
             self._file = tempfile.TemporaryFile(dir=place)
-            for document in each(documents, "Read", "document", delay=MOMENT):
+        for document in each(documents, "Read", "document", delay=MOMENT):
+            with naming_what_cannot_be_written(near):  # and not what cannot be read
                 self._ends.append(self._ends[-1] + self._file.write(document.text.encode()))
-                self._names.append(document.name)
+            self._names.append(document.name)
+        with naming_what_cannot_be_written(near):
             self._file.flush()
 
     def __enter__(self) -> Spool:
@@ -49,6 +51,7 @@ class Spool(Sequence[Document]):
     def __getitem__(self, number: int | slice) -> Document | list[Document]:
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
+        number = range(len(self))[number]
         start, end = self._ends[number], self._ends[number + 1]
         self._file.seek(start)
         return Document(self._names[number], self._file.read(end - start).decode())

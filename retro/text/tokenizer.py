@@ -184,8 +184,9 @@ class SubwordTokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        quick = [i for i, text in enumerate(texts) if self._quick is not None and not _has_long_words(text)]
-        others = [i for i in range(len(texts)) if i not in {*quick}]
+        quick, others = list[int](), list[int]()
+        for i, text in enumerate(texts):
+            (others if self._quick is None or _has_long_words(text) else quick).append(i)
         encoded: dict[int, np.ndarray] = {}
         if quick:
             with ThreadPoolExecutor(N_THREADS) as pool:
