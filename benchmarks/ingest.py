@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import resource
 import subprocess
@@ -154,8 +153,9 @@ def peer(texts: str, folder: str) -> dict[str, Any]:
 
 
 def measured(tiny: bool) -> dict[str, Any]:
-    record: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "processor": processor(), "cores": os.cpu_count()}
-    record |= {"build": [], "beside": []}
+    from scale import machine
+
+    record: dict[str, Any] = machine() | {"build": [], "beside": []}
     scale = 100 if tiny else 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -180,12 +180,6 @@ def measured(tiny: bool) -> dict[str, Any]:
                 record["beside"].append({"which": which} | made)
                 print(json.dumps(record["beside"][-1]), flush=True)
     return record
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-    return names[0] if names else platform.processor()
 
 
 def page(record: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -83,7 +82,6 @@ class MuonAndAdam(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what `state_dict()` gave, of both."""
         super().load_state_dict(state_dict)
-        self.state = defaultdict(dict, self.state)
         self._share()
 
     @torch.no_grad()
