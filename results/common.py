@@ -1,4 +1,4 @@
-"""What all measurements share: folders, commands, figures as JSON, and evaluations that are found again."""
+"""What all measurements share: folders, commands, trainings, evaluations, and figures that are kept."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from corpora import Source, Texts, drawn
+from corpora import Source, Texts
 
 from retro.storage.files import atomic_write
 from retro.storage.manifests import FORMAT_VERSION, package_versions, sha256_of_json
@@ -24,11 +25,11 @@ from retro.storage.manifests import FORMAT_VERSION, package_versions, sha256_of_
 HERE = Path(__file__).resolve().parent
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     """Write a JSON-safe value, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
 
 
 def call(stage: str, *arguments: str) -> None:
@@ -60,14 +61,66 @@ def machine() -> dict[str, Any]:
     }
 
 
-def begin(place: Path, source: Source, share: float, valid_fraction: float) -> Texts:
-    """Write a share of a corpus into `texts/` of a folder that is named by it, and go there."""
-    texts = drawn(source.read(), share, source.hold_out)
-    place = place / sha256_of_json([texts, valid_fraction])[:8]
-    place.mkdir(parents=True, exist_ok=True)
-    os.chdir(place)
-    write_texts(Path("texts"), texts)
-    return texts
+class Measured:
+    """Figures of a corpus, each in a file that says where and when it was measured; what is there is found again.
+
+    So a session that ends measures some of them, and the next one the others, from this folder alone: models are
+    trained when a figure is missing for which they are needed.
+
+    * `folder` keeps the figures
+    * `texts` are what is measured on, and `how` tells them from others that were made of the same
+    * `place` has a folder of these texts, the current one while something is measured, with databases and runs
+    * `prepare` makes the data there, and finds them
+    """
+
+    def __init__(self, folder: Path, place: Path, texts: Texts, how: Any, prepare: Callable[[], None]):
+        self.of = [sha256_of_json(texts), how, FORMAT_VERSION, package_versions()]
+        self.folder, self.place = folder.resolve(), place.resolve() / sha256_of_json(self.of[:2])[:8]
+        self.texts, self.prepare = texts, cache(prepare)
+        self.machines: list[dict[str, Any]] = []  # of the figures that were asked for
+
+    def figure(self, name: str, key: Any, measure: Callable[[], Any]) -> Any:
+        """What `measure` gives, as it was when it was first called for such a `key`, which is JSON-safe."""
+        file = self.folder / f"{name.replace(' ', '-')}-{sha256_of_json([*self.of, key])[:8]}.json"
+        if not file.exists():
+            print(f"\n# {name}", flush=True)
+            self.place.mkdir(parents=True, exist_ok=True)
+            os.chdir(self.place)
+            write_texts(Path("texts"), self.texts)
+            self.prepare()
+            value = measure()
+            write_json(file, {"machine": machine(), "value": value}, indent=None)
+        found = json.loads(file.read_text())
+        self.machines.append(found["machine"])
+        return found["value"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training of a corpus, made when what it gives is asked for; steps and seed are those of `config`."""
+
+    measured: Measured
+    name: str
+    shape: dict[str, Any]
+    config: Any
+    prompt: str | None = None
+
+    @property
+    def key(self) -> Any:
+        """What it is known by."""
+        return [self.name, self.shape, asdict(self.config), self.prompt]
+
+    def make(self) -> tuple[Path, dict[str, Any]]:
+        """The run's folder and its summary; what was made is found."""
+        from retro.train import train
+
+        print(f"\n# {self.name}, seed {self.config.seed}: {self.config.steps:,} steps", flush=True)
+        return train(name=self.name, config=self.config, model_shape=self.shape, device="cpu", prompt=self.prompt)
+
+    def summary(self) -> dict[str, Any]:
+        """What came out."""
+        name = f"training {self.name} {self.config.steps} steps seed {self.config.seed}"
+        return self.measured.figure(name, self.key, lambda: self.make()[1])  # type: ignore[no-any-return]
 
 
 def write_texts(folder: Path, texts: Texts) -> None:
@@ -99,58 +152,69 @@ def about(source: Source, share: float, data: Path) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Database:
+    """Another database for a model, made when it is needed: what it is known by, and what gives its folder."""
+
+    key: Any = None
+    make: Callable[[], Path] = lambda: Path("data")
+
+
+SAME = Database()  # that the model was trained with
+
+
 def evaluated(
+    measured: Measured,
     name: str,
-    run: Path,
+    training: Training,
     *,
-    database: Path = Path("data"),
-    baseline: Path | None = None,
+    database: Database = SAME,
+    baseline: Training | None = None,
     others: Sequence[str] = ("off", "random"),
     against: Sequence[str] = (),
     costs: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """The summary of an evaluation of a run on the held-out documents of `data`; kept in `evaluations/`.
+    """The summary of an evaluation of a trained model on the held-out documents of the corpus.
 
     * `options` are those of `EvaluateConfig`
     """
-    from retro.config import EvaluateConfig
-    from retro.database import RetroIndex
-    from retro.evaluate import evaluate
-    from retro.evaluation.costs import costs as costs_of
-    from retro.runs.checkpoints import load_model
-    from retro.search.index_file import read_database_manifest
-    from retro.text.corpus import Corpus
+    key = [training.key, database.key, baseline and baseline.key, options, list(others), list(against), costs]
 
-    index_sha256 = read_database_manifest(database)["index_sha256"]
-    key = [FORMAT_VERSION, run.name, baseline and baseline.name, index_sha256, options]
-    key += [list(others), list(against), costs, package_versions()]
-    file = Path("evaluations") / f"{name}-{sha256_of_json(key)[:8]}.json"
-    if not file.exists():
-        print(f"\n# evaluation: {name}", flush=True)
-        corpus, index = Corpus.load("data/corpus"), RetroIndex(data_path=database)
-        model, plain = load_model(run), None if baseline is None else load_model(baseline)
+    def evaluate() -> dict[str, Any]:
+        from retro.config import EvaluateConfig
+        from retro.database import RetroIndex
+        from retro.evaluate import evaluate
+        from retro.evaluation.costs import costs as costs_of
+        from retro.runs.checkpoints import load_model
+        from retro.text.corpus import Corpus
+
+        corpus, index = Corpus.load("data/corpus"), RetroIndex(data_path=database.make())
+        model = load_model(training.make()[0])
+        plain = None if baseline is None else load_model(baseline.make()[0])
         evaluation = evaluate(
             model, corpus, index, config=EvaluateConfig(**options), baseline=plain, others=others, against=against
         )
-        write_json(file, evaluation.summary() | ({"costs": costs_of(evaluation, model, plain)} if costs else {}))
-    return json.loads(file.read_text())  # type: ignore[no-any-return]
+        return evaluation.summary() | ({"costs": costs_of(evaluation, model, plain)} if costs else {})
+
+    return measured.figure(f"evaluation {name}", key, evaluate)  # type: ignore[no-any-return]
 
 
-def time_ratios(models: dict[str, Callable[[], Any]], how: Any, n_steps: int, n_rounds: int) -> dict[str, float]:
+def time_ratios(
+    measured: Measured, models: dict[str, Callable[[], Any]], how: Any, n_steps: int, n_rounds: int
+) -> dict[str, float]:
     """How long a training step of each kind of model takes, in units of the first; samples are read from the disk.
 
     * `models` make them, which is left out where it was measured before
     * `how` they are trained; a round has `n_steps` of each
     """
-    from retro.runs.data import TrainingData
-    from retro.runs.optimizers import new_optimizer
-    from retro.train import Trainer
-
-    data = TrainingData(Path("data"))
 
     def step_of(make: Callable[[], Any]) -> Callable[[int], None]:
-        model = make().train()
+        from retro.runs.data import TrainingData
+        from retro.runs.optimizers import new_optimizer
+        from retro.train import Trainer
+
+        data, model = TrainingData(Path("data")), make().train()
         optimizer = new_optimizer(model, how, fused=True)
         trainer = Trainer("cpu", model, None, optimizer, config=how, n_steps=how.steps)
 
@@ -160,26 +224,28 @@ def time_ratios(models: dict[str, Callable[[], Any]], how: Any, n_steps: int, n_
 
         return step
 
-    return in_turns(Path("time_ratios.json"), {n: partial(step_of, make) for n, make in models.items()}, n_rounds)
+    key = [list(models), asdict(how), n_steps, n_rounds]
+    found = measured.figure(
+        "time ratios", key, lambda: in_turns({n: step_of(make) for n, make in models.items()}, n_rounds)
+    )
+    return found["ratios"]  # type: ignore[no-any-return]
 
 
-def in_turns(file: Path, kinds: dict[str, Callable[[], Callable[[int], None]]], n_rounds: int) -> dict[str, float]:
+def in_turns(steps: dict[str, Callable[[int], None]], n_rounds: int) -> dict[str, Any]:
     """How long each kind of step takes, in units of the first: medians of rounds in turns, after one that warms up.
 
-    * `kinds` make the steps, which are called with the number of the round
+    * `steps` are called with the number of the round
+
+    Returns the ratios, and the seconds of the rounds.
     """
-    if not file.exists() or not kinds.keys() <= json.loads(file.read_text())["ratios"].keys():
-        steps = {name: make() for name, make in kinds.items()}
-        rounds: list[dict[str, float]] = []
-        for number in range(n_rounds + 1):
-            seconds = {}
-            for name, step in steps.items():
-                started = time.perf_counter()
-                step(number)
-                seconds[name] = time.perf_counter() - started
-            rounds.append(seconds)
-        first = next(iter(steps))
-        ratios = {n: statistics.median(r[n] / r[first] for r in rounds[1:]) for n in steps}
-        write_json(file, {"ratios": ratios, "rounds": rounds[1:]})
-    ratios = json.loads(file.read_text())["ratios"]
-    return {name: ratios[name] for name in kinds}
+    rounds: list[dict[str, float]] = []
+    for number in range(n_rounds + 1):
+        seconds = {}
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step(number)
+            seconds[name] = time.perf_counter() - started
+        rounds.append(seconds)
+    first = next(iter(steps))
+    ratios = {n: statistics.median(r[n] / r[first] for r in rounds[1:]) for n in steps}
+    return {"ratios": ratios, "rounds": rounds[1:]}

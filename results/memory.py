@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import about, begin, call, evaluated, time_ratios, write_texts
+from common import Database, Measured, Training, about, call, evaluated, time_ratios, write_texts
 from corpora import SOURCES, Source, Texts, drawn
 
 from retro.config import PACKAGED_BASE
@@ -25,9 +25,15 @@ CHUNK_LEN, CHUNKS_PER_SAMPLE = 64, 16
 WINDOW, STRIDE = 1024, 768
 RERANKED = ["--rerank", "50"]
 LEXICAL = ["--retriever", "bm25", *RERANKED]
-BY_BERT = ["--retriever", "bert", "--index", "Flat"]
-COMPRESSED = ["--retriever", "bert", "--index", "IVF64,PQ64"]
 SMALLER = {"two documents": 0.0, "a tenth": 0.1}  # databases, and their shares of the documents
+OTHER_TEXTS = (*SMALLER, "ten times", "python", "plays", "right removed")
+BY_SEARCH = {
+    "bert": ["--retriever", "bert", "--index", "Flat"],
+    "bert reranked": ["--retriever", "bert", "--index", "Flat", *RERANKED],
+    "bert compressed": ["--retriever", "bert", "--index", "IVF64,PQ64"],
+    "hybrid reranked": ["--retriever", "hybrid", "--index", "Flat", *RERANKED],
+    "bm25": ["--retriever", "bm25"],
+}
 NEIGHBORS = (1, 2, 4, 8)
 # How else the base can be made used to a text. The learning rates were chosen for them after 40 steps on the held-out
 # modeling files themselves: LoRA 0.603, 0.561, 0.569 at 1e-3, 3e-3, 1e-2; all weights, which take a hundredth of it,
@@ -49,6 +55,11 @@ class Size:
     rivals: tuple[str, ...] = ("in-context",)
     sweeps: bool = False
     a_pass: bool = False  # the first way to fine-tune also learns from all of the text once, with the first seed
+
+    def rounds(self) -> tuple[Size, ...]:
+        """What is measured first, second and at last, each with what came before."""
+        alone = replace(self, sweeps=False, a_pass=False)
+        return replace(alone, seeds=self.seeds[:1]), alone, self
 
 
 def build(*words: str) -> None:
@@ -87,19 +98,10 @@ def new_model(kind: str) -> Any:
     return Retrofit(load_base(of.base), of)
 
 
-def train_all(size: Size, seed: int, ratios: dict[str, float]) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Runs and summaries of a seed: `memory`, and those that are fine-tuned for the same time."""
-    steps = {name: max(2, round(size.steps / ratios[name])) for name in ("memory", *size.tuned)}
-    return {name: trained(name, name, n, seed) for name, n in steps.items()}
-
-
-def trained(name: str, kind: str, steps: int, seed: int) -> tuple[Path, dict[str, Any]]:
-    """The run of a model of some kind, and its summary."""
-    from retro.train import train
-
-    print(f"\n# {name}, seed {seed}: {steps:,} steps", flush=True)
+def training(measured: Measured, name: str, kind: str, steps: int, seed: int) -> Training:
+    """The training of a model of some kind."""
     given = {"lr": TUNED[kind]["lr"]} if kind in TUNED else {}
-    return train(name=name, config=config(steps, seed, **given), model_shape=shape(kind), device="cpu")
+    return Training(measured, name, shape(kind), config(steps, seed, **given))
 
 
 def n_samples() -> int:
@@ -109,45 +111,39 @@ def n_samples() -> int:
     return len(TrainingData(Path("data")).datasets["train"])
 
 
-def databases(source: Source) -> dict[str, Path]:
-    """Data folders of other databases for the same model."""
+def database_of_texts(source: Source, name: str) -> Path:
+    """The data folder of a database of other texts."""
     from retro.text.corpus import Corpus
 
     corpus, texts = Corpus.load("data/corpus"), dict(source.read())
-    train = [corpus.documents[i].name for i in corpus.split("train")]
-    found = {}
+    train = [(corpus.documents[i].name, texts[corpus.documents[i].name]) for i in corpus.split("train")]
+    if name in SMALLER:
+        some = drawn(train, SMALLER[name])
+    elif name in SOURCES:
+        some = drawn(SOURCES[name].read(), SOURCES[name].share)
+    elif name == "ten times":
+        some = without_held_out(corpus, source.read())
+    else:
+        right = right_documents(corpus)
+        some = [(name, text) for name, text in train if name not in right]
+    folder = Path(f"database-{name.replace(' ', '-')}-{sha256_of_json(some)[:8]}")
+    write_texts(folder / "texts", some)
+    words = ["--tokenizer", "data/corpus", "--valid-fraction", "0", "--data-path", str(folder)]
+    build(str(folder / "texts"), *words, *LEXICAL)
+    return folder
 
-    def of_texts(name: str, some: Texts) -> None:
-        found[name] = folder = Path(f"database-{name.replace(' ', '-')}-{sha256_of_json(some)[:8]}")
-        write_texts(folder / "texts", some)
-        words = ["--tokenizer", "data/corpus", "--valid-fraction", "0", "--data-path", str(folder)]
-        build(str(folder / "texts"), *words, *LEXICAL)
 
-    for name, share in SMALLER.items():
-        of_texts(name, drawn([(name, texts[name]) for name in train], share))
-    of_texts("ten times", without_held_out(corpus, source.read()))
-    for name in ("python", "plays"):
-        of_texts(name, drawn(SOURCES[name].read(), SOURCES[name].share))
-    right = right_documents(corpus)
-    of_texts("right removed", [(name, texts[name]) for name in train if name not in right])
-    keys = None
-    for name, words in (
-        ("bert", BY_BERT),
-        ("bert reranked", [*BY_BERT, *RERANKED]),
-        ("bert compressed", COMPRESSED),
-        ("hybrid reranked", ["--retriever", "hybrid", "--index", "Flat", *RERANKED]),
-        ("bm25", ["--retriever", "bm25"]),
-    ):
-        found[name] = folder = Path(f"database-{name.replace(' ', '-')}")
-        if not folder.exists():  # over the same text, and where there are keys, over the same: embedded once
-            part = folder.with_name(f"{folder.name}.part")
-            shutil.copytree("data/corpus", part / "corpus", dirs_exist_ok=True)
-            if keys is not None:
-                shutil.copytree(keys, part / "keys", dirs_exist_ok=True)
-            part.rename(folder)
-        build("--data-path", str(folder), *words)
-        keys = keys or folder / "keys"
-    return found
+def database_by_search(name: str) -> Path:
+    """The data folder of a database of the same text that is searched in another way."""
+    folder, keys = Path(f"database-{name.replace(' ', '-')}"), Path("database-bert/keys")
+    if not folder.exists():  # what is embedded, is embedded once
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.copytree("data/corpus", part / "corpus", dirs_exist_ok=True)
+        if keys.exists():
+            shutil.copytree(keys, part / "keys", dirs_exist_ok=True)
+        part.rename(folder)
+    build("--data-path", str(folder), *BY_SEARCH[name])
+    return folder
 
 
 def without_held_out(corpus: Any, texts: Texts) -> Texts:
@@ -174,48 +170,58 @@ def right_documents(corpus: Any) -> set[str]:
     return {corpus.documents[i].name for i in numbers}
 
 
-def sweeps(source: Source, run: Path, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def sweeps(measured: Measured, source: Source, first: Training, options: dict[str, Any]) -> dict[str, Any]:
     """Evaluations with other databases, and with other numbers of neighbors."""
-    found = {
-        f"database {name}": evaluated(f"database-{name}", run, database=folder, others=(), **options)
-        for name, folder in databases(source).items()
-    }
-    return found | {
-        f"neighbors {k}": evaluated(f"neighbors-{k}", run, others=(), n_neighbors=k, **options) for k in NEIGHBORS
-    }
+    databases = {name: Database([name, LEXICAL], partial(database_of_texts, source, name)) for name in OTHER_TEXTS}
+    databases |= {n: Database([n, words], partial(database_by_search, n)) for n, words in BY_SEARCH.items()}
+
+    def of(name: str, **given: Any) -> dict[str, Any]:
+        return evaluated(measured, name, first, others=(), **given, **options)
+
+    found = {f"database {name}": of(f"database {name}", database=database) for name, database in databases.items()}
+    return found | {f"neighbors {k}": of(f"neighbors {k}", n_neighbors=k) for k in NEIGHBORS}
 
 
-def measure(place: Path, source: Source, size: Size) -> dict[str, Any]:
-    """Everything for one corpus, in a folder below `place`."""
+def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Everything for one corpus, from figures that are kept in `folder`, and the machines that they are of.
+
+    Databases and runs are below `place`.
+    """
     from retro.evaluation.result import joined
 
-    begin(place, source, source.share, source.valid_fraction)
-    prepare(source)
+    texts, how = drawn(source.read(), source.share, source.hold_out), [source.valid_fraction, CHUNK_LEN, LEXICAL]
+    measured = Measured(folder, place, texts, how, partial(prepare, source))
     kinds = {kind: partial(new_model, kind) for kind in ("memory", *size.tuned)}
-    ratios = time_ratios(kinds, config(100, 0), n_steps=1, n_rounds=5)
-    runs = [train_all(size, seed, ratios) for seed in size.seeds]
+    ratios = time_ratios(measured, kinds, config(100, 0), n_steps=1, n_rounds=5)
+    about_it = measured.figure("about", None, lambda: about(source, source.share, Path("data")))
+    runs = {
+        name: [
+            training(measured, name, name, max(2, round(size.steps / ratios[name])), seed) for seed in size.seeds
+        ]
+        for name in kinds
+    }  # fmt: skip
+    summaries = {name: [made.summary() for made in of_seeds] for name, of_seeds in runs.items()}
+    first = runs["memory"][0]
     options = {"window": WINDOW, "stride": STRIDE, "n_windows": size.n_windows, "n_shuffles": 1}
     found: dict[str, Any] = {}
     for name in size.tuned:
         others = ("off", "random") if name == size.tuned[0] else ()
         found[name] = joined([
-            evaluated(f"{name}-{seed}", of["memory"][0], baseline=of[name][0], others=others, **options)
-            for seed, of in zip(size.seeds, runs, strict=True)
+            evaluated(measured, f"{name} {seed}", on, baseline=tuned, others=others, **options)
+            for seed, on, tuned in zip(size.seeds, runs["memory"], runs[name], strict=True)
         ])  # fmt: skip
-    first, summaries = runs[0]["memory"][0], {name: [of_seed[name][1] for of_seed in runs] for name in runs[0]}
-    if size.a_pass:
-        run, summary = trained("a-pass", size.tuned[0], n_samples(), size.seeds[0])
-        summaries["a pass"], ratios = [summary], ratios | {"a pass": ratios[size.tuned[0]]}
-        found["a pass"] = evaluated("a-pass", first, baseline=run, others=(), **options)
     # Rivals of the frozen base need no training, so they are the same for all seeds.
-    found["rivals"] = evaluated("rivals", first, others=("off",), against=size.rivals, costs=True, **options)
+    found["rivals"] = evaluated(
+        measured, "rivals", first, others=("off",), against=size.rivals, costs=True, **options
+    )  # fmt: skip
     if size.sweeps:
-        tuned = runs[0][size.tuned[0]][0]
         on_top = {"others": ("off",), "against": ("in-context",)}
-        found["tuned, in-context"] = evaluated("tuned-in-context", first, baseline=tuned, **on_top, **options)
-        found |= sweeps(source, first, options)
-    return about(source, source.share, Path("data")) | {
-        "ratios": ratios,
-        "runs": summaries,
-        "evaluations": found,
-    }
+        tuned = runs[size.tuned[0]][0]
+        found["tuned, in-context"] = evaluated(measured, "tuned in-context", first, baseline=tuned, **on_top, **options)
+        found |= sweeps(measured, source, first, options)
+    if size.a_pass:
+        steps = measured.figure("samples", None, n_samples)
+        a_pass = training(measured, "a-pass", size.tuned[0], steps, size.seeds[0])
+        summaries["a pass"], ratios = [a_pass.summary()], ratios | {"a pass": ratios[size.tuned[0]]}
+        found["a pass"] = evaluated(measured, "a pass", first, baseline=a_pass, others=(), **options)
+    return about_it | {"ratios": ratios, "runs": summaries, "evaluations": found}, measured.machines

@@ -9,13 +9,13 @@ The recipe was chosen on the held-out modeling files, with one seed, for what re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import about, begin, call, evaluated, time_ratios
-from corpora import Source
+from common import Measured, Training, about, call, evaluated, time_ratios
+from corpora import Source, drawn
 
 CHUNK_LEN, CHUNKS_PER_SAMPLE = 16, 16
 WINDOW, STRIDE = CHUNK_LEN * CHUNKS_PER_SAMPLE, CHUNK_LEN * 12  # tokens of an evaluation's windows, and between them
@@ -60,6 +60,11 @@ class Size:
     n_windows: int | None = None  # the most of each held-out document
     doublings: int = 0  # of the steps, with the first seed, to see where each kind of model flattens
 
+    def rounds(self) -> tuple[Size, ...]:
+        """What is measured first, second and at last, each with what came before."""
+        alone = replace(self, doublings=0)
+        return replace(alone, seeds=self.seeds[:1]), alone, self
+
 
 def prepare(source: Source, valid_fraction: float) -> None:
     """Database and dataset of the texts in the current folder."""
@@ -71,7 +76,6 @@ def prepare(source: Source, valid_fraction: float) -> None:
 
 def config(steps: int, seed: int) -> Any:
     """How all models are trained; only the steps and the seed differ."""
-    from retro.device import has_bf16, pick_device
     from retro.train import TrainConfig
 
     return TrainConfig(
@@ -82,7 +86,6 @@ def config(steps: int, seed: int) -> Any:
         schedule="cosine",
         warmup=min(100, -(-steps // 10)),
         clip=1.0,
-        precision="bf16" if has_bf16(pick_device("cpu")) else "fp32",
         interval=min(500, steps),
         n_valid_batches=8,
         n_final_batches=8,
@@ -99,47 +102,43 @@ def new_model(kind: str) -> Any:
     return RetroModel.from_config(RetroConfig(n_vocab=n_vocab, chunk_len=CHUNK_LEN, **SHAPES[kind]))
 
 
-def trained(name: str, kind: str, steps: int, seed: int) -> tuple[Path, dict[str, Any]]:
-    """The run of a model of some kind, and its summary."""
-    from retro.train import train
+def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Everything for one corpus, from figures that are kept in `folder`, and the machines that they are of.
 
-    print(f"\n# {name}, seed {seed}: {steps:,} steps", flush=True)
-    return train(name=name, config=config(steps, seed), model_shape=SHAPES[kind], device="cpu", prompt="The ")
-
-
-def measure(place: Path, source: Source, size: Size) -> dict[str, Any]:
-    """Everything for one corpus, in a folder below `place`."""
+    Databases and runs are below `place`.
+    """
     from retro.evaluation.result import joined
 
     share = source.share_from_nothing or source.share
     valid_fraction = source.valid_from_nothing or source.valid_fraction
-    begin(place, source, share, valid_fraction)
-    prepare(source, valid_fraction)
+    texts = drawn(source.read(), share, source.hold_out)
+    measured = Measured(folder, place, texts, [valid_fraction, CHUNK_LEN], partial(prepare, source, valid_fraction))
     kinds = {kind: partial(new_model, kind) for kind in SHAPES}
-    ratio = 1 / time_ratios(kinds, config(1000, 0), n_steps=10, n_rounds=8)["plain"]
+    ratio = 1 / time_ratios(measured, kinds, config(1000, 0), n_steps=10, n_rounds=8)["plain"]
+    about_it = measured.figure("about", None, lambda: about(source, share, Path("data")))
+
+    def training(kind: str, steps: int, seed: int) -> Training:
+        return Training(measured, kind, SHAPES[kind], config(steps, seed), prompt="The ")
+
     plans = {
         "retro": ("retro", size.steps),
         "equal-steps": ("plain", size.steps),
         "equal-time": ("plain", round(size.steps * ratio)),
     }
-    runs = [{name: trained(name, *plan, seed) for name, plan in plans.items()} for seed in size.seeds]
+    runs = {name: [training(*plan, seed) for seed in size.seeds] for name, plan in plans.items()}
+    summaries = {name: [made.summary() for made in of_seeds] for name, of_seeds in runs.items()}
     options = {"window": WINDOW, "stride": STRIDE, "n_windows": size.n_windows, "n_shuffles": 1}
 
     def compared(name: str, others: tuple[str, ...] = ()) -> dict[str, Any]:
         return joined([
-            evaluated(f"{name}-{seed}", of["retro"][0], baseline=of[name][0], others=others, **options)
-            for seed, of in zip(size.seeds, runs, strict=True)
+            evaluated(measured, f"{name} {seed}", on, baseline=plain, others=others, **options)
+            for seed, on, plain in zip(size.seeds, runs["retro"], runs[name], strict=True)
         ])  # fmt: skip
 
-    lengths = [size.steps << n for n in range(size.doublings + 1)] if size.doublings else []
-    longer = {kind: [trained(kind, kind, steps, size.seeds[0])[0] for steps in lengths] for kind in SHAPES}
-    pairs = zip(lengths, longer["retro"], longer["plain"], strict=True)
-    return about(source, share, Path("data")) | {
-        "longer": {n: evaluated(f"{n}-steps", on, baseline=plain, others=(), **options) for n, on, plain in pairs},
-        "time_ratio": ratio,
-        "runs": {name: [of_seed[name][1] for of_seed in runs] for name in plans},
-        "evaluations": {
-            "equal-steps": compared("equal-steps", ("off", "random")),
-            "equal-time": compared("equal-time"),
-        },
-    }
+    found = {"equal-steps": compared("equal-steps", ("off", "random")), "equal-time": compared("equal-time")}
+    longer = {}
+    for steps in [size.steps << n for n in range(size.doublings + 1)] if size.doublings else []:
+        on, plain = (training(kind, steps, size.seeds[0]) for kind in SHAPES)
+        longer[steps] = evaluated(measured, f"{steps} steps", on, baseline=plain, others=(), **options)
+    of_it = {"longer": longer, "time_ratio": ratio, "runs": summaries, "evaluations": found}
+    return about_it | of_it, measured.machines

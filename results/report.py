@@ -167,14 +167,16 @@ def share_saved(part: Part, claim: Claim) -> float:
 
 def first_page(record: dict[str, Any], gains: dict[tuple[Claim, str], Gain]) -> Iterator[str]:
     """Five sentences, one table, one plot."""
-    m, names = record["machine"], list({**record["memory"], **record["nothing"]})
+    names = list({**record["memory"], **record["nothing"]})
     titles = [(record["memory"].get(name) or record["nothing"][name])["title"] for name in names]
-    versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
     yield "# What retrieval brings, and beside what else could be done"
     yield ""
-    yield f"`{record['command']}`, {m['date']}: {m['processor']}, {m['cores']} cores, no GPU, Python {m['python']}, "
-    yield f"{versions}."
-    left = [f"{kind} of {n}" for kind, sizes in record["sizes"].items() for n in sizes if n not in record[kind]]
+    yield f"`{record['command']}`:"
+    for m in record["machines"]:
+        days = m["date"] if m["date"] == m["last"] else f"{m['date']} to {m['last']}"
+        versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
+        yield f"{days} on {m['processor']}, {m['cores']} cores, no GPU, Python {m['python']}, {versions};"
+    left = [*not_measured(record)]
     yield f"Not measured yet: {', '.join(left)}." if left else ""
     yield ""
     for claim in FIRST:
@@ -212,6 +214,20 @@ def first_page(record: dict[str, Any], gains: dict[tuple[Claim, str], Gain]) -> 
     yield "![Bits per byte against what a generated token costs](costs.png)"
 
 
+def not_measured(record: dict[str, Any]) -> Iterator[str]:
+    """What is planned, and left to a later session."""
+    for kind, sizes in record["sizes"].items():
+        for name, planned in sizes.items():
+            measured = record["measured"][kind].get(name)
+            if not measured:
+                yield f"{kind} of {name}"
+            elif seeds := sorted(set(planned["seeds"]) - set(measured["seeds"])):
+                yield f"{kind} of {name} with seeds {', '.join(map(str, seeds))}"
+            elif measured != planned:
+                differing = (field.replace("_", " ") for field, of in planned.items() if measured[field] != of)
+                yield f"{kind} of {name}: {', '.join(differing)}"
+
+
 def all_claims(record: dict[str, Any], gains: dict[tuple[Claim, str], Gain]) -> Iterator[str]:
     """Every claim with its figures."""
     yield "## The claims, tested"
@@ -242,7 +258,7 @@ def goals(record: dict[str, Any], gains: dict[tuple[Claim, str], Gain]) -> Itera
     off, random, lora, tuned = (share_saved(memory, claim) for claim in (BASE, RANDOM, TUNED, ALL_TUNED))
     e, costs = memory["evaluations"], {way.text: cost for way, cost in costs_of(memory).items()}
     reads, before = costs["**reads what it finds**"], costs["what it finds, before its text"]
-    bits = {way.text: figure(memory, way)["value"] for way in MEMORY}  # type: ignore[index]
+    bits = {way.text: cell["value"] for way in MEMORY if (cell := figure(memory, way))}
     alone = bits["the base alone"]
     of_in_context = (alone - bits["**reads what it finds**"]) / (alone - bits["what it finds, before its text"])
     without, having, n_bytes = LOW_RANDOM.bits(e)

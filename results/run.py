@@ -9,14 +9,17 @@ beside this file (under `results/cache/` for QUICK=1 and for a folder of one's o
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import memory
 import nothing
-from common import HERE, machine, write_json
+from common import HERE, write_json
 from corpora import SOURCES, own
 from report import write
 
@@ -55,16 +58,32 @@ def main() -> None:
     if args.text:
         sources, sizes = {"own": own(args.text.resolve())}, OWN
         out, command = HERE / "cache" / "own", f"{command} TEXT={args.text}"
-    record: dict[str, Any] = {"command": command, "machine": machine(), "memory": {}, "nothing": {}}
+    record: dict[str, Any] = {"command": command, "machines": [], "memory": {}, "nothing": {}}
     record["sizes"] = {kind: {name: asdict(size) for name, size in of.items()} for kind, of in sizes.items()}
+    record["measured"] = {kind: {} for kind in sizes}
     started = time.perf_counter()
-    for kind, measure in (("memory", memory.measure), ("nothing", nothing.measure)):
-        for name, size in sizes[kind].items():
-            record[kind][name] = measure(HERE / "cache" / kind / name, sources[name], size)
+    for number in range(3):
+        for name, (kind, measure) in product(sources, {"memory": memory.measure, "nothing": nothing.measure}.items()):
+            if name not in sizes[kind]:
+                continue
+            place, size = Path(kind) / name, sizes[kind][name].rounds()[number]
+            folders = out / "measured" / place, HERE / "cache" / place
+            record[kind][name], machines = measure(*folders, sources[name], size)
+            record["measured"][kind][name] = asdict(size)
+            record["machines"] = together([*record["machines"], *machines])
             write_json(out / "results.json", record)
             write(record, out)
             minutes = (time.perf_counter() - started) / 60
             print(f"\nwritten: {out}/RESULTS.md and its plots, with {kind} of {name}; {minutes:.0f} minutes so far")
+
+
+def together(machines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each machine once, with the first and the last date on which it measured."""
+    dates: dict[str, list[str]] = {}
+    for machine in machines:
+        same = json.dumps({k: v for k, v in machine.items() if k not in ("date", "last")}, sort_keys=True)
+        dates[same] = sorted([*dates.get(same, []), machine["date"], machine.get("last", machine["date"])])
+    return [{"date": of[0], "last": of[-1]} | json.loads(same) for same, of in dates.items()]
 
 
 if __name__ == "__main__":

@@ -61,13 +61,15 @@ def test_published_figures_are_of_held_out_documents_and_of_the_seeds_that_were_
     for kind, parts in (("memory", record["memory"]), ("nothing", record["nothing"])):
         assert set(parts) <= set(run.SOURCES) == set(corpora.SOURCES)
         for name, part in parts.items():
-            n_seeds = len(record["sizes"][kind][name]["seeds"])
+            n_seeds = len(record["measured"][kind][name]["seeds"])
             of_all = {run: len(summaries) for run, summaries in part["runs"].items() if run != "a pass"}
-            assert n_seeds == 3 and set(of_all.values()) == {3}
+            assert set(of_all.values()) == {n_seeds}
             evaluated = {tuple(e["documents"]) for e in part["evaluations"].values()}
             assert evaluated == {tuple(part["held_out"])} and len(part["held_out"]) == part["documents"]["held out"] > 1
             main_evaluation = part["evaluations"]["lora" if kind == "memory" else "equal-steps"]
-            assert main_evaluation["n_seeds"] == 3 and {"on", "off", "random"} < set(main_evaluation["bits_per_byte"])
+            assert main_evaluation["n_seeds"] == n_seeds and {"on", "off", "random"} < set(
+                main_evaluation["bits_per_byte"]
+            )
 
 
 def test_all_claims_are_corrected_together():
@@ -129,9 +131,15 @@ def test_ones_own_texts_are_all_measured_also_those_that_are_lines_of_a_file(tmp
 TINY = {"d_model": 16, "n_layers": 2, "n_heads": 2, "d_k": 8, "d_ff": 32, "n_encoder_layers": 1}
 
 
+COMPRESSED = ["--retriever", "bert", "--index", "IVF2,PQ4x4", "--n-train", "200"]
+
+
 @pytest.fixture(scope="module")
 def measured(data, tmp_path_factory):
-    """A record of a corpus of twelve texts with two seeds, as `run.py` makes it, and the folder where it was made."""
+    """A record of a corpus of twelve texts with two seeds, as `run.py` makes it, and the folder where it was made.
+
+    It is made of figures that are found, without any folder of models: those were measured right before.
+    """
     place = tmp_path_factory.mktemp("results")
     base = write_base(place / "base", data / "corpus" / "tokenizer.json")
     texts = [(name, text[:6000]) for name, text in corpora.stdlib() if len(text) > 6000]
@@ -145,21 +153,26 @@ def measured(data, tmp_path_factory):
             patch.setattr(module, "WINDOW", 8 * CHUNK_LEN)
             patch.setattr(module, "STRIDE", 6 * CHUNK_LEN)
         patch.setattr(memory, "BASE", str(base))
-        patch.setattr(memory, "COMPRESSED", ["--retriever", "bert", "--index", "IVF2,PQ4x4", "--n-train", "200"])
+        patch.setitem(memory.BY_SEARCH, "bert compressed", COMPRESSED)
         patch.setattr(memory, "SOURCES", sources)
         reads = TINY | {"ca_layers": (1,), "encoder_ca_layers": (0,)}
         patch.setattr(nothing, "SHAPES", {"retro": reads, "plain": TINY | {"ca_layers": (), "encoder_ca_layers": ()}})
         without_process = SimpleNamespace(run=lambda command, check: main(command[3:]))
         patch.setattr(common, "subprocess", without_process)
         patch.chdir(place)
-        record = {
-            "command": "a test",
-            "machine": common.machine(),
-            "sizes": {"memory": {"models": asdict(sizes)}, "nothing": {"models": {}}},
-            "memory": {"models": memory.measure(place / "memory", sources["models"], sizes)},
-            "nothing": {"models": nothing.measure(place / "nothing", sources["models"], nothing.Size(4, (0, 1), 1, 1))},
-        }
-    return json.loads(json.dumps(record)), place
+        all_sizes = {"memory": {"models": sizes}, "nothing": {"models": nothing.Size(4, (0, 1), 1, 1)}}
+        for name, value in (("SOURCES", sources), ("FULL", all_sizes), ("HERE", place)):
+            patch.setattr(run, name, value)
+        patch.setattr("sys.argv", ["run.py"])
+        run.main()
+        record = json.loads((place / "results.json").read_text())
+        patch.setattr(run, "HERE", place / "again")
+        shutil.copytree(place / "measured", place / "again" / "measured")
+        run.main()
+    assert not (place / "again" / "cache").exists(), "nothing was trained or built again"
+    assert (place / "again" / "RESULTS.md").read_text() == (place / "RESULTS.md").read_text()
+    assert json.loads((place / "again" / "results.json").read_text()) == record
+    return record, place / "cache"
 
 
 @pytest.mark.slow
@@ -168,7 +181,7 @@ def test_everything_is_measured_on_the_same_bytes_with_the_same_samples(measured
     for kind in ("memory", "nothing"):
         part = record[kind]["models"]
         assert len({json.dumps(e["by_document"]["bytes"]) for e in part["evaluations"].values()}) == 1
-        runs = [read_manifest(path) for path in (place / kind).glob("*/logs/*/*/run.json")]
+        runs = [read_manifest(path) for path in (place / kind).glob("*/*/logs/*/*/run.json")]
         assert len({json.dumps(r["dataset"], sort_keys=True) for r in runs}) == 1
         assert {r["train"]["seed"] for r in runs} == {0, 1}
 
@@ -177,9 +190,10 @@ def test_everything_is_measured_on_the_same_bytes_with_the_same_samples(measured
 def test_a_fine_tuned_model_has_the_time_and_a_plain_one_the_steps_or_the_time_of_those_that_read(measured):
     record, place = measured
     part, nothing_part = record["memory"]["models"], record["nothing"]["models"]
-    (folder,) = (place / "memory").glob("*/data")
+    (folder,) = (place / "memory").glob("*/*/data")
     n_samples = len(Dataset(folder / DATASET_FILE["train"], Corpus.load(folder / "corpus")))
-    ratios = json.loads(next((place / "memory").glob("*/time_ratios.json")).read_text())["ratios"]
+    (file,) = (place.parent / "measured" / "memory").glob("*/time-ratios-*.json")
+    ratios = json.loads(file.read_text())["value"]["ratios"]
     assert part["ratios"] == ratios | {"a pass": ratios["lora"]} and ratios["memory"] == 1
     assert [s["steps"] for s in part["runs"]["a pass"]] == [n_samples]
     for name in ("lora", "all"):
@@ -191,21 +205,41 @@ def test_a_fine_tuned_model_has_the_time_and_a_plain_one_the_steps_or_the_time_o
     assert list(nothing_part["longer"]) == ["4", "8"]
 
 
-def test_a_step_that_takes_three_times_as_long_has_a_ratio_of_three(tmp_path, monkeypatch):
+def test_a_step_that_takes_three_times_as_long_has_a_ratio_of_three(monkeypatch):
     now = iter(np.cumsum([0, 1, 0, 3, 0, 9, 0, 2, 0, 6, 0, 1, 0, 1, 0, 3, 0, 4]).tolist())
     monkeypatch.setattr(common.time, "perf_counter", lambda: float(next(now)))
-    file, numbers = tmp_path / "ratios.json", []
-    steps = {"first": lambda: numbers.append, "slow": lambda: lambda _: None, "other": lambda: lambda _: None}
-    found = common.in_turns(file, steps, n_rounds=2)
-    assert found == {"first": 1.0, "slow": 3.0, "other": 2.25} and numbers == [0, 1, 2], "the first round warms up"
-    assert common.in_turns(file, steps, n_rounds=2) == found and len(numbers) == 3, "it is found again"
-    unmade = {"first": lambda: pytest.fail("made"), "slow": lambda: pytest.fail("made")}
-    assert common.in_turns(file, unmade, n_rounds=2) == {"first": 1.0, "slow": 3.0}, (
-        "also some of them, without a model"
-    )
-    monkeypatch.undo()
-    common.in_turns(file, {"first": lambda: numbers.append, "another": lambda: lambda _: None}, n_rounds=1)
-    assert len(numbers) == 5, "but not for other steps"
+    numbers = []
+    steps = {"first": numbers.append, "slow": lambda _: None, "other": lambda _: None}
+    found = common.in_turns(steps, n_rounds=2)
+    assert found["ratios"] == {"first": 1.0, "slow": 3.0, "other": 2.25}
+    assert numbers == [0, 1, 2] and len(found["rounds"]) == 2, "the first round warms up"
+
+
+def test_a_figure_is_measured_once_for_a_key_and_other_texts_have_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def of(texts, how="alike"):
+        return common.Measured(tmp_path / "measured", tmp_path / "cache", texts, how, lambda: calls.append("prepared"))
+
+    def figure(measured, key, value):
+        return measured.figure("a figure", key, lambda: [value, Path("texts/a").read_text()])
+
+    measured = of([("a", "one")])
+    assert figure(measured, 1, "x") == figure(measured, 1, "y") == ["x", "one"] and figure(measured, 2, "z")[0] == "z"
+    assert calls == ["prepared"], "once"
+    assert figure(of([("a", "one")]), 1, "y") == ["x", "one"] and calls == ["prepared"], "found, nothing is prepared"
+    assert figure(of([("a", "two")]), 1, "y") == ["y", "two"] and figure(of([("a", "one")], "others"), 1, "w")[0] == "w"
+    monkeypatch.setattr(common, "package_versions", lambda: {"torch": "another"})
+    assert figure(of([("a", "one")]), 1, "v")[0] == "v"
+    (processor,) = {machine["processor"] for machine in measured.machines}
+    assert len(measured.machines) == 3 and processor == common.machine()["processor"]
+
+
+def test_machines_are_told_once_with_their_first_and_last_date():
+    found = run.together([{"date": d, "cores": c} for d, c in (("02", 2), ("03", 4), ("01", 2), ("02", 2))])
+    assert found == [{"date": "01", "last": "02", "cores": 2}, {"date": "03", "last": "03", "cores": 4}]
+    assert run.together([*found, {"date": "04", "cores": 2}])[0] == {"date": "01", "last": "04", "cores": 2}
 
 
 def test_each_claim_is_about_the_figures_that_it_names():
@@ -273,7 +307,7 @@ def of_variants(variants, numbers):
 @pytest.mark.slow
 def test_other_databases_hold_what_their_names_say(measured):
     record, place = measured
-    (folder,) = (place / "memory").glob("*/data")
+    (folder,) = (place / "memory").glob("*/*/data")
     corpus = Corpus.load(folder / "corpus")
     names = {split: {corpus.documents[i].name for i in corpus.split(split)} for split in ("train", "valid")}
     found = {}
@@ -297,7 +331,7 @@ def test_other_databases_hold_what_their_names_say(measured):
 @pytest.mark.slow
 def test_the_right_document_is_the_one_from_which_most_of_a_document_comes(measured, monkeypatch):
     _, place = measured
-    (folder,) = (place / "memory").glob("*/data")
+    (folder,) = (place / "memory").glob("*/*/data")
     monkeypatch.chdir(folder.parent)
     monkeypatch.setattr(memory, "CHUNK_LEN", CHUNK_LEN)
     corpus, index = Corpus.load("data/corpus"), RetroIndex(data_path="data")
@@ -341,13 +375,19 @@ def test_what_is_not_measured_yet_is_left_out_of_the_page(measured, tmp_path):
     for name in [name for name in part if name not in ("lora", "rivals")]:
         del part[name]
     del record["memory"]["models"]["runs"]["all"], part["rivals"]["costs"]["knn-lm"]
-    record["nothing"] = {}
+    record["nothing"], record["measured"]["nothing"] = {}, {}
     report.write(record | {"memory": measured[0]["memory"]}, tmp_path)  # with all that there is of a base
     report.write(record, tmp_path)
     page = (tmp_path / "RESULTS.md").read_text()
     assert report.BASE.text in page and report.EQUAL_TIME.text not in page and "From nothing" not in page
     assert "What was asked for" not in page and "Other databases" not in page
     assert "Not measured yet: nothing of models." in page
+    first = run.FULL["memory"]["models"].rounds()[0]
+    record["measured"]["memory"]["models"] = asdict(first)
+    record["sizes"]["memory"]["models"] = asdict(run.FULL["memory"]["models"])
+    assert [*report.not_measured(record)] == ["memory of models with seeds 1, 2", "nothing of models"]
+    record["measured"]["memory"]["models"] = asdict(replace(first, seeds=run.SEEDS))
+    assert [*report.not_measured(record)] == ["memory of models: sweeps, a pass", "nothing of models"]
 
 
 # Ablations.
