@@ -200,20 +200,20 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
         ]
         for name in kinds
     }  # fmt: skip
-    summaries = {name: [made.summary() for made in of_seeds] for name, of_seeds in runs.items()}
     first = runs["memory"][0]
     options = {"window": WINDOW, "stride": STRIDE, "n_windows": size.n_windows, "n_shuffles": 1}
     found: dict[str, Any] = {}
+    # Rivals of the frozen base need no training, so they are the same for all seeds.
+    found["rivals"] = evaluated(
+        measured, "rivals", first, others=("off",), against=size.rivals, costs=True, **options
+    )  # fmt: skip
     for name in size.tuned:
         others = ("off", "random") if name == size.tuned[0] else ()
         found[name] = joined([
             evaluated(measured, f"{name} {seed}", on, baseline=tuned, others=others, **options)
             for seed, on, tuned in zip(size.seeds, runs["memory"], runs[name], strict=True)
         ])  # fmt: skip
-    # Rivals of the frozen base need no training, so they are the same for all seeds.
-    found["rivals"] = evaluated(
-        measured, "rivals", first, others=("off",), against=size.rivals, costs=True, **options
-    )  # fmt: skip
+    summaries = {name: [made.summary() for made in of_seeds] for name, of_seeds in runs.items()}
     if size.sweeps:
         on_top = {"others": ("off",), "against": ("in-context",)}
         tuned = runs[size.tuned[0]][0]

@@ -126,7 +126,6 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
         "equal-time": ("plain", round(size.steps * ratio)),
     }
     runs = {name: [training(*plan, seed) for seed in size.seeds] for name, plan in plans.items()}
-    summaries = {name: [made.summary() for made in of_seeds] for name, of_seeds in runs.items()}
     options = {"window": WINDOW, "stride": STRIDE, "n_windows": size.n_windows, "n_shuffles": 1}
 
     def compared(name: str, others: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -136,6 +135,7 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
         ])  # fmt: skip
 
     found = {"equal-steps": compared("equal-steps", ("off", "random")), "equal-time": compared("equal-time")}
+    summaries = {name: [made.summary() for made in of_seeds] for name, of_seeds in runs.items()}
     longer = {}
     for steps in [size.steps << n for n in range(size.doublings + 1)] if size.doublings else []:
         on, plain = (training(kind, steps, size.seeds[0]) for kind in SHAPES)
