@@ -29,6 +29,7 @@ READING_ORDER = {
         "retrofit", "bases/readers", "bases/layers", "causal_lm", "cached_text", "model_card",
     ),
     "Writing and measuring": ("sample", "decoding", "evaluate"),
+    "The explorer": ("explorer/writing", "explorer/explored", "explorer/page"),
     "Behind the scenes: Settings and errors": ("config", "errors"),
     "Behind the scenes: Text": ("text/documents", "text/split", "text/tokenizer", "text/corpus", "text/*"),
     "Behind the scenes: Search": (

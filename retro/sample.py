@@ -31,6 +31,7 @@ from retro.decoding import BatchDecoder, Decoder, decoder_of
 from retro.errors import InvalidOption, differences
 from retro.model import RetroModel
 from retro.retrofit import Model
+from retro.runs.run import read_run
 from retro.storage.sample_file import read_header
 from retro.text.corpus import Corpus
 
@@ -43,6 +44,7 @@ class Neighbor:
     offset: int  # tokens from the start of the document
     distance: float  # squared L2 distance of the embeddings, or minus a score
     text: str
+    corpus_offset: int  # tokens from the start of the corpus
 
 
 def start_of_window(n_tokens: int, chunk_len: int, max_chunks: int | None) -> int:
@@ -73,8 +75,9 @@ class Sampler:
     The dataset is the one beside the database, if it is of the same text and `chunk_len`. A model without `ca_layers`
     reads no neighbors, so nothing is retrieved for it.
 
-    After (and during) sampling, `neighbors` holds what each complete chunk of prompt and sample retrieved; nothing for
-    the chunks of a prompt that begins before the model's window.
+    After (and during) sampling, `tokens` are those of prompt and sample, and `neighbors` holds what each complete chunk
+    of them retrieved; nothing for the chunks of a prompt that begins before the model's window. `values` has the tokens
+    (K, 2m) of these neighbors, by the number of the chunk.
 
     Raises `ValueError` where model, corpus, `chunk_len` and index do not fit together.
     """
@@ -108,7 +111,9 @@ class Sampler:
         )
         self.max_chunks: int | None = max_chunks or model.max_chunks or trained_with("chunks_per_sample")
         self._index, self._folder = index, folder
+        self.tokens: list[int] = []
         self.neighbors: list[list[Neighbor]] = []
+        self.values: dict[int, Tensor] = {}
         self.neighbors_of: list[list[list[Neighbor]]] = []
 
     @cached_property
@@ -139,6 +144,7 @@ class Sampler:
                         offset=int(offsets[u, k] - self.corpus.starts[documents[u, k]]),
                         distance=float(distances[u, k]),
                         text=self.corpus.text(int(offsets[u, k]), int((values[u, k] >= 0).sum())),
+                        corpus_offset=int(offsets[u, k]),
                     )
                     for k in np.flatnonzero(offsets[u] >= 0)
                 ],
@@ -238,8 +244,8 @@ class Sampler:
         self.model.eval()
         m, n_written = self.chunk_len, len(ids)
         decoder, start = decoder_of(self.model), start_of_window(len(ids), m, self.max_chunks)
-        self.neighbors = [[] for _ in range(start // m)]
-        values: dict[int, Tensor] = {}  # tokens (K, 2m) of the neighbors of each chunk of the text
+        self.tokens, self.neighbors = ids, [[] for _ in range(start // m)]
+        values = self.values = {}
         for n_left in reversed(range(sample_len)):
             if (moved := start_of_window(len(ids), m, self.max_chunks)) > start:
                 start = moved
@@ -251,6 +257,10 @@ class Sampler:
             if text and (not n_left or not text.endswith("\ufffd")):
                 yield text
                 n_written = len(ids)
+
+    def text(self, start: int, end: int) -> str:
+        """The text of some of the `tokens` of prompt and sample."""
+        return self._text(self.tokens, start, end)
 
     def _text(self, ids: list[int], start: int, end: int) -> str:
         """What the tokens from `start` to `end` add to the text of those before them, of which a few are enough."""
@@ -276,6 +286,19 @@ class Sampler:
             logits = decoder.feed(torch.tensor(ids[at : at + decoder.n_next()], device=self.device), ret)
             if start + decoder.length == len(ids):
                 return logits
+
+
+def sampler_of(run: Path, model: Model, data_path: Path, corpus: Corpus, device: Any) -> Sampler:
+    """What writes with a run's model.
+
+    * `corpus` is the one in `data_path`; the database there is opened only if the model reads neighbors
+    """
+    dataset = read_run(run)["dataset"]
+    m, K, index = dataset["chunk_len"], dataset["n_neighbors"], None
+    if model.ca_layers:
+        index = RetroIndex(m, corpus=corpus, data_path=data_path, device=device)
+    max_chunks = model.max_chunks or dataset["chunks_per_sample"]
+    return Sampler(device, model, corpus, m, index=index, n_neighbors=K, max_chunks=max_chunks)
 
 
 def _require_fit(model: Model, corpus: Corpus, chunk_len: int, index: RetroIndex | None) -> None:

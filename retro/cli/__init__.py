@@ -21,6 +21,10 @@ COMMANDS = {
     "dataset": ("building", "the neighbors of every training sample, retrieved once"),
     "train": ("training", "train a model that reads them; builds what is missing before, if texts are named"),
     "sample": ("using", "write text with a trained model that retrieves as it writes"),
+    "explore": (
+        "exploring",
+        "the same in a browser, with its sources beside it; and its database, searched and changed",
+    ),
     "evaluate": ("using", "what retrieval brings to text that nobody trained on"),
     "runs": ("listing", "the runs there are, with their figures"),
     "add": ("changing", "add documents to a database, embedding only them"),

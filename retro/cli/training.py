@@ -216,11 +216,12 @@ def _report_run(
     * `base` is where the run's base is now, if it was moved
     """
     from retro.cli.stages import describe
-    from retro.cli.using import DRAWN, sampler_of, write_sample
+    from retro.cli.using import DRAWN, write_sample
     from retro.dataset import DATASET_FILE, Dataset
     from retro.evaluation.audit import audit
     from retro.runs.checkpoints import load_model
     from retro.runs.run import read_run
+    from retro.sample import sampler_of
     from retro.search.index_file import read_database_manifest
     from retro.text.corpus import open_corpus
 

@@ -58,6 +58,7 @@ def sample_command(argv: Sequence[str]) -> None:
 
     device = pick_device(options.device)
     from retro.runs.checkpoints import load_model
+    from retro.sample import sampler_of
 
     run, _, data_path, corpus = find_run(options)
     model = load_model(run, device, options.base)
@@ -88,30 +89,6 @@ def _write_what_is_asked(write: Callable[[str], None]) -> None:
             note("\nstopped")
         except ValueError as error:  # one that cannot be continued, as an empty one
             print(f"error: {explain(error)}", file=sys.stderr)
-
-
-def sampler_of(run: Path, model: Model, data_path: Path, corpus: Corpus, device: Any) -> Sampler:
-    """What writes with a run's model.
-
-    * `corpus` is the one in `data_path`; the database there is opened only if the model reads neighbors
-    """
-    from retro.database import RetroIndex
-    from retro.runs.run import read_run
-    from retro.sample import Sampler
-
-    dataset = read_run(run)["dataset"]
-    m, K, index = dataset["chunk_len"], dataset["n_neighbors"], None
-    if model.ca_layers:
-        index = RetroIndex(m, corpus=corpus, data_path=data_path, device=device)
-    return Sampler(
-        device,
-        model,
-        corpus,
-        m,
-        index=index,
-        n_neighbors=K,
-        max_chunks=model.max_chunks or dataset["chunks_per_sample"],
-    )
 
 
 def write_sample(

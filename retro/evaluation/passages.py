@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from difflib import SequenceMatcher
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -84,3 +85,15 @@ def common_run(chunk: Sequence[int], value: Sequence[int]) -> tuple[int, int, in
     """(start in `chunk`, start in `value`, length) of their longest common run of tokens; length 0 below `MIN_RUN`."""
     run = SequenceMatcher(None, chunk, value, autojunk=False).find_longest_match()
     return (run.a, run.b, run.size) if run.size >= MIN_RUN else (0, 0, 0)
+
+
+def touches(span: TextSpan, runs: Sequence[tuple[int, int]]) -> bool:
+    """Whether some text is in one of the runs of tokens `(start, end)`."""
+    return any(span.start < end and span.end > start for start, end in runs)
+
+
+def marked(corpus: Corpus, start: int, end: int, run: tuple[int, int]) -> list[tuple[bool, str]]:
+    """The text of tokens `start:end` in parts, each with whether it is in a run of tokens."""
+    spans = text_spans(corpus, start, end) if start < end else []
+    parts = groupby(spans, lambda span: touches(span, [run]))
+    return [(in_run, "".join(span.text for span in part)) for in_run, part in parts]

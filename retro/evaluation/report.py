@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from datetime import date
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,10 @@ from retro.evaluation.passages import (
     TextSpan,
     choose,
     common_run,
+    marked,
     rank_passages,
     text_spans,
+    touches,
 )
 from retro.evaluation.result import VARIANTS, Evaluation
 from retro.retrofit import Model
@@ -107,7 +108,7 @@ def _chunk(evaluation: Evaluation, number: int, shares: Tensor | None) -> dict[s
         "number": _place(corpus, start)[1] // m + 1,  # in its document
         "gain": round(gain, 1) + 0.0,  # no -0.0
         "begins_window": shares is None,
-        "tokens": [_token(evaluation, span, _touches(span, runs)) for span in spans],
+        "tokens": [_token(evaluation, span, touches(span, runs)) for span in spans],
         "neighbors": read,
     }
 
@@ -149,22 +150,11 @@ def _neighbors(evaluation: Evaluation, number: int, shares: Tensor) -> list[dict
                 "share": share,
                 "run_in_chunk": (start + a, start + a + n),
                 "is_open": len(found) < N_OPEN or n > 0,
-                "chunk": _marked(index.corpus, offset, min(offset + m, end), run),
-                "continuation": _marked(index.corpus, offset + m, min(offset + 2 * m, end), run),
+                "chunk": marked(index.corpus, offset, min(offset + m, end), run),
+                "continuation": marked(index.corpus, offset + m, min(offset + 2 * m, end), run),
             }
         )
     return found
-
-
-def _marked(corpus: Corpus, start: int, end: int, run: tuple[int, int]) -> list[tuple[bool, str]]:
-    """The text of tokens `start:end` in parts, each with whether it is in the run that the chunk has too."""
-    spans = text_spans(corpus, start, end) if start < end else []
-    parts = groupby(spans, lambda span: _touches(span, [run]))
-    return [(in_run, "".join(span.text for span in part)) for in_run, part in parts]
-
-
-def _touches(span: TextSpan, runs: Sequence[tuple[int, int]]) -> bool:
-    return any(span.start < end and span.end > start for start, end in runs)
 
 
 def _place(corpus: Corpus, offset: int) -> tuple[str, int]:
