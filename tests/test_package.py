@@ -32,7 +32,7 @@ def names(requirements: list[Requirement]) -> set[str]:
 
 def shipped() -> set[str]:
     """What an installed library consists of, as paths in the wheel."""
-    files = [*SOURCES, ROOT / "retro" / "py.typed", *(ROOT / "retro").rglob("*.j2")]
+    files = [*SOURCES, ROOT / "retro" / "py.typed", *(ROOT / "retro").rglob("*.j2"), *(ROOT / "retro").rglob("*.css")]
     return {path.relative_to(ROOT).as_posix() for path in files}
 
 
