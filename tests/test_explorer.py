@@ -7,13 +7,14 @@ import time
 from contextlib import contextmanager
 from functools import partial
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import numpy as np
 import pytest
 import torch
-from conftest import CHUNK_LEN, refused
+from conftest import CHUNK_LEN, load_script, refused
 from test_sampling import SHAPE
 
 from retro.cli import main
@@ -31,6 +32,8 @@ from retro.train import train
 
 DRAWN = SampleConfig(temperature=1.0, top_k=20, seed=3)
 PROMPT = "Who is there? Nay, answer me: stand, and unfold yourself. Long live the king!"
+screenshot = load_script(Path(__file__).parent.parent / "docs" / "screenshot.py")
+until, element = screenshot.until, screenshot.shown
 needs_browser = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")),
     reason="needs a browser: apt-get install chromium chromium-driver",
@@ -191,8 +194,8 @@ def test_a_search_finds_what_the_index_finds_and_opens_the_document_there(explor
 
 def test_a_text_that_is_added_is_found_and_read_and_one_that_is_removed_is_not(explored, tmp_path):
     secret = "The zebra quartet of Ulm plays the contrabassoon on Thursdays, xylophones on Fridays. " * 4
-    assert "zebra.txt is in the database now" in explored.add(secret, "../../zebra")
-    assert "zebra.txt" in explored.names() and not (tmp_path.parent / "zebra.txt").exists()
+    assert "zebra.txt is in the database now" in explored.add(secret, f"{tmp_path}/zebra")
+    assert "zebra.txt" in explored.names() and not (tmp_path / "zebra.txt").exists(), "a name is no path"
     assert explored.search("The zebra quartet of Ulm plays", 1)[0].document == "zebra.txt"
     chunks = last(explored.write("The zebra quartet of Ulm plays the contrabassoon on", 8, ["on"], DRAWN))["on"]
     assert "zebra.txt" in {read.neighbor.document for chunk in chunks for read in chunk.read}
@@ -313,32 +316,9 @@ def test_without_gradio_the_command_says_how_to_get_it(run, monkeypatch, capsys)
 
 @pytest.fixture
 def browser(tmp_path):
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    words = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-    for word in f"{words} disable-component-update disable-sync window-size=1440,1200".split():
-        options.add_argument(f"--{word}")
-    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    driver = screenshot.new_browser(1440, 1200, tmp_path / "profile")
     yield driver
     driver.quit()
-
-
-def until(condition, seconds=60):
-    started = time.monotonic()
-    while not (found := condition()):
-        assert time.monotonic() - started < seconds, "it did not come to that"
-        time.sleep(0.1)
-    return found
-
-
-def element(browser, css, text=None):
-    """The shown element of a kind, with a text if one is given."""
-    found = [e for e in browser.find_elements("css selector", css) if e.is_displayed() and text in (None, e.text)]
-    return found[0] if found else None
 
 
 def button(browser, name):
@@ -350,7 +330,8 @@ def tab(browser, name):
 
 
 def field(browser, label):
-    path = f"//label[normalize-space()='{label}' or .//span[normalize-space()='{label}']]//*[self::textarea or self::input]"
+    called = f"//label[normalize-space()='{label}' or .//span[normalize-space()='{label}']]"
+    path = f"{called}//*[self::textarea or self::input]"
     return until(lambda: [e for e in browser.find_elements("xpath", path) if e.is_displayed()])[0]
 
 
@@ -457,6 +438,14 @@ def test_it_is_usable_by_keyboard_alone_on_a_telephone_and_in_the_dark(explored,
             until(lambda: "% of the attention" in element(browser, ".retro.columns").text)
             element(browser, ".retro details[open] summary").send_keys(Keys.ENTER)
             until(lambda: browser.find_elements("css selector", ".retro details:not([open])"))
+
+
+@needs_browser
+def test_the_picture_of_the_readme_is_taken_of_a_run(run, tmp_path, monkeypatch):
+    picture = tmp_path / "picture.png"
+    monkeypatch.setattr("sys.argv", ["screenshot.py", "--run", str(run), "--out", str(picture)])
+    screenshot.main()
+    assert picture.read_bytes().startswith(b"\x89PNG") and len(picture.read_bytes()) > 20_000
 
 
 def contrast(*colors):

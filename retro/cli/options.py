@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -122,6 +124,12 @@ def the_other_of(pair: tuple[str, str], given: Collection[str], on_command_line:
             if name in names:
                 return other
     return None
+
+
+def program() -> str:
+    """What to type to call this program again: where it lies, if the shell would not find it."""
+    called = Path(sys.argv[0])
+    return str(called) if called.name == "retro" and shutil.which("retro") is None else "retro"
 
 
 def data_path_of(options: Namespace) -> Path:

@@ -11,7 +11,15 @@ from jsonargparse import ArgumentParser, Namespace
 
 from retro import parallel
 from retro.cli.building import TEXTS, database_config
-from retro.cli.options import add_config, config_from, data_path_of, new_parser, parse_with_preset, the_other_of
+from retro.cli.options import (
+    add_config,
+    config_from,
+    data_path_of,
+    new_parser,
+    parse_with_preset,
+    program,
+    the_other_of,
+)
 from retro.cli.repair import explain
 from retro.config import (
     FROM_DATA,
@@ -81,10 +89,11 @@ def train_command(argv: Sequence[str]) -> None:
     if parallel.rank():
         return
     _report_run(run, summary, data_path, device, prompt, counts)
-    note(f"\neverything took {time.perf_counter() - started:.0f} s; samples with other prompts:")
+    note(f"\neverything took {time.perf_counter() - started:.0f} s; other prompts, in a browser or here:")
     elsewhere = "" if data_path.resolve().is_relative_to(Path.cwd()) else f" --data-path {data_path}"
     show = " --show-neighbors" if shape.get("ca_layers", True) else ""
-    note(f'  retro sample --run {run}{elsewhere}{show} "YOUR PROMPT"')
+    note(f"  {program()} explore --run {run}{elsewhere}")
+    note(f'  {program()} sample --run {run}{elsewhere}{show} "YOUR PROMPT"')
 
 
 def _shape(options: Namespace, given: set[str]) -> dict[str, Any]:
