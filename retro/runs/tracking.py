@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -38,6 +39,7 @@ def tracked(run: Run, data_path: Path) -> Iterator[None]:
     pid_file = folder / "run.pid"  # labml's, which stops where one was left; the lock is what counts here
     with exclusive_lock(folder):
         pid_file.unlink(missing_ok=True)
+        _let_labml_show_in_notebooks()
         name, experiments = folder.resolve().parent.name, folder.resolve().parent.parent
         with contextlib.redirect_stdout(io.StringIO()):  # labml remarks on a missing .labml.yaml and repository
             lab.configure(
@@ -55,6 +57,16 @@ def tracked(run: Run, data_path: Path) -> Iterator[None]:
             for thread in threading.enumerate():
                 if type(thread).__name__ == "FileWriterThread":  # labml's, which has been told to end
                     thread.join()
+
+
+def _let_labml_show_in_notebooks() -> None:
+    """labml 0.5 looks for IPython's `display` where IPython 9 has it no more: no run could be trained in a notebook."""
+    if "IPython" in sys.modules:
+        from IPython.core import display as former
+        from IPython.display import display
+
+        if not hasattr(former, "display"):
+            former.display = display
 
 
 def require_trackers(names: Sequence[str]) -> None:
