@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import signal
 import sys
@@ -61,12 +62,10 @@ def tracked(run: Run, data_path: Path) -> Iterator[None]:
 
 def _let_labml_show_in_notebooks() -> None:
     """labml 0.5 looks for IPython's `display` where IPython 9 has it no more: no run could be trained in a notebook."""
-    if "IPython" in sys.modules:
-        from IPython.core import display as former
-        from IPython.display import display
-
+    if "IPython" in sys.modules:  # which is nothing that this library needs
+        former = importlib.import_module("IPython.core.display")
         if not hasattr(former, "display"):
-            former.display = display
+            former.display = importlib.import_module("IPython.display").display  # type: ignore[attr-defined]
 
 
 def require_trackers(names: Sequence[str]) -> None:
