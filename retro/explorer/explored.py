@@ -31,6 +31,7 @@ from retro.text.corpus import Corpus
 MAX_PROMPT = 20_000  # characters
 MAX_TOKENS = 512  # of a sample
 MAX_SECONDS = 300.0  # that one sample may take
+SECONDS_BETWEEN = 0.1  # two views of what is being written
 MAX_ADDED = 5_000_000  # bytes of a text or file
 MAX_FOUND = 20
 AROUND = 1024  # tokens of a document that are shown before and behind a place
@@ -90,7 +91,7 @@ class Explored:
     def write(
         self, prompt: str, length: int, ways: Sequence[str], config: SampleConfig
     ) -> Iterator[dict[str, list[Written]]]:
-        """A prompt continued in some of the `WAYS`, a token of each at a time; at the end with shares of attention.
+        """A prompt continued in some of the `WAYS`, a token of each in turn; at the end with shares of attention.
 
         Raises `ValueError` for a prompt that cannot be continued, or is too long, `InvalidOption` for a `length`
         above `MAX_TOKENS`. After `MAX_SECONDS` it ends where it is.
@@ -99,7 +100,7 @@ class Explored:
             raise ValueError(f"the prompt has {len(prompt):,} characters; at most {MAX_PROMPT:,} are continued here")
         if length > MAX_TOKENS:
             raise InvalidOption("length", length, f"is above {MAX_TOKENS}, the most that is written here at once")
-        started = time.monotonic()
+        started, last = time.monotonic(), 0.0
         writers = [Writer(self.sampler, way, config) for way in WAYS if way in ways]
         texts = {writer.way: writer.write(prompt, length) for writer in writers}
         while texts and time.monotonic() - started < MAX_SECONDS:
@@ -108,7 +109,9 @@ class Explored:
                     with self.lock:
                         if next(texts[writer.way], None) is None:
                             del texts[writer.way]
-            yield {writer.way: writer.chunks() for writer in writers}
+            if time.monotonic() - last >= SECONDS_BETWEEN:
+                last = time.monotonic()
+                yield {writer.way: writer.chunks() for writer in writers}
         with self.lock:
             shares = {writer.way: writer.attention() for writer in writers}
         yield {writer.way: writer.chunks(shares[writer.way]) for writer in writers}

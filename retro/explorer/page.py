@@ -7,7 +7,6 @@ loaded from elsewhere, and nothing is reported. What is shown is made by `explor
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from retro.progress import note
 
 LOCAL = "127.0.0.1"
 USER = "retro"  # whose password the token is
-SECONDS_BETWEEN = 0.1  # two pictures of what is being written
 HERE = Path(__file__).parent
 _ENVIRONMENT = Environment(loader=PackageLoader("retro.explorer", ""), autoescape=True, undefined=StrictUndefined)
 
@@ -66,15 +64,10 @@ def new_page(explored: Explored, drawn: SampleConfig, prompt: str) -> Any:
             def write(
                 text: str, ways: list[str], length: float, temperature: float, top_k: float, seed: float
             ) -> Iterator[str]:
-                last, html = 0.0, ""
                 try:
                     config = SampleConfig(temperature=temperature, top_k=int(top_k) or None, seed=int(seed or 0))
                     for columns in explored.write(text or "", int(length), ways or ["on"], config):
-                        html = show("written", [(WAYS[way], chunks) for way, chunks in columns.items()], explored.reads)
-                        if time.monotonic() - last >= SECONDS_BETWEEN:
-                            last = time.monotonic()
-                            yield html
-                    yield html
+                        yield show("written", [(WAYS[way], chunks) for way, chunks in columns.items()], explored.reads)
                 except (ValueError, OSError) as error:
                     yield show("said", str(error), True)
 
