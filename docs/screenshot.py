@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "explorer.png", help="the picture")
     args = parser.parse_args()
     run = run_in(args.run)
-    explored = Explored(run, load_model(run, "cpu"), data_path_of(run, read_run(run), None), "cpu")
+    explored = Explored.of_run(run, load_model(run, "cpu"), data_path_of(run, read_run(run), None), "cpu")
     prompt = args.prompt.read_text(encoding="utf-8") if args.prompt else explored.corpus.beginning_of_held_out(96)
     page = new_page(explored, SampleConfig(), prompt)
     browser = new_browser(1280, 1150)

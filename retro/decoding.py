@@ -15,16 +15,18 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
+from retro.in_context import InContext, put_before
 from retro.model import RetroModel, RotaryPositionalEmbeddings
 from retro.retrofit import Decoding, Model, Retrofit
 
 
-def decoder_of(model: Model, reads: bool = True) -> Decoder:
+def decoder_of(model: Model | InContext, reads: bool = True) -> Decoder:
     """What runs a model over a growing text; any that is called with tokens and neighbors will do.
 
     * `reads`: it is given neighbors, if the model has layers to read them
@@ -32,6 +34,8 @@ def decoder_of(model: Model, reads: bool = True) -> Decoder:
     reads = reads and bool(model.ca_layers)
     if isinstance(model, RetroModel):
         return CachedDecoder(model, reads)
+    if isinstance(model, InContext):
+        return InContextDecoder(model, reads)
     return RetrofitDecoder(model, reads) if isinstance(model, Retrofit) else RecomputingDecoder(model, reads)
 
 
@@ -117,10 +121,7 @@ class RetrofitDecoder(Decoder):
 
     def __init__(self, model: Retrofit, reads: bool = True) -> None:
         super().__init__(model.chunk_len, reads)
-        self.model = model
-        # Of many tokens only the last one's logits are wanted, if the base can leave out the others.
-        can_keep_one = "logits_to_keep" in inspect.signature(model.base.forward).parameters
-        self.last_only = {"logits_to_keep": 1} if can_keep_one else {}
+        self.model, self.last_only = model, _last_only(model.base)
         self.restart()
 
     def restart(self) -> None:
@@ -130,8 +131,7 @@ class RetrofitDecoder(Decoder):
         self.decoding = Decoding(self.model, torch.zeros(1, dtype=torch.long, device=base.device))
 
     def kept(self) -> Iterable[Tensor]:
-        for layer in self.cache.layers:
-            yield from (x for x in vars(layer).values() if isinstance(x, Tensor))
+        yield from _states_of(self.cache)
         for pair in self.decoding.contexts.values():
             yield from pair
 
@@ -146,6 +146,48 @@ class RetrofitDecoder(Decoder):
             )
         self.length += n
         return output.logits[0, -1]
+
+
+class InContextDecoder(Decoder):
+    """A decoder of a pretrained model that has the neighbors before the text; behind others it reads the text anew."""
+
+    def __init__(self, model: InContext, reads: bool = True) -> None:
+        super().__init__(model.chunk_len, reads)
+        self.model, self.last_only = model, _last_only(model.base)
+        self.restart()
+
+    def restart(self) -> None:
+        self.length = 0
+        self.tokens = torch.zeros(0, dtype=torch.long, device=self.model.base.device)
+        self.before = np.zeros(0, dtype=np.int64)
+        self.cache = DynamicCache(config=self.model.base.config)
+
+    def kept(self) -> Iterable[Tensor]:
+        return _states_of(self.cache)
+
+    def feed(self, tokens: Tensor, ret: Tensor | None = None) -> Tensor:
+        m, unread = self.chunk_len, tokens
+        self.tokens = torch.cat([self.tokens, tokens])
+        if self.reads and self.completes_chunk:
+            before = self.before[:0] if ret is None else put_before(ret.cpu().numpy(), m)
+            n_most = (self.model.max_chunks or sys.maxsize) * m
+            if len(before) + self.length + m > n_most or not np.array_equal(before, self.before):
+                n_left_out = -(-max(0, len(before) + self.length + m - n_most) // m) * m  # the oldest of the text
+                self.before, self.cache = before, DynamicCache(config=self.model.base.config)
+                unread = torch.cat([torch.from_numpy(before).to(tokens), self.tokens[n_left_out:]])
+        self.length += len(tokens)
+        output = self.model.base(input_ids=unread[None], past_key_values=self.cache, use_cache=True, **self.last_only)
+        return output.logits[0, -1]
+
+
+def _last_only(base: Any) -> dict[str, int]:
+    """What tells a base that of many tokens only the last one's logits are wanted, if it can leave out the others."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+
+
+def _states_of(cache: DynamicCache) -> Iterable[Tensor]:
+    for layer in cache.layers:
+        yield from (x for x in vars(layer).values() if isinstance(x, Tensor))
 
 
 class CachedDecoder(Decoder):

@@ -14,6 +14,7 @@ position 0 on. Half at once, because then as many tokens are new as are read ane
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -29,11 +30,15 @@ from retro.database import RetroIndex
 from retro.dataset import DATASET_FILE
 from retro.decoding import BatchDecoder, Decoder, decoder_of
 from retro.errors import InvalidOption, differences
+from retro.in_context import InContext
 from retro.model import RetroModel
 from retro.retrofit import Model
+from retro.runs.models import require_tokenizer
 from retro.runs.run import read_run
+from retro.search.index_file import read_database_manifest
 from retro.storage.sample_file import read_header
-from retro.text.corpus import Corpus
+from retro.text.base_model import load_base
+from retro.text.corpus import Corpus, open_corpus
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class Sampler:
     def __init__(
         self,
         device: torch.device | str,
-        model: Model,
+        model: Model | InContext,
         tds: Any,
         chunk_len: int,
         *,
@@ -110,7 +115,7 @@ class Sampler:
             or DatasetConfig.n_neighbors
         )
         self.max_chunks: int | None = max_chunks or model.max_chunks or trained_with("chunks_per_sample")
-        self._index, self._folder = index, folder
+        self._index, self.data_path = index, folder
         self.tokens: list[int] = []
         self.neighbors: list[list[Neighbor]] = []
         self.values: dict[int, Tensor] = {}
@@ -123,17 +128,17 @@ class Sampler:
             self.chunk_len,
             n_neighbors=self.n_neighbors,
             corpus=self.corpus,
-            data_path=self._folder,
+            data_path=self.data_path,
             device=self.device,
         )
 
     def retrieve_nearest_neighbours(self, chunk: str) -> list[str]:
         """Texts of the nearest neighbors of a chunk, each with its continuation."""
-        return [neighbor.text for neighbor in self._retrieve([chunk])[0][0]]
+        return [neighbor.text for neighbor in self.retrieve([chunk])[0][0]]
 
-    def _retrieve(self, chunks: list[str]) -> list[tuple[list[Neighbor], np.ndarray]]:
-        """For each chunk, its neighbors as text and as tokens (K, 2m)."""
-        distances, offsets = self.index.nearest(chunks, self.n_neighbors)
+    def retrieve(self, chunks: list[str], n_neighbors: int | None = None) -> list[tuple[list[Neighbor], np.ndarray]]:
+        """For each chunk, its neighbors as text and as tokens (K, 2m); as many as the model reads, or `n_neighbors`."""
+        distances, offsets = self.index.nearest(chunks, n_neighbors or self.n_neighbors)
         values = self.index.values(offsets)  # (chunks, K, 2m)
         documents = self.corpus.document_of(np.maximum(offsets, 0))
         return [
@@ -220,7 +225,7 @@ class Sampler:
         if not chunks or not self.model.ca_layers:
             return
         m = self.chunk_len
-        found = self._retrieve([self._text(texts[row], u * m, u * m + m) for row, u in chunks])
+        found = self.retrieve([self._text(texts[row], u * m, u * m + m) for row, u in chunks])
         for (row, u), (neighbors, tokens) in zip(chunks, found, strict=True):
             self.neighbors_of[row].append(neighbors)
             values[row][u] = torch.from_numpy(tokens).to(self.device)
@@ -279,7 +284,7 @@ class Sampler:
                 if (u := at // m) not in values:
                     # The chunks of a prompt are all known: they are retrieved for at once.
                     whole = [self._text(ids, i, i + m) for i in range(u * m, len(ids) - m + 1, m)]
-                    for number, (neighbors, tokens) in enumerate(self._retrieve(whole), start=u):
+                    for number, (neighbors, tokens) in enumerate(self.retrieve(whole), start=u):
                         self.neighbors.append(neighbors)
                         values[number] = torch.from_numpy(tokens).to(self.device)
                 ret = values[u]  # (K, 2m)
@@ -298,10 +303,35 @@ def sampler_of(run: Path, model: Model, data_path: Path, corpus: Corpus, device:
     if model.ca_layers:
         index = RetroIndex(m, corpus=corpus, data_path=data_path, device=device)
     max_chunks = model.max_chunks or dataset["chunks_per_sample"]
-    return Sampler(device, model, corpus, m, index=index, n_neighbors=K, max_chunks=max_chunks)
+    return Sampler(device, model, corpus, m, index=index, data_path=data_path, n_neighbors=K, max_chunks=max_chunks)
 
 
-def _require_fit(model: Model, corpus: Corpus, chunk_len: int, index: RetroIndex | None) -> None:
+def base_in_context(base: str, data_path: Path, device: torch.device | str) -> InContext:
+    """A pretrained model that is to have neighbors from a database in its context, untrained.
+
+    * `base` is a folder of transformers, a name on the hub, or the packaged one
+
+    Raises `InvalidOption` for a base that is not there, or has another tokenizer than the database.
+    """
+    corpus, m = open_corpus(data_path), read_database_manifest(data_path)["chunk_len"]
+    model = InContext(load_base(base, device=device), m)
+    require_tokenizer(base, model.n_vocab, corpus, m)
+    return model
+
+
+def sampler_in_context(model: InContext, data_path: Path) -> Sampler:
+    """What writes with a base that has neighbors from the database in a folder in its context.
+
+    Raises `InvalidOption` where these would leave too little of it to the text.
+    """
+    device, m, corpus = model.base.device, model.chunk_len, open_corpus(data_path)
+    index = RetroIndex(m, corpus=corpus, data_path=data_path, device=device)
+    model.require_room(index.n_neighbors)
+    max_chunks = min(model.max_chunks or sys.maxsize, DatasetConfig.chunks_per_sample)
+    return Sampler(device, model, corpus, m, index=index, max_chunks=max_chunks)
+
+
+def _require_fit(model: Model | InContext, corpus: Corpus, chunk_len: int, index: RetroIndex | None) -> None:
     """Raise `ValueError` for what a model would read as something else than it was trained on."""
     n_vocab = model.n_vocab
     # The embeddings of a pretrained model may be more than its tokenizer has tokens, for the hardware's sake.

@@ -50,7 +50,7 @@ def run(data, tmp_path, monkeypatch):
 
 @pytest.fixture
 def explored(run, tmp_path):
-    return Explored(run, load_model(run, "cpu"), tmp_path / "data", "cpu")
+    return Explored.of_run(run, load_model(run, "cpu"), tmp_path / "data", "cpu")
 
 
 def last(pieces):
@@ -60,6 +60,10 @@ def last(pieces):
 
 def text_of(chunks):
     return "".join(text for chunk in chunks for _, _, text in chunk.parts)
+
+
+def whole_of(parts):
+    return "".join(text for _, text in parts)
 
 
 def write(explored, ways=tuple(WAYS), length=40, config=DRAWN):
@@ -117,8 +121,7 @@ def test_what_a_chunk_and_a_neighbor_have_in_common_is_marked_in_both_and_they_s
             common = "".join(text for in_run, text in read.chunk + read.continuation if in_run)
             assert common in marked or not common
             runs += bool(common)
-            whole = "".join(text for _, text in read.chunk + read.continuation)
-            assert whole == read.neighbor.text
+            assert whole_of(read.chunk + read.continuation) == read.neighbor.text
     assert runs >= 2
     writer, n_prompt = Writer(explored.sampler, "on", DRAWN), len(explored.corpus.tokenizer.encode(PROMPT[:20]))
     assert "".join(writer.write(PROMPT[:20], explored.sampler.max_chunks * CHUNK_LEN - n_prompt - 1))
@@ -181,27 +184,28 @@ def test_a_search_finds_what_the_index_finds_and_opens_the_document_there(explor
     text = index.corpus.text(int(index.corpus.starts[1]) + 3 * CHUNK_LEN, CHUNK_LEN)
     found = explored.search(text, 4)
     distances, offsets = index.nearest([text], 4)
-    assert [f.corpus_offset for f in found] == offsets[0].tolist() and found[0].chunk == text
+    places = [f.neighbor.corpus_offset for f in found]
+    assert places == offsets[0].tolist() and whole_of(found[0].chunk) == text
     assert len(distances[0]) == len(found) == 4
-    at = explored.place(found[0].corpus_offset)
+    at = explored.place(places[0])
     corpus = explored.corpus
-    number = int(corpus.document_of(found[0].corpus_offset))
+    number = int(corpus.document_of(places[0]))
     whole = corpus.text(int(corpus.starts[number]), at.n_tokens)
-    assert at.document == corpus.documents[number].name == found[0].document and at.chunk == text
-    assert at.before + at.chunk + at.behind in whole and at.before.endswith(corpus.text(found[0].corpus_offset - 8, 8))
-    assert found[0].continuation and at.behind.startswith(found[0].continuation)
+    assert at.document == corpus.documents[number].name == found[0].neighbor.document and at.chunk == text
+    assert at.before + at.chunk + at.behind in whole and at.before.endswith(corpus.text(places[0] - 8, 8))
+    assert found[0].continuation and at.behind.startswith(whole_of(found[0].continuation))
 
 
 def test_a_text_that_is_added_is_found_and_read_and_one_that_is_removed_is_not(explored, tmp_path):
     secret = "The zebra quartet of Ulm plays the contrabassoon on Thursdays, xylophones on Fridays. " * 4
     assert "zebra.txt is in the database now" in explored.add(secret, f"{tmp_path}/zebra")
     assert "zebra.txt" in explored.names() and not (tmp_path / "zebra.txt").exists(), "a name is no path"
-    assert explored.search("The zebra quartet of Ulm plays", 1)[0].document == "zebra.txt"
+    assert explored.search("The zebra quartet of Ulm plays", 1)[0].neighbor.document == "zebra.txt"
     chunks = last(explored.write("The zebra quartet of Ulm plays the contrabassoon on", 8, ["on"], DRAWN))["on"]
     assert "zebra.txt" in {read.neighbor.document for chunk in chunks for read in chunk.read}
     assert "it was there already" in explored.add(secret, "zebra.txt")
     assert "zebra.txt is out of the database" in explored.remove("zebra.txt")
-    assert explored.search("The zebra quartet of Ulm plays", 1)[0].document != "zebra.txt"
+    assert explored.search("The zebra quartet of Ulm plays", 1)[0].neighbor.document != "zebra.txt"
     file = tmp_path / "yaks.md"
     file.write_text("Yaks of the northern slope, counted by moonlight. " * 9)
     assert "yaks.md is in the database now" in explored.add_file(str(file))
@@ -245,7 +249,7 @@ def test_hostile_texts_are_text(explored):
     chunks = last(explored.write(f"{HOSTILE} A hostile text that is found", 30, ["on"], DRAWN))["on"]
     pages = [
         show("found", found),
-        show("place", explored.place(found[0].corpus_offset)),
+        show("place", explored.place(found[0].neighbor.corpus_offset)),
         show("written", [("with retrieval", chunks)], True),
         show("said", HOSTILE, True),
         show("evaluation", {"pictures": {}, "table": HOSTILE, "report": HOSTILE, "command": HOSTILE}, HOSTILE),
@@ -271,16 +275,35 @@ def test_the_evaluation_is_shown_once_there_is_one(explored, run, capsys):
     assert page.count("data:image/png;base64,") == 2 and "What each token gained is shown here" not in page
 
 
+def test_a_pasted_text_is_colored_by_what_its_tokens_gained(explored, run, tmp_path, capsys):
+    text = explored.corpus.beginning_of_held_out(5 * CHUNK_LEN)
+    (tmp_path / "text.txt").write_text(text)
+    command = ["evaluate", str(tmp_path / "text.txt"), "--run", str(run), "--n-shuffles", "1"]
+    assert main([*command, "--out", str(tmp_path / "out"), "--report", str(tmp_path / "page.html")]) == 0
+    page, expected = explored.gains(text), (tmp_path / "page.html").read_text()
+    assert page[page.index("</header>") :] == expected[expected.index("</header>") :]
+    assert page.count("class=\"up") + page.count("class=\"down") > 20
+    added = "Yaks of the northern slope, counted by moonlight. " * 9
+    explored.add(added, "yaks.txt")
+    with refused(SeenText, "is in the training text or in the database: text.txt is yaks.txt, or nearly"):
+        explored.gains(added)
+    with refused(ValueError, "the text has 6,001 characters; at most 6,000 are measured here"):
+        explored.gains("a" * 6_001)
+    with refused(ValueError, "there is nothing to predict"):
+        explored.gains("")
+
+
 def test_a_run_without_retrieval_writes_and_says_that_it_reads_nothing(run, tmp_path):
     plain, _ = train(
         name="plain", config=TrainConfig(steps=1, batch_size=2), model_shape=SHAPE | {"ca_layers": ()}, device="cpu"
     )
-    explored = Explored(plain, load_model(plain, "cpu"), tmp_path / "data", "cpu")
+    explored = Explored.of_run(plain, load_model(plain, "cpu"), tmp_path / "data", "cpu")
     columns = write(explored, ("on", "off"), 20)
     assert text_of(columns["on"]) == text_of(columns["off"])
     assert "it reads nothing" in show("written", [("on", columns["on"])], explored.reads)
-    with refused(ValueError, "was trained without retrieval, and has no database"):
-        explored.search("king", 2)
+    for ask in (lambda: explored.search("king", 2), lambda: explored.gains("king"), lambda: explored.remove("king")):
+        with refused(ValueError, "was trained without retrieval, and has no database"):
+            ask()
 
 
 @contextmanager
@@ -376,6 +399,9 @@ def test_a_person_writes_searches_and_changes_the_database_in_a_browser(explored
         assert browser.title.startswith("retro: "), "no script of the text ran"
         tab(browser, "Evaluation").click()
         assert until(lambda: element(browser, ".retro figure img")) and "retro evaluate --run" in browser.page_source
+        button(browser, "Measure").click()
+        frame = until(lambda: element(browser, "iframe.retro"))
+        assert "What retrieval did" in frame.get_attribute("srcdoc")
         assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == []
 
 

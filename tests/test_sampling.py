@@ -317,8 +317,8 @@ def test_many_prompts_at_once_go_on_as_each_alone(index, monkeypatch, shape, max
         return choose(logits, config, generator)
 
     class Gaps(Sampler):
-        def _retrieve(self, chunks):
-            found = super()._retrieve(chunks)
+        def retrieve(self, chunks):
+            found = super().retrieve(chunks)
             for text, (_, values) in zip(chunks, found, strict=True):
                 values[: len(text.split()) % (K + 1)] = -1  # the first few, or all
             return found
@@ -330,9 +330,9 @@ def test_many_prompts_at_once_go_on_as_each_alone(index, monkeypatch, shape, max
         alone.append((sampler.sample(prompt, 45, drawing), sampler.neighbors))
     expected = [[logits for _, logits in rows] for rows in seen.values()]
     seen.clear()
-    retrieve = Gaps._retrieve
+    retrieve = Gaps.retrieve
     asked = []
-    monkeypatch.setattr(Gaps, "_retrieve", lambda self, chunks: asked.append(len(chunks)) or retrieve(self, chunks))
+    monkeypatch.setattr(Gaps, "retrieve", lambda self, chunks: asked.append(len(chunks)) or retrieve(self, chunks))
     assert sampler.sample_many(prompts, 45, drawing) == [text for text, _ in alone]
     read = [[(n.document, n.offset, n.text) for chunk in of for n in chunk] for of in sampler.neighbors_of]
     assert read == [[(n.document, n.offset, n.text) for chunk in of for n in chunk] for _, of in alone]

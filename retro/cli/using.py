@@ -12,8 +12,8 @@ from jsonargparse import Namespace
 from retro.cli.building import TEXTS
 from retro.cli.options import DATA, add_config, config_from, new_parser
 from retro.cli.repair import explain
-from retro.config import EvaluateConfig, SampleConfig
-from retro.errors import phrase
+from retro.config import PACKAGED_BASE, EvaluateConfig, SampleConfig
+from retro.errors import InvalidOption, phrase
 from retro.progress import note
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from retro.text.corpus import Corpus
 
 BASE_HELP = "where the run's base is now, a folder or a hub name; null for where it was"
+OR_BASE_HELP = BASE_HELP + "; with --database a base that reads that in its context, without a run"
+DATABASE_HELP = "folder of a database that --base reads, where there is no run"
 DRAWN = SampleConfig(temperature=0.8, top_k=40)  # greedy text, which the library's default is, soon turns in circles
 RUN_HELP = "folder of a run, or logs/NAME for its latest; null for the latest of the data that reads neighbors"
 
@@ -41,6 +43,20 @@ def find_run(options: Namespace) -> tuple[Path, dict[str, Any], Path, Corpus]:
     return run, manifest, data_path, corpus_of_run(run, manifest, data_path, named is not None)
 
 
+def require_base_or_run(options: Namespace) -> bool:
+    """Whether a base with a database is named, and no run. Raises `InvalidOption` for half of it, or for both."""
+    if options.database is None:
+        return False
+    if options.base is None:
+        raise InvalidOption(
+            "database", options.database, f"is read by a base: name it too, as in --base {PACKAGED_BASE}"
+        )
+    for name in ("run", "data_path"):
+        if (given := getattr(options, name)) is not None:
+            raise InvalidOption(name, given, "goes without --database, which is for a base that has no run")
+    return True
+
+
 def sample_command(argv: Sequence[str]) -> None:
     """Text from a trained model."""
     parser = new_parser("sample", "Write text with a trained model that retrieves as it writes.", of_a_run=True)
@@ -48,24 +64,29 @@ def sample_command(argv: Sequence[str]) -> None:
         "prompt", nargs="?", type=str, default=None, help="text to continue; left out, it asks for one by one"
     )
     parser.add_argument("--run", type=str, default=None, help=RUN_HELP)
-    parser.add_argument("--base", type=str, default=None, help=BASE_HELP)
+    parser.add_argument("--base", type=str, default=None, help=OR_BASE_HELP)
+    parser.add_argument("--database", metavar="DIR", type=str, default=None, help=DATABASE_HELP)
     parser.add_argument("--length", type=int, default=256, help="tokens to write")
     parser.add_argument("--show-neighbors", action="store_true", help="print what each chunk retrieved")
     add_config(parser, SampleConfig, DRAWN)
     options = parser.parse_args(list(argv))
     config = config_from(SampleConfig, options)
+    of_base = require_base_or_run(options)
     from retro.device import pick_device
 
     device = pick_device(options.device)
     from retro.runs.checkpoints import load_model
-    from retro.sample import sampler_of
+    from retro.sample import base_in_context, sampler_in_context, sampler_of
 
-    run, _, data_path, corpus = find_run(options)
-    model = load_model(run, device, options.base)
-    sampler = sampler_of(run, model, data_path, corpus, device)
+    if of_base:
+        name, database = options.base, Path(options.database)
+        sampler = sampler_in_context(base_in_context(name, database, device), database)
+    else:
+        name, _, data_path, corpus = find_run(options)
+        sampler = sampler_of(name, load_model(name, device, options.base), data_path, corpus, device)
 
     def write(prompt: str) -> None:
-        write_sample(run, sampler, prompt, options.length, options.show_neighbors, config)
+        write_sample(name, sampler, prompt, options.length, options.show_neighbors, config)
 
     if options.prompt is None:
         _write_what_is_asked(write)
@@ -92,7 +113,7 @@ def _write_what_is_asked(write: Callable[[str], None]) -> None:
 
 
 def write_sample(
-    run: Path, sampler: Sampler, prompt: str, length: int, show_neighbors: bool, config: SampleConfig
+    run: Path | str, sampler: Sampler, prompt: str, length: int, show_neighbors: bool, config: SampleConfig
 ) -> None:
     """Write a sample as it comes, then the neighbors that its chunks read."""
     from retro.search.chunks import how_far

@@ -26,6 +26,7 @@ from retro.database import RetroIndex
 from retro.errors import InvalidOption
 from retro.evaluation.knn_lm import knn_lm_losses, require_halves
 from retro.evaluation.windows import Window, chunk_offsets, losses
+from retro.in_context import put_before
 from retro.retrofit import Model
 from retro.text.corpus import Corpus
 
@@ -62,16 +63,6 @@ def pieces(
             dropped = -(-max(0, last - begins + len(before) - most) // m) * m
             found.append(Piece((min(begins + dropped, start + nth * m), last, first_target), before))
     return found
-
-
-def put_before(values: np.ndarray, chunk_len: int) -> np.ndarray:
-    """Tokens of neighbors (K, 2m) in the order in which they are put before a text: the nearest last.
-
-    They are whole chunks, so that those of the text stay what they are.
-    """
-    tokens = values[::-1].ravel()
-    tokens = tokens[tokens >= 0]
-    return tokens[len(tokens) % chunk_len :]
 
 
 def room(model: Model, chunk_len: int, window: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from retro.config import SampleConfig
-from retro.explorer.explored import MAX_ADDED, MAX_FOUND, MAX_PROMPT, MAX_TOKENS, Explored
+from retro.explorer.explored import MAX_ADDED, MAX_FOUND, MAX_MEASURED, MAX_PROMPT, MAX_TOKENS, Explored
 from retro.explorer.writing import WAYS
 from retro.progress import note
 
@@ -44,8 +44,8 @@ def new_page(explored: Explored, drawn: SampleConfig, prompt: str) -> Any:
     * `prompt` is what stands in the page at first
     """
     gr = require_gradio()
-    with gr.Blocks(title=f"retro: {explored.run.name}", analytics_enabled=False) as page:
-        gr.Markdown(f"# retro\n{explored.run}: {len(explored.names()):,} documents in {explored.data_path}")
+    with gr.Blocks(title=f"retro: {Path(explored.name).name}", analytics_enabled=False) as page:
+        gr.Markdown(f"# retro\n{explored.name}: {len(explored.names()):,} documents in {explored.data_path}")
         kept = gr.BrowserState([prompt, 128, list(WAYS)[:2]], storage_key="retro-prompt", secret="retro")
         with gr.Tab("Write"):
             text = gr.Textbox(prompt, label="Text to continue", lines=6, max_lines=16, max_length=MAX_PROMPT)
@@ -94,9 +94,10 @@ def new_page(explored: Explored, drawn: SampleConfig, prompt: str) -> Any:
         with gr.Tab("Evaluation"):
             shown = gr.HTML()
             page.load(
-                lambda: told(lambda: show("evaluation", explored.evaluation(), str(explored.run))),
+                lambda: told(lambda: show("evaluation", explored.evaluation(), explored.name)),
                 None, shown, show_progress="hidden", api_visibility="private",
             )  # fmt: skip
+            _measure(gr, explored, prompt)
     page.queue(default_concurrency_limit=4, max_size=32)
     return page
 
@@ -115,7 +116,10 @@ def _search(gr: Any, explored: Explored) -> None:
             found = explored.search(text or "", int(n))
         except (ValueError, OSError) as error:
             return show("said", str(error), True), gr.Radio(choices=[], visible=False), ""
-        choices = [(f"{i}. {f.document}, token {f.offset:,}", f.corpus_offset) for i, f in enumerate(found, start=1)]
+        choices = [
+            (f"{i}. {n.document}, token {n.offset:,}", n.corpus_offset)
+            for i, n in enumerate((read.neighbor for read in found), start=1)
+        ]
         return show("found", found), gr.Radio(choices=choices, value=None, visible=bool(found)), ""
 
     for event in (go.click, query.submit):
@@ -148,6 +152,15 @@ def _change(gr: Any, explored: Explored) -> None:
     add.click(lambda text, name: changed(lambda: explored.add(text or "", name or "")), [pasted, name], **out)
     file.upload(lambda path: changed(lambda: explored.add_file(path)), file, **out)
     remove.click(removed, names, **out)
+
+
+def _measure(gr: Any, explored: Explored, text: str) -> None:
+    label = "A text that the model has not seen, to be colored by what each token gains"
+    text_box = gr.Textbox(text, label=label, lines=6, max_lines=16, max_length=MAX_MEASURED)
+    go, page = gr.Button("Measure"), gr.HTML()
+    go.click(
+        lambda text: told(lambda: show("page", explored.gains(text or ""))), text_box, page, api_visibility="private"
+    )
 
 
 def serve(page: Any, host: str | None = None, port: int | None = None, wait: bool = True) -> str:

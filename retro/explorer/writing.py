@@ -19,8 +19,10 @@ from retro.config import SampleConfig
 from retro.database import NO_TOKEN, RetroIndex, chunk_offsets
 from retro.evaluation.attention import attention_shares
 from retro.evaluation.passages import common_run, marked
+from retro.in_context import InContext
 from retro.sample import Neighbor, Sampler, start_of_window
 from retro.search.chunks import how_far
+from retro.text.corpus import Corpus
 
 WAYS = {"on": "with retrieval", "off": "without", "random": "with random neighbors"}
 
@@ -57,11 +59,11 @@ class AnyFound(NothingFound):
 
 @dataclass(frozen=True)
 class Read:
-    """A neighbor that a chunk reads, in parts of text, each with whether it is in the run that they have in common."""
+    """A neighbor, in parts of text, each with whether it is in the run that its reader has too."""
 
     neighbor: Neighbor
     how_far: str
-    share: float | None  # of the attention that the chunk pays to all of its neighbors
+    share: float | None  # of the attention that its reader pays to all of its neighbors
     chunk: list[tuple[bool, str]]
     continuation: list[tuple[bool, str]]
 
@@ -118,11 +120,14 @@ class Writer:
         return [self._chunk(u, shares) for u in range(first, math.ceil(n / m))]
 
     def attention(self) -> np.ndarray | None:
-        """Share (C, K) of the attention that each neighbor of each chunk gets, NaN outside of the model's window."""
+        """Share (C, K) of the attention that each neighbor of each chunk gets, NaN outside of the model's window.
+
+        None where nothing is read, or not by chunked cross-attention.
+        """
         s, m = self.sampler, self.sampler.chunk_len
         start = start_of_window(len(s.tokens), m, s.max_chunks) // m
         numbers = range(start, len(s.tokens) // m)
-        if not s.values or not numbers:
+        if isinstance(s.model, InContext) or not s.values or not numbers:
             return None
         missing = torch.full_like(next(iter(s.values.values())), NO_TOKEN)
         ret = torch.stack([s.values.get(u, missing) for u in numbers])
@@ -144,7 +149,7 @@ class Writer:
                 runs.append((start + a, start + a + n))
                 cuts |= {*runs[-1]}
                 share = None if shares is None or np.isnan(shares[u - 1, k]) else float(shares[u - 1, k])
-                read.append(self._read(neighbor, share, (b, b + n)))
+                read.append(read_of(self.sampler.index.corpus, m, neighbor, share, (b, b + n)))
         edges = sorted(cuts)
         parts = [
             (a < self.n_prompt, any(first <= a < last for first, last in runs), self.sampler.text(a, b))
@@ -152,11 +157,17 @@ class Writer:
         ]
         return Written(u + 1, parts, read)
 
-    def _read(self, neighbor: Neighbor, share: float | None, run: tuple[int, int]) -> Read:
-        corpus, m = self.sampler.index.corpus, self.sampler.chunk_len
-        offset, end = neighbor.corpus_offset, int(corpus.ends_of(neighbor.corpus_offset))
-        run = (offset + run[0], offset + run[1])
-        chunk = marked(corpus, offset, min(offset + m, end), run)
-        continuation = marked(corpus, offset + m, min(offset + 2 * m, end), run)
-        far = "drawn at random" if math.isnan(neighbor.distance) else how_far(neighbor.distance)
-        return Read(neighbor, far, share, chunk, continuation)
+
+def read_of(
+    corpus: Corpus, chunk_len: int, neighbor: Neighbor, share: float | None = None, run: tuple[int, int] = (0, 0)
+) -> Read:
+    """A neighbor in parts of text.
+
+    * `run` is what its reader has too: tokens, counted from its first
+    """
+    offset, m, end = neighbor.corpus_offset, chunk_len, int(corpus.ends_of(neighbor.corpus_offset))
+    run = (offset + run[0], offset + run[1])
+    chunk = marked(corpus, offset, min(offset + m, end), run)
+    continuation = marked(corpus, offset + m, min(offset + 2 * m, end), run)
+    far = "drawn at random" if math.isnan(neighbor.distance) else how_far(neighbor.distance)
+    return Read(neighbor, far, share, chunk, continuation)

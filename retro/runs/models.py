@@ -64,14 +64,19 @@ def retrofit_for(corpus: Corpus, chunk_len: int, shape: dict[str, Any], seed: in
     config = RetrofitConfig(**{**shape, "chunk_len": chunk_len})
     model = seeded_model(config, seed)
     assert isinstance(model, Retrofit)
-    if (own := train_tokenizer(config.base, ()).sha256) != (found := corpus.tokenizer.sha256):
-        raise InvalidOption(
-            "base", config.base, f"has another tokenizer (sha256 {own[:12]}) than the corpus ({found[:12]}); build the "
-            f"corpus with it: retro database TEXT --tokenizer {config.base} --chunk-len {chunk_len}"
-        )  # fmt: skip
-    if corpus.n_tokens > model.n_vocab:
-        raise InvalidOption("base", config.base, f"has {model.n_vocab} tokens, but its tokenizer has {corpus.n_tokens}")
+    require_tokenizer(config.base, model.n_vocab, corpus, chunk_len)
     return model
+
+
+def require_tokenizer(base: str, n_vocab: int, corpus: Corpus, chunk_len: int) -> None:
+    """Raise `InvalidOption` if a corpus has another tokenizer than a base with `n_vocab` tokens."""
+    if (own := train_tokenizer(base, ()).sha256) != (found := corpus.tokenizer.sha256):
+        raise InvalidOption(
+            "base", base, f"has another tokenizer (sha256 {own[:12]}) than the corpus ({found[:12]}); build the "
+            f"corpus with it: retro database TEXT --tokenizer {base} --chunk-len {chunk_len}"
+        )  # fmt: skip
+    if corpus.n_tokens > n_vocab:
+        raise InvalidOption("base", base, f"has {n_vocab} tokens, but its tokenizer has {corpus.n_tokens}")
 
 
 def filled(config: ModelConfig, tensors: dict[str, torch.Tensor], folder: Path) -> Model:
