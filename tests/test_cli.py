@@ -138,7 +138,16 @@ def test_a_command_that_does_not_exist_is_named_with_what_is_near(capsys):
     assert main(["--help"]) == 0 and main([]) == 0
     overview = capsys.readouterr().out
     assert all(f"\n  {name}" in overview for name in COMMANDS) and "retro train --preset demo" in overview
+    assert max(map(len, overview.splitlines())) <= 80
     assert main(["--version"]) == 0 and retro.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_fits_a_terminal(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 def test_a_run_is_named_after_its_text_and_its_file_repeats_it(workplace, plays, capsys):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 from datetime import date
 from difflib import SequenceMatcher
@@ -25,9 +26,10 @@ from retro.evaluation.figures import table
 from retro.evaluation.held_out import require_held_out
 from retro.evaluation.intervals import judged
 from retro.evaluation.leakage import longest_common_run
-from retro.evaluation.result import DATABASE_FIELDS, joined, saved_bits
+from retro.evaluation.result import DATABASE_FIELDS, VARIANTS, joined, saved_bits
 from retro.evaluation.windows import losses, predicted_bytes, shuffled_neighbors, windows
 from retro.model import RetroConfig, RetroModel
+from retro.progress import note
 from retro.storage.manifests import read_manifest
 from retro.text.build import build_corpus
 from retro.text.corpus import Corpus, DocumentEntry
@@ -306,6 +308,25 @@ def test_a_table_says_how_many_documents_seeds_and_shuffles_stand_behind_it(eval
     assert [row[:3] for row in rows] == [["12.5%", "1", "1"], ["100.0%", "4", "2"]]  # r(C), chunks, documents
     p = two["filtered"][-1]["gain"]["over off"]["p"]
     assert rows[0][-2:] == ["–", "undecided"] and rows[1][-2:] == [f"{p:.4f}", "undecided"]
+
+
+def test_in_a_narrow_terminal_tables_lose_columns_and_no_line_is_broken_in_a_word(evaluation, monkeypatch, capsys):
+    summary = evaluation.summary()
+    of_one = {"operations": 1e9, "seconds": 1, "weights": 1e9, "kept": 1e9, "searched": 1e9}
+    whole = table(summary := summary | {"costs": dict.fromkeys(VARIANTS, of_one)})
+    assert max(map(len, whole.splitlines())) > 100 and table(summary, 500) == whole
+    narrow = table(summary, 80)
+    rows = [line for line in narrow.splitlines()[3:] if re.search(r"\S {2,}\S", line)]
+    assert len(rows) > 15 and max(map(len, rows)) <= 80
+    gain, shown = summary["gain"]["over off"], next(row for row in rows if row.startswith("retrieval off"))
+    assert f"{gain['value']:+.4f}" in shown and shown.endswith(gain["verdict"])
+    (of_overlap,) = (row for row in rows if row.startswith("r(C) up to"))
+    assert of_overlap.split()[3:] == ["chunks", "on", "off", "random", "baseline", "gain", "over", "off", "gain?"]
+    monkeypatch.setattr("retro.progress.terminal_width", lambda: 80)
+    note("   " + "an indented command " * 8 + "\n" + narrow)
+    indented, *lines = capsys.readouterr().out.splitlines()
+    assert len(indented) > 80 >= max(map(len, lines))
+    assert " ".join(lines).split() == narrow.split(), "nothing is lost"
 
 
 @pytest.mark.parametrize("name", ["char", "bpe:300"])

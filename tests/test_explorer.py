@@ -282,7 +282,7 @@ def test_a_pasted_text_is_colored_by_what_its_tokens_gained(explored, run, tmp_p
     assert main([*command, "--out", str(tmp_path / "out"), "--report", str(tmp_path / "page.html")]) == 0
     page, expected = explored.gains(text), (tmp_path / "page.html").read_text()
     assert page[page.index("</header>") :] == expected[expected.index("</header>") :]
-    assert page.count("class=\"up") + page.count("class=\"down") > 20
+    assert page.count('class="up') + page.count('class="down') > 20
     added = "Yaks of the northern slope, counted by moonlight. " * 9
     explored.add(added, "yaks.txt")
     with refused(SeenText, "is in the training text or in the database: text.txt is yaks.txt, or nearly"):

@@ -518,7 +518,7 @@ def test_ctrl_c_stops_a_sample_and_between_two_the_command(runs, capsys, monkeyp
     assert "Ctrl-D ends" in said and said.index("stopped") < said.index("wrote second")
 
 
-def test_runs_are_listed_with_their_figures_and_the_best_is_marked(runs, capsys):
+def test_runs_are_listed_with_their_figures_and_the_best_is_marked(runs, capsys, monkeypatch):
     summaries = {run: json.loads((run / "summary.json").read_text()) for run in runs}
     best, other = sorted(runs, key=lambda run: summaries[run]["valid_bpb"])
     unfinished = shutil.copytree(best, best.parent / "0123456789abcdef")
@@ -536,6 +536,12 @@ def test_runs_are_listed_with_their_figures_and_the_best_is_marked(runs, capsys)
     assert not {"1.234", "1.235"} & set(first.split()), "that was another text"
     assert third.split() == [f"{best.parent.name}/0123456789abcdef", "to", "1"]
     assert max(map(len, said.splitlines())) <= 120
+    monkeypatch.setattr("retro.cli.listing.terminal_width", lambda: 60)
+    assert main(["runs"]) == 0
+    narrow = [line for line in capsys.readouterr().out.splitlines() if "/" in line and "data:" not in line]
+    assert max(map(len, narrow)) <= 60
+    assert "tokens/s" in said and len(narrow[0].split()) == 5, "without its speed"
+    assert narrow[0].split()[3] == f"{summaries[best]['valid_bpb']:.3f}"
     plain = next(row for row in (first, second) if "plain/" in row)
     assert plain.count(f"{summaries[runs[1]]['valid_bpb']:.3f}") == 1, "it has no retrieval to switch off"
     (best / "run.json").write_text("{")

@@ -19,17 +19,14 @@ from retro.cli.repair import explain
 COMMANDS = {
     "database": ("building", "texts to a database: BERT embeddings in a FAISS index"),
     "dataset": ("building", "the neighbors of every training sample, retrieved once"),
-    "train": ("training", "train a model that reads them; builds what is missing before, if texts are named"),
+    "train": ("training", "train a model that reads them; of texts, builds them before"),
     "sample": ("using", "write text with a trained model that retrieves as it writes"),
-    "explore": (
-        "exploring",
-        "the same in a browser, with its sources beside it; and its database, searched and changed",
-    ),
+    "explore": ("exploring", "the same in a browser, its sources beside it; and the database"),
     "evaluate": ("using", "what retrieval brings to text that nobody trained on"),
     "runs": ("listing", "the runs there are, with their figures"),
     "add": ("changing", "add documents to a database, embedding only them"),
     "remove": ("changing", "take documents out of a database"),
-    "verify": ("verifying", "whether all that was written is as it was written, read from the first byte to the last"),
+    "verify": ("verifying", "whether all that was written is as it was written, to the last byte"),
     "plan": ("planning", "what a database of any size will take, told before it is built"),
 }
 ENDED_BY_SIGPIPE = 141  # as shells report of other programs whose reader went
@@ -37,12 +34,12 @@ OVERVIEW = """usage: retro COMMAND [OPTIONS]      retro COMMAND --help shows all
 
 From text to a sample:
 
-  retro train --preset demo                                a first look, on eight plays, in minutes
+  retro train --preset demo                               a first look, on plays
 
-  retro database ~/notes papers.jsonl --data-path mydata   your own text
+  retro database ~/notes papers.jsonl --data-path mydata  your own text
   retro dataset --data-path mydata
   retro train --data-path mydata --steps 2000
-  retro sample --data-path mydata "Dear reader,"          without a text it asks for one after the other
+  retro sample --data-path mydata "Dear reader,"          or none: it asks
 
 Commands:
 

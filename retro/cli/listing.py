@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from retro.errors import ArtifactError
-from retro.progress import note
+from retro.progress import aligned, note, terminal_width
 
 COLUMNS = ("run", "steps", "valid", "off", "held out", "tokens/s")
 
@@ -33,7 +33,7 @@ def runs_command(argv: Sequence[str]) -> None:
     if not texts:
         raise MissingArtifact(LOGS, f"there is no run below {LOGS}")
     for text, rows in texts.items():
-        note("\n".join(["", f"data: {text}", *table(rows)]))
+        note("\n".join(["", f"data: {text}", *table(rows, terminal_width())]))
     note("\nbits per byte: valid and off of the validation after training, held out of retro evaluate; * is the least")
 
 
@@ -75,7 +75,7 @@ def validated(manifest: dict[str, Any]) -> str:
     return f", validated on {n:,} batches of {manifest['train']['batch_size']:,}" if n else ""
 
 
-def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+def table(rows: Sequence[dict[str, Any]], width: int | None = None) -> list[str]:
     """Lines for the runs on one text, those that are best first."""
     ordered = sorted(rows, key=lambda row: (row["valid"] if is_finite(row) else math.inf, row["run"]))
     cells = [[*COLUMNS]]
@@ -83,13 +83,9 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
         bits = [f"{row[name]:.3f}" if row.get(name) is not None else "" for name in ("valid", "off", "held out")]
         speed = f"{row['tokens/s']:,.0f}" if "tokens/s" in row else ""
         cells.append([row["run"], row["steps"], *bits, speed])
-    wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
     best = is_finite(ordered[0])
-    return [
-        f"{'*' if number == 1 and best else ' '} {of_row[0]:<{wide[0]}}"
-        + "".join(f"  {cell:>{n}}" for cell, n in zip(of_row[1:], wide[1:], strict=True)).rstrip()
-        for number, of_row in enumerate(cells)
-    ]
+    lines = aligned(cells, "<>>>>>", width and width - 2, (5, 4, 1))
+    return [f"{'*' if number == 1 and best else ' '} {line}" for number, line in enumerate(lines)]
 
 
 def is_finite(row: dict[str, Any]) -> bool:

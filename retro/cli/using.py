@@ -14,7 +14,7 @@ from retro.cli.options import DATA, add_config, config_from, new_parser
 from retro.cli.repair import explain
 from retro.config import PACKAGED_BASE, EvaluateConfig, SampleConfig
 from retro.errors import InvalidOption, phrase
-from retro.progress import note
+from retro.progress import note, terminal_width
 
 if TYPE_CHECKING:
     from retro.retrofit import Model
@@ -244,7 +244,7 @@ def _write_figures(summary: dict[str, Any], out: Path) -> None:
     from retro.evaluation.figures import plot, plot_costs, table
     from retro.storage.manifests import write_manifest
 
-    note("\n" + table(summary))
+    note("\n" + table(summary, terminal_width()))
     if summary["baseline_differs"]:
         note(f"note: the baseline differs in more than retrieval: {'; '.join(summary['baseline_differs'])}")
     write_manifest(out / "evaluation.json", summary)

@@ -6,15 +6,19 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from retro.evaluation.intervals import Gain, counted, format_interval, format_p
+from retro.evaluation.intervals import Gain, Interval, counted, format_interval, format_p
 from retro.evaluation.result import VARIANTS
+from retro.progress import aligned
 from retro.storage.sample_file import retriever_of
 
 COLORS = ("C0", "C1", "C7", "C2", "C4", "C3", "C5", "C6", "C8")  # of the variants, as matplotlib numbers them
 
 
-def table(summary: dict[str, Any]) -> str:
-    """The figures as text for a terminal."""
+def table(summary: dict[str, Any], width: int | None = None) -> str:
+    """The figures as text for a terminal.
+
+    * `width` is that of its lines; where that is too little, tables lack columns, and the text says so
+    """
     d, over = summary["database"], next(iter(summary["gain"]), None)
     lines = [
         f"held out  {len(summary['documents']):,} documents, {summary['n_bytes']:,.0f} bytes predicted, "
@@ -23,45 +27,56 @@ def table(summary: dict[str, Any]) -> str:
         f"{summary['n_neighbors']} neighbors by {retriever_of(d)}",
         f"behind each number: {behind(summary)}",
         "",
-        f"{'':<27}{'bits per byte':<28}{'gain of retrieval over it':<32}{'p':<10}gain?",
     ]
+    rows = [["", "bits per byte", "interval", "gain over it", "interval", "p", "gain?"]]
     for variant, value in summary["bits_per_byte"].items():
-        line = f"{VARIANTS.get(variant, variant):<27}{format_interval(value, '.3f'):<28}"
-        if gain := summary["gain"].get(f"over {variant}"):
-            line += _tested(gain)
-        lines.append(line.rstrip())
+        gain = summary["gain"].get(f"over {variant}")
+        rows.append([VARIANTS.get(variant, variant), *_apart(value, ".3f"), *_tested(gain)])
+    lines += aligned(rows, "<><><><", width, (2, 5, 4))
     variants = list(summary["bits_per_byte"])
-    wide = max(10, *(len(variant) + 2 for variant in variants))
-    lines += ["", f"{'r(C) up to':<12}{'chunks':>8}{'documents':>11}  " + "".join(f"{v:>{wide}}" for v in variants)]
-    lines[-1] += f"  {f'gain {over}':<32}{'p':<10}gain?" if over else ""
+    rows = [
+        ["r(C) up to", "chunks", "documents", *variants, *([f"gain {over}", "interval", "p", "gain?"] if over else [])]
+    ]
     for row in summary["filtered"]:
         values = [row["bits_per_byte"][v] for v in variants]
-        line = f"{row['alpha']:<12.1%}{row['n_chunks']:>8,}{row['n_documents']:>11,}  "
-        line += "".join(f"{'–':>{wide}}" if v is None else f"{v:>{wide}.3f}" for v in values)
-        lines.append(line + (f"  {_tested(row['gain'][over])}" if over else ""))
+        cells = [f"{row['alpha']:.1%}", f"{row['n_chunks']:,}", f"{row['n_documents']:,}"]
+        cells += ["–" if v is None else f"{v:.3f}" for v in values]
+        rows.append([*cells, *(_tested(row["gain"][over]) if over else [])])
+    n = 3 + len(variants)
+    sides, spared = "<" + ">" * (n - 1), [2, *range(n - 1, 4, -1)]  # of the variants on and off stay
+    if over:
+        sides, spared = sides + "><><", [n + 1, n + 2, *spared]
+    lines += ["", *aligned(rows, sides, width, spared)]
     if over:
         lines += ["", "intervals of 95%; p is corrected for the number of gains in a table (Holm), and decides"]
-    lines += _costs(summary.get("costs", {}))
+    lines += _costs(summary.get("costs", {}), width)
     shares = ", ".join(f"{share:.1%} share {k}" for k, share in summary["copyable_tokens"].items())
     if not shares:
         return "\n".join([*lines, "no chunk reads neighbors"])
     return "\n".join([*lines, f"of the chunks that read neighbors, {shares} or more in a row with them"])
 
 
-def _costs(costs: dict[str, Any]) -> list[str]:
+def _costs(costs: dict[str, Any], width: int | None) -> list[str]:
     """A table of what a generated token costs; the memory is that of the weights, and of what is kept of a text."""
     if not costs:
         return []
-    lines = ["", f"{'a generated token':<27}{'million operations':>19}{'ms':>8}{'memory, MB':>16}{'searched, MB':>14}"]
+    rows = [["a generated token", "million operations", "ms", "memory, MB", "searched, MB"]]
     for variant, c in costs.items():
         memory = f"{c['weights'] / 1e6:,.1f} + {c['kept'] / 1e6:,.1f}"
-        line = f"{VARIANTS.get(variant, variant):<27}{c['operations'] / 1e6:>19,.1f}{1e3 * c['seconds']:>8,.1f}"
-        lines.append(f"{line}{memory:>16}{c['searched'] / 1e6:>14,.1f}")
-    return [*lines, "", "memory: weights, and what is kept of one text; operations of the networks, without searches"]
+        operations, searched = f"{c['operations'] / 1e6:,.1f}", f"{c['searched'] / 1e6:,.1f}"
+        rows.append([VARIANTS.get(variant, variant), operations, f"{1e3 * c['seconds']:,.1f}", memory, searched])
+    explained = "memory: weights, and what is kept of one text; operations of the networks, without searches"
+    return ["", *aligned(rows, "<>>>>", width, (4,)), "", explained]
 
 
-def _tested(gain: Gain) -> str:
-    return f"{format_interval(gain):<32}{format_p(gain['p']):<10}{gain['verdict']}"
+def _apart(figure: Interval | None, form: str = "+.4f") -> list[str]:
+    """A figure, and its interval."""
+    value, _, interval = format_interval(figure, form).partition(" ")
+    return [value, interval]
+
+
+def _tested(gain: Gain | None) -> list[str]:
+    return [*_apart(gain), format_p(gain["p"]), gain["verdict"]] if gain else [""] * 4
 
 
 def behind(summary: dict[str, Any]) -> str:
