@@ -26,7 +26,7 @@ from source import Module
 READING_ORDER = {
     "The tutorial's five modules": ("bert_embeddings", "database", "model", "dataset", "train"),
     "A memory for a pretrained model": (
-        "retrofit", "bases/readers", "bases/layers", "causal_lm", "cached_text", "model_card",
+        "retrofit", "bases/readers", "bases/layers", "in_context", "causal_lm", "cached_text", "model_card",
     ),
     "Writing and measuring": ("sample", "decoding", "evaluate"),
     "The explorer": ("explorer/writing", "explorer/explored", "explorer/page"),
