@@ -169,7 +169,7 @@ def build(texts: str, data: str) -> dict[str, Any]:
             "text": sum(file.stat().st_size for file in Path(texts).iterdir()),
             "tokens": (folder / "corpus" / "tokens.bin").stat().st_size,
             "signatures": (folder / "corpus" / "signatures.bin").stat().st_size,
-            "manifest": (folder / "corpus" / "manifest.json").stat().st_size,
+            "documents": next((folder / "corpus").glob("documents-*.bin")).stat().st_size,
             "keys": sum(file.stat().st_size for file in (folder / "keys").rglob("*.*")),
             "index": sum(file.stat().st_size for file in folder.glob("retro.i*") if file.suffix != ".json"),
         },

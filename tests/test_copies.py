@@ -371,8 +371,8 @@ def test_a_corpus_says_what_it_leaves_out_and_that_one_text_retrieves_from_itsel
     assert "left out: 1 near-duplicates of held-out documents: " in said and "note: there is one text" not in said
     assert main([*argv, str(tmp_path / "kept"), "--keep-near-held-out"]) == 0
     assert "left out" not in capsys.readouterr().out
-    manifest = json.loads((tmp_path / "kept" / "corpus" / "manifest.json").read_text())
-    assert len(manifest["documents"]) == 4 and len(set(manifest["groups"])) == 2
+    kept = Corpus.load(tmp_path / "kept" / "corpus")
+    assert len(kept.documents) == 4 and len(set(kept.groups.tolist())) == 2
     for name in ("macbeth.md", "copy of macbeth.md"):
         (texts / name).unlink()
     assert main([*argv, str(tmp_path / "one")]) == 0

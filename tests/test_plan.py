@@ -27,7 +27,7 @@ RATES = Rates(
     token_bytes=2,
     tokens_per_chunk=36.0,  # so that 4e8 tokens, of which 3.6e8 are for training, are 1e7 chunks
     tokens_per_document=5000.0,
-    manifest_bytes=200.0,
+    document_bytes=200.0,
     base_memory=700_000_000,
     start_seconds=2.0,
     corpus_seconds=1e-6,
@@ -90,7 +90,7 @@ def test_the_bytes_of_a_plan_are_those_of_a_build(data, measured, monkeypatch):
         "text": sum(document.n_bytes for document in corpus.documents),
         "tokens": (data / "corpus" / "tokens.bin").stat().st_size,
         "signatures": (data / "corpus" / "signatures.bin").stat().st_size,
-        "manifest": (data / "corpus" / "manifest.json").stat().st_size,
+        "documents": next((data / "corpus").glob("documents-*.bin")).stat().st_size,
         "keys": sum(file.stat().st_size for file in (data / "keys").rglob("*.npy")),
         "index": (data / "retro.index").stat().st_size,
     }

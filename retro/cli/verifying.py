@@ -57,7 +57,7 @@ def _parts_of_data(data_path: Path) -> Iterator[Part]:
     folder = data_path / CORPUS_FOLDER
     corpus_of = cache(Corpus.load)  # which all parts have, and one reads
     if (folder / MANIFEST_FILE).exists():
-        yield f"corpus in {folder}", lambda: corpus_of(folder)
+        yield f"corpus in {folder}", lambda: corpus_of(folder).require_own_name()
     if (data_path / DATABASE_MANIFEST).exists():
 
         def database() -> None:

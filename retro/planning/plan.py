@@ -137,7 +137,7 @@ class Plan:
         return {
             "text": self.n_tokens * r.bytes_per_token,
             "tokens": self.n_tokens * r.token_bytes,
-            "manifest": self.n_documents * r.manifest_bytes,
+            "documents": self.n_documents * r.document_bytes,
             "signatures": self.n_documents * 4.0 * N_ORDERS,
             "keys": self.n_chunks * r.d_emb * 4.0,
             "shards": whole + self.n_index_shards * self.learnt_bytes

@@ -30,9 +30,10 @@ from retro.search.keys import chunk_offsets
 from retro.search.recall import N_RECALL_QUERIES, nearest_distances
 from retro.storage.shards import TOKENS_PER_SHARD, Shards
 from retro.text.build import build_corpus
-from retro.text.corpus import MANIFEST_FILE, Corpus
+from retro.text.corpus import Corpus
 from retro.text.documents import find_texts, read_documents
 from retro.text.records import PLAIN, Columns
+from retro.text.table import Documents
 
 T = TypeVar("T")
 SAMPLE_CHARS = 4_000_000  # of text that is read
@@ -52,7 +53,7 @@ class Rates:
     token_bytes: int  # of a token in tokens.bin
     tokens_per_chunk: float  # not `chunk_len`: documents end anywhere
     tokens_per_document: float
-    manifest_bytes: float  # of the corpus, for a document
+    document_bytes: float  # of the table of documents, for one
     base_memory: int  # of a process that has embedded
     start_seconds: float  # to load and hash BERT
     corpus_seconds: float  # for a byte of text: read, tokenized, written, read again
@@ -96,7 +97,8 @@ def measure(
         if index != "auto":
             plannable_index(index, bert.d_emb)
         n_tokens, lengths = len(corpus.tokens), np.diff(corpus.starts)
-        n_bytes = sum(document.n_bytes for document in corpus.documents)
+        assert isinstance(corpus.documents, Documents)
+        n_bytes = int(corpus.documents.n_bytes.sum())
         embed_seconds, keys = _embedding(corpus, chunk_len, bert)
         base_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return Rates(
@@ -107,7 +109,7 @@ def measure(
             token_bytes=corpus.tokens.itemsize,
             tokens_per_chunk=n_tokens / np.maximum(1, lengths // chunk_len).sum(),
             tokens_per_document=n_tokens / len(lengths),
-            manifest_bytes=(folder / "corpus" / MANIFEST_FILE).stat().st_size / len(lengths),
+            document_bytes=corpus.documents.file.stat().st_size / len(lengths),
             base_memory=base_memory,
             start_seconds=start_seconds,
             corpus_seconds=corpus_seconds / n_bytes,

@@ -17,7 +17,6 @@ import os
 import shutil
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,11 +56,12 @@ from retro.search.sentences import Embedder
 from retro.storage.files import atomic_write, exclusive_lock, sha256_of_file
 from retro.storage.manifests import read_manifest, sha256_of_json, write_manifest
 from retro.text import corpus as corpus_files
-from retro.text.build import write_documents
+from retro.text.build import remove_other_tables, replace_table, write_documents
 from retro.text.copies import are_near, first_of_equals, groups_of, near, signatures_of
 from retro.text.corpus import CORPUS_FOLDER, SIGNATURES_FILE, TOKENS_FILE, Corpus
 from retro.text.documents import Document, find_texts, read_documents, sha256_of_text
 from retro.text.records import Columns
+from retro.text.table import Documents
 
 MEASURE_UP_TO = 4_000_000  # keys; above, recall stays as it was measured when the index was built
 
@@ -216,7 +216,7 @@ def _rewrite(folder: Path, corpus: Corpus, new: list[Document], removed: frozens
         if new:
             # Near-duplicates follow each other, as in the corpus: what a query may not retrieve is then one range.
             signs = np.concatenate([corpus.signatures, signatures_of(document.text for document in new)])
-            n, groups = len(corpus.documents), groups_of(signs, manifest["groups"])
+            n, groups = len(corpus.documents), groups_of(signs, corpus.groups)
             order = np.argsort(groups[n:], kind="stable").tolist()
             in_order = ((i, new[i]) for i in order)
             tokens_file, signatures_file = folder / TOKENS_FILE, folder / SIGNATURES_FILE
@@ -230,10 +230,13 @@ def _rewrite(folder: Path, corpus: Corpus, new: list[Document], removed: frozens
                 f"{TOKENS_FILE}_sha256": sha256_of_file(tokens_file),
                 f"{SIGNATURES_FILE}_sha256": sha256_of_file(signatures_file),
                 "additions": [*corpus.additions, *([len(written)] if written else [])],
-                "documents": manifest["documents"] + [list(astuple(entry)) for _, entry in written],
-                "groups": first_of_equals(groups[numbers]).tolist(),
+                "n_documents": len(numbers),
             }
+            assert isinstance(corpus.documents, Documents)
+            of_new = [entry for _, entry in written]
+            manifest |= replace_table(folder, of_new, first_of_equals(groups[numbers]), corpus.documents)
         write_manifest(path, manifest)
+        remove_other_tables(folder, manifest)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -15,11 +15,21 @@ from retro.progress import MOMENT, each, note
 from retro.storage.files import TEMPORARY, atomic_write, exclusive_lock, sha256_of_file
 from retro.storage.manifests import package_versions, write_manifest
 from retro.text.copies import first_of_equals
-from retro.text.corpus import MANIFEST_FILE, SIGNATURES_FILE, TOKENIZER_FILE, TOKENS_FILE, Corpus, DocumentEntry
+from retro.text.corpus import (
+    MANIFEST_FILE,
+    SIGNATURES_FILE,
+    TOKENIZER_FILE,
+    TOKENS_FILE,
+    Corpus,
+    DocumentEntry,
+    documents_file,
+    sha256_of_corpus,
+)
 from retro.text.documents import Document, find_texts, read_documents
 from retro.text.records import Columns
 from retro.text.split import Split, cut_in_two, entry_of, require_text, split_texts
 from retro.text.spool import Spool
+from retro.text.table import Documents, write_table
 from retro.text.tokenizer import Tokenizer, lost_text, train_tokenizer
 
 CHARS_AT_ONCE = 1 << 22  # of the documents that are tokenized together, on all cores
@@ -39,7 +49,7 @@ def build_corpus(
     text_column: str = CorpusConfig.text_column,
     name_column: str | None = CorpusConfig.name_column,
 ) -> Corpus:
-    """Read texts into a corpus folder: `tokens.bin`, `tokenizer.json`, `signatures.bin`, `manifest.json`.
+    """Read texts into a corpus folder: tokens, tokenizer, signatures, a table of documents, and a manifest.
 
     * `paths` are text files, files of many texts, datasets, and folders of them (`retro.text.documents`)
     * `tokenizer` is `char`, `bpe:SIZE` (trained here, on the training documents), or the name or folder of any
@@ -97,6 +107,8 @@ def _write_corpus(documents: Sequence[Document], split: Split, folder: Path, con
             encoder.save(mapping)
             files = {TOKENS_FILE: tokens, TOKENIZER_FILE: mapping, SIGNATURES_FILE: signatures}
             hashes = {f"{name}_sha256": sha256_of_file(path) for name, path in files.items()}
+        entries = [entry for _, entry in written]
+        hashes |= replace_table(folder, entries, first_of_equals(split.groups[numbers]))
         manifest = {
             **corpus_cache_key(split.sha256, config),
             "name": name,
@@ -105,16 +117,37 @@ def _write_corpus(documents: Sequence[Document], split: Split, folder: Path, con
             "tokenizer": encoder.kind,
             "dtype": str(dtype),
             "n_train": n_train,
+            "n_documents": len(entries),
+            "sha256": sha256_of_corpus(entries, n_train, encoder),
             "additions": [],
             "removed": [],
             **hashes,
             "versions": package_versions(),
-            "documents": [list(astuple(entry)) for _, entry in written],
-            "groups": first_of_equals(split.groups[numbers]).tolist(),
             "left_out": [list(pair) for pair in split.left_out],
         }
         write_manifest(folder / MANIFEST_FILE, manifest)
+        remove_other_tables(folder, manifest)
     return Corpus.load(folder)
+
+
+def replace_table(
+    folder: Path, entries: Sequence[DocumentEntry], groups: np.ndarray, before: Documents | None = None
+) -> dict[str, str]:
+    """Write the table of documents of a manifest that is to be written; returns its hash, as that says it.
+
+    The one of the manifest that is there stays beside it. Arguments are those of `write_table`.
+    """
+    with atomic_write(folder / "documents.bin") as table:
+        write_table(table, entries, groups, before)
+        named = {"documents_sha256": sha256_of_file(table)}
+    os.replace(folder / "documents.bin", folder / documents_file(named))
+    return named
+
+
+def remove_other_tables(folder: Path, manifest: dict[str, Any]) -> None:
+    """Remove the tables of documents that a manifest does not speak of."""
+    for table in set(folder.glob("documents*.bin")) - {folder / documents_file(manifest)}:
+        table.unlink()
 
 
 def _with_groups_together(

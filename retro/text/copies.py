@@ -81,7 +81,7 @@ def near(signatures: np.ndarray, known: np.ndarray) -> list[list[int]]:
     return [sorted(numbers) for numbers in found]
 
 
-def groups_of(signatures: np.ndarray, groups: Sequence[int] = ()) -> np.ndarray:
+def groups_of(signatures: np.ndarray, groups: Sequence[int] | np.ndarray = ()) -> np.ndarray:
     """The group of each document, as the number of the first document in it, of shape `[n]`.
 
     * `groups` are those of the first documents, if they are known; one that comes later can make one group of two

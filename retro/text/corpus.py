@@ -12,27 +12,29 @@ database later, in one array::
     starts  0       s_1     s_2                      s_{n_train}                         len(tokens)
 
 An *offset* is always a position in that array, and stays what it is when documents are added or removed. The
-array is memory-mapped, so a corpus costs memory only for its table of documents. The public attributes are
+array is memory-mapped, and so is the table of documents. The public attributes are
 those of labml-helpers' `TextFileDataset` (`train`, `valid`, `text_to_i`, `itos`, `stoi`, `n_tokens`); such a
 dataset can stand wherever a corpus is taken.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retro.errors import DamagedFile, MissingArtifact
+from retro.errors import DamagedFile, MissingArtifact, StaleArtifact
 from retro.storage.files import sha256_of_file
 from retro.storage.known import known
-from retro.storage.manifests import MAX_NUMBER, Fields, read_manifest, sha256_of_json
+from retro.storage.manifests import Fields, read_manifest, require_fields, sha256_of_json
 from retro.text.copies import N_ORDERS, signatures_of
 from retro.text.documents import sha256_of_text
+from retro.text.table import DocumentEntry, Documents
 from retro.text.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -44,57 +46,54 @@ TOKENS_FILE, TOKENIZER_FILE, MANIFEST_FILE = "tokens.bin", "tokenizer.json", "ma
 SIGNATURES_FILE = "signatures.bin"
 
 
-@dataclass(frozen=True)
-class DocumentEntry:
-    """What the corpus keeps of a document besides its tokens."""
-
-    name: str
-    sha256: str  # of the text in UTF-8
-    n_bytes: int  # of the text in UTF-8, for bits per byte
-    n_tokens: int = 0
-
-
 MANIFEST_FIELDS: Fields = {
     "name": str,
     "tokenizer": ("char", "subword"),
     "dtype": ("uint16", "uint32"),
     "n_train": int,
-    "documents": list,
+    "n_documents": int,
     "additions": list,
     "removed": list,
-    "groups": list,
     "left_out": list,
+    "sha256": str,
+    "documents_sha256": str,
     "tokens.bin_sha256": str,
     "tokenizer.json_sha256": str,
     "signatures.bin_sha256": str,
 }
 
 
-def _documents_of(path: Path, manifest: dict[str, Any]) -> list[DocumentEntry]:
-    """The documents of a manifest. Raises `DamagedFile` if they, or the numbers that speak of them, cannot be."""
-    n, kinds = len(manifest["documents"]), (str, str, int, int)
-    for number, entry in enumerate(manifest["documents"]):
-        fits = type(entry) is list and tuple(map(type, entry)) == kinds
-        if not (fits and 0 <= entry[2] < MAX_NUMBER and 0 < entry[3] < MAX_NUMBER):
-            raise DamagedFile(path, f"has document {number}: {entry!r:.80} is not [name, sha256, bytes, tokens]")
-    counts = [manifest["n_train"], *manifest["additions"]]
+def documents_file(manifest: dict[str, Any]) -> str:
+    """The name of the table of documents, which is replaced by another when documents are added."""
+    return f"documents-{manifest['documents_sha256'][:8]}.bin"
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """A corpus' manifest. Raises `DamagedFile` if its numbers of documents cannot be."""
+    if "n_documents" not in (found := read_manifest(path)):
+        raise StaleArtifact(path, {"n_documents": (None, "a table of them")})
+    require_fields(path, found, MANIFEST_FIELDS)
+    n, counts = found["n_documents"], [found["n_train"], *found["additions"]]
     if not all(type(count) is int and 0 < count <= n for count in counts) or sum(counts) > n:
         raise DamagedFile(
-            path,
-            f"has {n} documents, but n_train={manifest['n_train']!r} and additions={manifest['additions']!r:.80}",
+            path, f"has {n} documents, but n_train={found['n_train']!r} and additions={found['additions']!r:.80}"
         )
-    if not all(type(number) is int and 0 <= number < n for number in manifest["removed"]):
-        raise DamagedFile(path, f"has {n} documents, but removed={manifest['removed']!r:.80}")
-    groups = manifest["groups"]
-    if len(groups) != n or not all(type(g) is int and 0 <= g <= i and groups[g] == g for i, g in enumerate(groups)):
-        raise DamagedFile(path, f"has {n} documents, but groups={groups!r:.80}")
-    return [DocumentEntry(*entry) for entry in manifest["documents"]]
+    if not all(type(number) is int and 0 <= number < n for number in found["removed"]):
+        raise DamagedFile(path, f"has {n} documents, but removed={found['removed']!r:.80}")
+    if not re.fullmatch("[0-9a-f]{64}", found["documents_sha256"]):  # a part of it is the name of a file
+        raise DamagedFile(path, f"has documents_sha256={found['documents_sha256']!r:.80}, which is no hash")
+    return found
 
 
 def largest_token(tokens: np.ndarray) -> int:
     """The largest of the tokens, read in parts; -1 for none."""
     parts = (tokens[i : i + (1 << 22)] for i in range(0, len(tokens), 1 << 22))
     return max((int(part.max()) for part in parts), default=-1)
+
+
+def sha256_of_corpus(documents: Iterable[DocumentEntry], n_train: int, tokenizer: Tokenizer) -> str:
+    """What names documents, their split and their tokenizer."""
+    return sha256_of_json([[asdict(d) for d in documents], n_train, tokenizer.sha256])
 
 
 def _map_signatures(folder: Path, n_documents: int) -> np.ndarray:
@@ -120,24 +119,27 @@ class Corpus:
     def __init__(
         self,
         tokens: np.ndarray,
-        documents: list[DocumentEntry],
+        documents: Sequence[DocumentEntry],
         n_train: int,
         tokenizer: Tokenizer,
         manifest: dict[str, Any] | None = None,
         additions: Sequence[int] = (),
         removed: Iterable[int] = (),
-        groups: Sequence[int] | None = None,
+        groups: Sequence[int] | np.ndarray | None = None,
         signatures: np.ndarray | None = None,
     ) -> None:
         self.tokens = tokens
         self.documents = documents
         self.n_train = n_train
         self.tokenizer = tokenizer
-        self.starts = np.cumsum([0] + [d.n_tokens for d in documents])
+        if isinstance(documents, Documents):
+            self.starts = documents.starts
+        else:
+            self.starts = np.cumsum([0] + [d.n_tokens for d in documents])
         self.manifest = manifest or {}
         self.additions = tuple(additions)
         self.removed = frozenset(removed)
-        self.groups = np.arange(len(documents)) if groups is None else np.array(groups)
+        self.groups = np.arange(len(documents)) if groups is None else np.asarray(groups)
         if signatures is not None:
             self.signatures = signatures
         self.file: Path | None = None  # where the tokens are mapped from
@@ -145,11 +147,14 @@ class Corpus:
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process is sent: not the tokens and signatures, if they lie in files, which it maps itself."""
-        return self.__dict__ | ({"tokens": None, "signatures": None} if self.file else {})
+        mapped = ("tokens", "signatures", "starts", "groups")
+        return self.__dict__ | (dict.fromkeys(mapped) if self.file else {})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self.file:
+            assert isinstance(self.documents, Documents)
+            self.starts, self.groups = self.documents.starts, self.documents.groups
             self.tokens = np.memmap(self.file, dtype=self.manifest["dtype"], mode="r")[: self.starts[-1]]
             self.signatures = _map_signatures(self.file.parent, len(self.documents))
 
@@ -176,8 +181,9 @@ class Corpus:
     @cached_property
     def sha256(self) -> str:
         """Names everything that samples depend on: the documents but for added ones, their split, the tokenizer."""
-        base = self.documents[: self.split("valid").stop]
-        return sha256_of_json([[asdict(d) for d in base], self.n_train, self.tokenizer.sha256])
+        if "sha256" in self.manifest:
+            return str(self.manifest["sha256"])
+        return sha256_of_corpus(self.documents[: self.split("valid").stop], self.n_train, self.tokenizer)
 
     @cached_property
     def database_sha256(self) -> str:
@@ -191,17 +197,22 @@ class Corpus:
     def load(folder: str | Path) -> Corpus:
         """Open what `build_corpus` wrote. Raises if it is missing, damaged or of another version."""
         folder = Path(folder)
-        manifest = read_manifest(folder / MANIFEST_FILE, MANIFEST_FIELDS)
-        documents = _documents_of(folder / MANIFEST_FILE, manifest)
-        n_tokens = sum(document.n_tokens for document in documents)
+        manifest = _read_manifest(folder / MANIFEST_FILE)
+
+        def require(name: str, expected: str, length: int | None = None) -> Path:
+            found = sha256_of_file(folder / name, length) if (folder / name).exists() else "no file"
+            if found != expected:
+                raise DamagedFile(folder / name, f"has sha256 {found}, but its manifest says {expected}")
+            return folder / name
+
         # All are read whole before anything is made of them. Behind tokens and signatures may lie those of an addition
         # that was killed before it wrote the manifest.
-        n_bytes = n_tokens * np.dtype(manifest["dtype"]).itemsize
-        n_signed = len(documents) * 4 * N_ORDERS
+        table = require(documents_file(manifest), manifest["documents_sha256"])
+        documents = Documents(table, manifest["n_documents"])
+        n_tokens = int(documents.starts[-1])
+        n_bytes, n_signed = n_tokens * np.dtype(manifest["dtype"]).itemsize, len(documents) * 4 * N_ORDERS
         for name, length in ((TOKENS_FILE, n_bytes), (TOKENIZER_FILE, None), (SIGNATURES_FILE, n_signed)):
-            found = sha256_of_file(folder / name, length) if (folder / name).exists() else "no file"
-            if found != (expected := manifest[f"{name}_sha256"]):
-                raise DamagedFile(folder / name, f"has sha256 {found}, but its manifest says {expected}")
+            require(name, manifest[f"{name}_sha256"], length)
         corpus = Corpus(
             np.memmap(folder / TOKENS_FILE, dtype=manifest["dtype"], mode="r")[:n_tokens],
             documents,
@@ -210,7 +221,7 @@ class Corpus:
             manifest,
             manifest["additions"],
             manifest["removed"],
-            manifest["groups"],
+            documents.groups,
             _map_signatures(folder, len(documents)),
         )
         corpus.file = folder / TOKENS_FILE
@@ -222,6 +233,13 @@ class Corpus:
         if largest >= corpus.n_tokens:
             raise DamagedFile(folder / TOKENS_FILE, f"holds token {largest}, but there are {corpus.n_tokens}")
         return corpus
+
+    def require_own_name(self) -> None:
+        """Raise `DamagedFile` if a manifest from a file calls its documents otherwise than they are."""
+        found = sha256_of_corpus(self.documents[: self.split("valid").stop], self.n_train, self.tokenizer)
+        if self.file and found != self.sha256:
+            path = self.file.with_name(MANIFEST_FILE)
+            raise DamagedFile(path, f"says that its sha256 is {self.sha256}, but that of its documents is {found}")
 
     @staticmethod
     def of(tds: Any) -> Corpus:
