@@ -28,7 +28,7 @@ from retro.search.keys import Keys
 from retro.storage.files import sha256_of_file
 from retro.storage.manifests import CHECKSUM, with_checksum
 from retro.text.build import build_corpus
-from retro.text.corpus import Corpus
+from retro.text.corpus import Corpus, documents_file
 from retro.train import TrainConfig, train
 
 N_EXAMPLES = int(os.environ.get("RETRO_FUZZ", "20"))  # mutated files of each kind
@@ -196,7 +196,10 @@ def forge(world, path):
             return
     if path.name in ("tokens.bin", "tokenizer.json"):
         replace_in(folder / "corpus" / "manifest.json", {f"{path.name}_sha256": sha256_of_file(path)})
-    if path.name in ("tokens.bin", "tokenizer.json", "manifest.json") and path.parent.name == "corpus":
+    if path.name.startswith("documents-"):
+        replace_in(folder / "corpus" / "manifest.json", {"documents_sha256": sha256_of_file(path)})
+        path.rename(path.with_name(documents_file({"documents_sha256": sha256_of_file(path)})))
+    if path.parent.name == "corpus":
         try:
             sha256 = Corpus.load(folder / "corpus")
         except (ValueError, OSError):
@@ -257,6 +260,7 @@ def restored(*folders):
 KINDS = {
     "corpus/manifest.json": "read_data",
     "corpus/tokens.bin": "read_data",
+    "corpus/documents-*.bin": "read_data",
     "corpus/tokenizer.json": "read_data",
     "retro.index.json": "read_data",
     "retro.index": "read_data",

@@ -113,7 +113,8 @@ def test_an_addition_that_is_killed_leaves_the_table_that_the_manifest_speaks_of
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "b.txt").write_text("Blow, winds, and crack your cheeks, all of you, all night long. " * 3)
     (tmp_path / "new" / "a.txt").write_text("Something else altogether, which nobody has ever said before. " * 3)
-    before = Corpus.load(copy / "corpus")
+    before, tokens = Corpus.load(copy / "corpus"), copy / "corpus" / "tokens.bin"
+    inode, beginning = tokens.stat().st_ino, tokens.read_bytes()
 
     class Killed(BaseException):
         pass
@@ -131,6 +132,8 @@ def test_an_addition_that_is_killed_leaves_the_table_that_the_manifest_speaks_of
     after = Corpus.load(copy / "corpus")
     assert sorted(d.name for d in after.documents[len(before.documents) :]) == ["a.txt", "b.txt"]
     assert after.documents[: len(before.documents)] == list(before.documents) and after.sha256 == before.sha256
+    assert tokens.stat().st_ino == inode and tokens.read_bytes().startswith(beginning), "they are not written again"
+    assert tokens.stat().st_size == after.tokens.nbytes, "nor twice"
     remove_documents(["a.txt"], copy, bert=bert)
     (left,) = (copy / "corpus").glob("documents*.bin")
     assert left.name == documents_file(Corpus.load(copy / "corpus").manifest)

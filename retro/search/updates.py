@@ -53,7 +53,7 @@ from retro.search.keys import Keys
 from retro.search.recall import ExactNeighbors
 from retro.search.retrievers import Retriever
 from retro.search.sentences import Embedder
-from retro.storage.files import atomic_write, exclusive_lock, sha256_of_file
+from retro.storage.files import exclusive_lock, naming_what_cannot_be_written, sha256_of_file
 from retro.storage.manifests import read_manifest, sha256_of_json, write_manifest
 from retro.text import corpus as corpus_files
 from retro.text.build import remove_other_tables, replace_table, write_documents
@@ -220,12 +220,11 @@ def _rewrite(folder: Path, corpus: Corpus, new: list[Document], removed: frozens
             order = np.argsort(groups[n:], kind="stable").tolist()
             in_order = ((i, new[i]) for i in order)
             tokens_file, signatures_file = folder / TOKENS_FILE, folder / SIGNATURES_FILE
-            with atomic_write(tokens_file) as tokens, atomic_write(signatures_file) as signatures:
-                with _copy_to_append(tokens_file, tokens, corpus.tokens.nbytes, manifest) as file:
-                    written = write_documents(file, in_order, corpus.tokenizer, corpus.tokens.dtype)
-                numbers = [*range(n), *(n + i for i, _ in written)]
-                with _copy_to_append(signatures_file, signatures, corpus.signatures.nbytes, manifest) as file:
-                    signs[numbers[n:]].tofile(file)
+            with _appended(tokens_file, corpus.tokens.nbytes) as file:
+                written = write_documents(file, in_order, corpus.tokenizer, corpus.tokens.dtype)
+            numbers = [*range(n), *(n + i for i, _ in written)]
+            with _appended(signatures_file, corpus.signatures.nbytes) as file:
+                signs[numbers[n:]].tofile(file)
             manifest |= {
                 f"{TOKENS_FILE}_sha256": sha256_of_file(tokens_file),
                 f"{SIGNATURES_FILE}_sha256": sha256_of_file(signatures_file),
@@ -240,14 +239,17 @@ def _rewrite(folder: Path, corpus: Corpus, new: list[Document], removed: frozens
 
 
 @contextmanager
-def _copy_to_append(file: Path, copy: Path, n_bytes: int, manifest: dict[str, Any]) -> Iterator[BinaryIO]:
-    """A copy of the first `n_bytes` of a corpus' file, open to append; behind them may lie what a killed call left."""
-    shutil.copyfile(file, copy)
-    with open(copy, "r+b") as opened:
+def _appended(file: Path, n_bytes: int) -> Iterator[BinaryIO]:
+    """A corpus' file, open to append to its first `n_bytes`; behind them may lie what a killed call left.
+
+    Who has the corpus open, or opens it before its manifest speaks of what is appended, reads these first ones alone.
+    """
+    with naming_what_cannot_be_written(file), open(file, "r+b") as opened:
         opened.truncate(n_bytes)
-        require_match(file, {"sha256": sha256_of_file(copy)}, {"sha256": manifest[f"{file.name}_sha256"]})
         opened.seek(0, os.SEEK_END)
         yield opened
+        opened.flush()
+        os.fsync(opened.fileno())
 
 
 def update_index(
