@@ -207,7 +207,7 @@ class Vectors(Keys):
         self.offsets = np.arange(len(self.all))
         self.in_database = self.offsets < n
         self.firsts = np.append(np.arange(0, len(self.all), 1 << 14), len(self.all))
-        self.chunks_of_shard = np.split(self.offsets, self.firsts[1:-1])
+        self.n_shards = len(self.firsts) - 1
 
     def _shard(self, number: int) -> np.ndarray:
         return self.all[self.firsts[number] : self.firsts[number + 1]]
@@ -237,7 +237,7 @@ def check_index(factory: str, vectors: Vectors, exact: ExactNeighbors) -> dict[s
     n_train = min(n, max(DatabaseConfig.n_train, KEYS_PER_LIST * n_lists_of(factory))) if n_lists_of(factory) else 0
     busy, used, start = _busy_seconds(), time.process_time(), time.perf_counter()
     train_seconds, index = timed(lambda: filling._train(factory, vectors, n_train, 0))
-    add_seconds, _ = timed(lambda: filling._add(index, vectors, range(len(vectors.chunks_of_shard))))
+    add_seconds, _ = timed(lambda: filling._add(index, vectors, range(vectors.n_shards)))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "index"
         faiss.write_index(index, str(file))

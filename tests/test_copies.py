@@ -246,7 +246,7 @@ def test_a_search_passes_over_several_ranges_and_still_finds_as_many(data, bert,
     ranges = np.array([[(0, a), (b, len(corpus.tokens))] for a, b in ends])
     distances, found = index.search(queries, 3, ranges)
     for row, near_by, query, (a, b) in zip(found, distances, queries, ends, strict=True):
-        allowed = np.flatnonzero((index.keys.offsets >= a) & (index.keys.offsets < b))
+        allowed = np.flatnonzero((index.keys.offsets[:] >= a) & (index.keys.offsets[:] < b))
         exact = np.sort(((index.keys.rows(allowed) - query) ** 2).sum(1))[:3]
         assert ((row >= a) & (row < b)).all() and len(set(row.tolist())) == 3
         np.testing.assert_allclose(near_by, exact, rtol=1e-3, atol=1e-3)

@@ -19,7 +19,7 @@ from retro.search import index_file
 from retro.search.factory import MOST_LISTS, choose_index, new_index
 from retro.search.filling import memory_of_machine
 from retro.search.index_file import read_database_manifest
-from retro.search.keys import Keys
+from retro.search.keys import ChunkOffsets, Keys
 from retro.search.recall import (
     N_RECALL_QUERIES,
     ExactNeighbors,
@@ -220,13 +220,38 @@ def test_the_nearest_by_brute_force_are_those_by_hand_over_small_blocks_and_seve
     assert np.isfinite(found).sum(axis=1).tolist() == [10, 10, 10, 5, 0]
 
 
+def test_where_chunks_begin_is_computed_and_what_number_each_has():
+    drawn = np.random.default_rng(0)
+    for n_train, n_valid, additions in ((1, 0, ()), (5, 2, (3, 1)), (4, 3, (2,))):
+        lengths = drawn.integers(1, 40, size=n_train + n_valid + sum(additions)).tolist()
+        documents = [DocumentEntry(f"{i}", "", n, n) for i, n in enumerate(lengths)]
+        corpus = Corpus(np.zeros(sum(lengths), np.uint16), documents, n_train, None, additions=additions)
+        in_parts = [i for i in range(len(lengths)) if not n_train <= i < n_train + n_valid]
+        by_hand, of_document = [], []
+        for i in in_parts:
+            for nth in range(max(1, lengths[i] // 8)):
+                by_hand.append(sum(lengths[:i]) + 8 * nth)
+                of_document.append(i)
+        offsets = ChunkOffsets(corpus, 8)
+        assert offsets[:].tolist() == by_hand and len(offsets) == len(by_hand)
+        assert offsets[2:-1:2].tolist() == by_hand[2:-1:2]
+        shuffled = drawn.permutation(len(by_hand)).reshape(1, -1)
+        assert offsets[shuffled].tolist() == [[by_hand[i] for i in shuffled[0]]]
+        every = np.arange(-3, sum(lengths) + 50)
+        expected = [by_hand.index(o) if o in by_hand else -1 for o in every.tolist()]
+        assert offsets.numbers_of(every).tolist() == expected
+        some = set(drawn.choice(in_parts, size=len(in_parts) // 2, replace=False).tolist())
+        assert offsets.of_documents(some).tolist() == [u for u, i in enumerate(of_document) if i in some]
+        assert [len(part) for part in offsets.parts] == [sum(i in part for i in of_document) for part in corpus.parts]
+
+
 def test_what_was_removed_is_no_true_neighbor(data, bert):
     corpus = Corpus.load(data / "corpus")
     without = Corpus(corpus.tokens, corpus.documents, corpus.n_train, corpus.tokenizer, removed=[0])
     every, fewer = (Keys(data, c, CHUNK_LEN, bert.manifest) for c in (corpus, without))
     fewer.shards = every.shards
     kept = ExactNeighbors.of(fewer, bert, 0)
-    numbers = np.flatnonzero(every.offsets >= corpus.starts[1])
+    numbers = np.flatnonzero(every.offsets[:] >= corpus.starts[1])
     blocks = [(every.offsets[numbers], every.rows(numbers))]
     np.testing.assert_allclose(kept.distances, nearest_distances(kept.queries, kept.barred, blocks), rtol=1e-5)
     assert (ExactNeighbors.of(every, bert, 0).distances < kept.distances - 1e-3).any()

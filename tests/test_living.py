@@ -18,6 +18,7 @@ from retro.evaluation.held_out import require_held_out
 from retro.model import RetroConfig, RetroModel
 from retro.sample import Sampler
 from retro.search import filling, updates
+from retro.search.keys import ChunkOffsets
 from retro.search.recall import N_RECALL_QUERIES
 from retro.search.updates import add_documents, remove_documents
 from retro.text.build import build_corpus
@@ -67,7 +68,7 @@ def test_what_is_added_is_found_and_nothing_else_is_embedded(copy, bert, pericle
     corpus = Corpus.load(copy / "corpus")
     added = [d.name for d in corpus.documents[len(before.documents) :]]
     assert sorted(added) == ["glass.txt", "pericles.md"] and manifest["additions"] == [2]
-    n_added = sum(len(chunk_offsets(corpus, CHUNK_LEN, part)) for part in corpus.parts[1:])
+    n_added = sum(map(len, ChunkOffsets(corpus, CHUNK_LEN).parts[1:]))
     assert len(embedded) == n_added + N_RECALL_QUERIES  # and queries, to measure recall anew
     assert keys.items() <= {p.name: p.read_bytes() for p in (copy / "keys").rglob("*.*")}.items()
     # Offsets, splits and with them the dataset are what they were.

@@ -286,7 +286,7 @@ def test_keys_are_found_by_number_across_shards_few_of_them_open(small_shards, b
     keys = Keys(small_shards, Corpus.load(small_shards / "corpus"), CHUNK_LEN, bert.manifest)
     blocks = np.concatenate([block for _, block in keys.each_shard()])
     numbers = np.array([0, 63, 64, 65, 200, len(blocks) - 1, 5])
-    assert len(keys.chunks_of_shard) > 3 and (keys.rows(numbers) == blocks[numbers]).all()
+    assert len(keys.firsts) > 4 and (keys.rows(numbers) == blocks[numbers]).all()
     queries, of = blocks[::50] + 0.1, np.array([0, 1, 1, 2, 0, 1, 2])
     by_hand = ((queries[of].astype(np.float64) - blocks[numbers]) ** 2).sum(axis=1)
     np.testing.assert_allclose(keys.distances(queries, of, numbers), by_hand, rtol=1e-5)

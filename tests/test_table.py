@@ -105,9 +105,7 @@ def test_opening_a_corpus_makes_no_entry_of_a_document(tmp_path, monkeypatch):
     assert again.sha256 == corpus.sha256
 
 
-def test_an_addition_that_is_killed_leaves_the_table_that_the_manifest_speaks_of(
-    data, plays, bert, tmp_path, monkeypatch
-):
+def test_an_addition_that_is_killed_leaves_the_table_of_the_manifest(data, plays, bert, tmp_path, monkeypatch):
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     (tmp_path / "new").mkdir()

@@ -40,8 +40,8 @@ from retro.text.copies import N_ORDERS
 
 LEAST_TOKENS, MOST_TOKENS = 1e5, 1e13
 OPQ_ROUNDS, OPQ_ITERATIONS = 50, 40 + 49 * 4  # of k-means, in all rounds of learning a rotation
-BYTES_PER_CHUNK = 35  # of memory: its offset twice, its document, whether it is in the database, a number at training
-# Of memory while its entry and signature are made, compared and written; a tenth of it stays. Seen: 3,300.
+BYTES_PER_CHUNK = 9  # of memory, while building: whether it is in the database, and a number at training
+# Of memory while its entry and signature are made, compared and written; none of it stays. Seen: 3,300.
 BYTES_PER_DOCUMENT = 3500
 # Memory that embedding takes beyond its sample: for a whole shard, and more whenever there are twice as many, because a
 # CPU's kernels are kept for each shape of a batch. Seen: 0.15 GB after one shard, 0.29 after 4, 0.45 after 15.
@@ -179,7 +179,7 @@ class Plan:
         base, searched = self.rates.base_memory, learnt + (0 if self.on_disk else codes)
         return {
             "building": base + embedding + chunks + documents + learnt + max(training, merging),
-            "serving": base + documents / 10 + chunks / 2 + searched,  # half: where the chunks are
+            "serving": base + searched,
         }
 
     @property

@@ -17,10 +17,12 @@ nothing to lose, and the time of a search grows with their number.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 from scipy.sparse import csr_array
 
@@ -32,7 +34,7 @@ from retro.storage.files import mapped_array
 from retro.storage.shards import TOKENS_PER_SHARD, Shards
 
 K1, B = 1.5, 0.75  # of the formula: the defaults of Lucene are 1.2 and 0.75, of most others these
-SCORES_AT_ONCE = 1 << 23  # of a query and a chunk
+SCORES_AT_ONCE = 1 << 21  # of a query and a chunk, in each thread
 
 
 class BM25:
@@ -120,25 +122,44 @@ class BM25:
             (counts.astype(np.float32), (rows, terms)), shape=(len(queries), self.chunks.corpus.n_tokens)
         )
         at_once = max(1, SCORES_AT_ONCE // (self.parts[0].stop or 1))
-        for number, part in enumerate(self.parts):
-            scores, offsets = self._scores(number), self.chunks[part].offsets
-            assert offsets is not None
-            for start in range(0, len(queries), at_once):
-                some = slice(start, start + at_once)
-                of_some = (wanted[some] @ scores).toarray()
-                if excluded is not None:
-                    of_some[is_barred(offsets, excluded[some])] = 0
-                # Positive floats are in the order of their bits; of equal scores the earlier chunk goes first.
-                order_of = (of_some.view(np.int32).astype(np.int64) << 32) - np.arange(of_some.shape[1])
-                best = np.argpartition(-order_of, min(k, of_some.shape[1]) - 1, axis=1)[:, :k]
-                of_best = np.take_along_axis(of_some, best, axis=1)
-                there = of_best > 0
-                both = np.concatenate([distances[some], np.where(there, -of_best, NO_DISTANCE)], axis=1)
-                ids = np.concatenate([found[some], np.where(there, offsets[best], -1)], axis=1)
-                order = np.lexsort((ids, both), axis=1)[:, :k]
-                distances[some] = np.take_along_axis(both, order, axis=1)
-                found[some] = np.take_along_axis(ids, order, axis=1)
+        with ThreadPoolExecutor(faiss.omp_get_max_threads()) as threads:  # scipy's products let others work
+            for number, part in enumerate(self.parts):
+                scores, offsets = self._scores(number), self.chunks[part].offsets
+                assert offsets is not None
+
+                def look(start: int, scores: csr_array = scores, offsets: np.ndarray = offsets) -> None:
+                    some = slice(start, start + at_once)
+                    of_some = (wanted[some] @ scores).toarray()
+                    if excluded is not None:
+                        of_some[is_barred(offsets, excluded[some])] = 0
+                    best, columns = _best(of_some, k)
+                    both = np.concatenate([distances[some], np.where(columns < 0, NO_DISTANCE, -best)], axis=1)
+                    ids = np.concatenate([found[some], np.where(columns < 0, -1, offsets[columns])], axis=1)
+                    order = np.lexsort((ids, both), axis=1)[:, :k]
+                    distances[some] = np.take_along_axis(both, order, axis=1)
+                    found[some] = np.take_along_axis(ids, order, axis=1)
+
+                list(threads.map(look, range(0, len(queries), at_once)))
         return distances, found
+
+
+def _best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` highest scores above 0 of each row, and their columns, of shape `[n, k]`; of equal ones the first.
+
+    * `scores` are of shape `[n, c]`
+
+    Where there are fewer, scores are 0 and columns -1.
+    """
+    least = max(0, scores.shape[1] - k)
+    kth = np.partition(scores, least, axis=1)[:, least, None]
+    rows, columns = np.nonzero((scores >= kth) & (scores > 0))
+    order = np.lexsort((columns, -scores[rows, columns], rows))
+    rows, columns = rows[order], columns[order]
+    place = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    rows, columns, place = (of[place < k] for of in (rows, columns, place))
+    best, of_best = np.zeros((len(scores), k), np.float32), np.full((len(scores), k), -1)
+    best[rows, place], of_best[rows, place] = scores[rows, columns], columns
+    return best, of_best
 
 
 def _counted(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -36,11 +36,11 @@ def fill_index(factory: str, keys: Keys, n_train: int, seed: int, folder: Path) 
     * `folder` takes what is finished while there is more to do
     """
     if ivf_of(new_index(keys.d_emb, factory)) is None:  # cannot be merged of shards
-        every = range(len(keys.chunks_of_shard))
+        every = range(keys.n_shards)
         with _all_cores():
             return parallel.on_rank_zero(lambda: _add(_train(factory, keys, n_train, seed), keys, every))
     # A shard of the index takes several shards of keys; shard 0 is what was learnt.
-    shard_of = np.cumsum([len(chunks) for chunks in keys.chunks_of_shard]) // KEYS_PER_SHARD
+    shard_of = keys.firsts[1:] // KEYS_PER_SHARD
     groups = [range(*np.searchsorted(shard_of, [shard, shard + 1])) for shard in range(shard_of[-1] + 1)]
     manifest = {
         "keys": keys.shards.manifest,

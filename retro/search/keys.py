@@ -8,7 +8,7 @@ float32 rows, and the rows of all shards, one after the other, are those of `chu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -29,18 +29,49 @@ KEYS_FOLDER = "keys"
 MOST_OPEN = 256  # shards mapped at one time: each takes one of the files that a process may have open
 
 
-def chunk_offsets(corpus: Corpus, chunk_len: int, documents: range | None = None) -> np.ndarray:
-    """Offsets of the chunks of the database's documents, or of some `documents`, ascending, int64.
+def chunk_offsets(corpus: Corpus, chunk_len: int) -> np.ndarray:
+    """Offsets of the chunks of the database's documents, ascending, int64; as `ChunkOffsets` has them."""
+    return ChunkOffsets(corpus, chunk_len)[:]
+
+
+class ChunkOffsets:
+    """Offsets of the chunks of the database's documents, ascending: two numbers for a document, none for a chunk.
 
     Every document is cut from its start on; what is left at its end, shorter than a chunk, is in
     the continuation of the last one. A document shorter than a chunk is a chunk.
     """
-    if documents is None:
-        return np.concatenate([chunk_offsets(corpus, chunk_len, part) for part in corpus.parts])
-    starts = corpus.starts[documents.start : documents.stop + 1]
-    counts = np.maximum(1, np.diff(starts) // chunk_len)
-    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return (np.repeat(starts[:-1], counts) + within * chunk_len).astype(np.int64)
+
+    def __init__(self, corpus: Corpus, chunk_len: int) -> None:
+        self.documents = np.concatenate([np.arange(part.start, part.stop) for part in corpus.parts])
+        self.starts, self.chunk_len = corpus.starts[self.documents], chunk_len
+        counts = np.maximum(1, (corpus.starts[self.documents + 1] - self.starts) // chunk_len)
+        self.firsts = np.concatenate([[0], np.cumsum(counts)])  # numbers of the first chunks of documents
+        # Numbers of the chunks of each part of the corpus.
+        ends = self.firsts[np.cumsum([0, *map(len, corpus.parts)])].tolist()
+        self.parts = [range(first, last) for first, last in pairwise(ends)]
+
+    def __len__(self) -> int:
+        return int(self.firsts[-1])
+
+    def __getitem__(self, numbers: slice | np.ndarray) -> np.ndarray:
+        """Offsets (...) of the chunks of some numbers (...)."""
+        if isinstance(numbers, slice):
+            numbers = np.arange(*numbers.indices(len(self)))
+        document = np.searchsorted(self.firsts, numbers, side="right") - 1
+        return self.starts[document] + (numbers - self.firsts[document]) * self.chunk_len
+
+    def numbers_of(self, offsets: np.ndarray) -> np.ndarray:
+        """Numbers (...) of the chunks that begin at some offsets (...); -1 where none does."""
+        document = np.maximum(np.searchsorted(self.starts, offsets, side="right") - 1, 0)
+        within, rest = np.divmod(offsets - self.starts[document], self.chunk_len)
+        numbers = self.firsts[document] + within
+        return np.where((within >= 0) & (rest == 0) & (numbers < self.firsts[document + 1]), numbers, -1)
+
+    def of_documents(self, documents: Collection[int]) -> np.ndarray:
+        """Numbers [n] of the chunks of some documents, ascending."""
+        places = np.searchsorted(self.documents, sorted(documents))
+        numbers = [np.arange(*self.firsts[place : place + 2]) for place in places]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *numbers])
 
 
 class Keys:
@@ -50,23 +81,23 @@ class Keys:
       chunk length or BERT stays beside it, in `others`
     * `embedder` is what the embeddings depend on: `BERTChunkEmbeddings.manifest`, or a database's manifest
 
-    `offsets` (n) are the chunks', ascending.
+    `offsets` are the chunks', ascending.
     """
 
     def __init__(self, data_path: Path, corpus: Corpus, chunk_len: int, embedder: Mapping[str, Any]) -> None:
         self.data_path, self.corpus, self.chunk_len = data_path, corpus, chunk_len
         self.d_emb = int(embedder["d_emb"])
         per_shard = max(1, TOKENS_PER_SHARD // chunk_len)
-        self.chunks_of_shard: list[np.ndarray] = []  # offsets
+        self.offsets = ChunkOffsets(corpus, chunk_len)
         inputs: list[str] = []
-        for part in corpus.parts:
-            offsets = chunk_offsets(corpus, chunk_len, part)
-            self.chunks_of_shard += [offsets[i : i + per_shard] for i in range(0, len(offsets), per_shard)]
+        firsts: list[int] = []
+        for part, of_part in zip(corpus.parts, self.offsets.parts, strict=True):
+            firsts += of_part[::per_shard]
             # The first part is the corpus itself, which the manifest names.
             texts = sha256_of_json([corpus.documents[i].sha256 for i in part]) if part.start else ""
-            inputs += [texts] * (len(self.chunks_of_shard) - len(inputs))
-        self.offsets = np.concatenate(self.chunks_of_shard)
-        self.firsts = np.cumsum([0] + [len(chunks) for chunks in self.chunks_of_shard])  # number of each's first key
+            inputs += [texts] * (len(firsts) - len(inputs))
+        self.firsts = np.array([*firsts, len(self.offsets)])  # number of each shard's first key, and of all
+        self.n_shards = len(firsts)
         self.embedder = {name: embedder[name] for name in ("embedder_sha256", "trim", "precision")}
         manifest = {
             "corpus_sha256": corpus.sha256,
@@ -80,7 +111,9 @@ class Keys:
     @cached_property
     def in_database(self) -> np.ndarray:
         """Which of the keys are of documents that have not been removed, of shape `[n]`."""
-        return ~np.isin(self.corpus.document_of(self.offsets), list(self.corpus.removed))
+        kept = np.ones(len(self.offsets), dtype=bool)
+        kept[self.offsets.of_documents(self.corpus.removed)] = False
+        return kept
 
     def compute(self, bert: Embedder, batch_size: int = 4096) -> None:
         """Embed the chunks whose shards are missing, each shard by itself, so that it has the same bytes always.
@@ -90,13 +123,14 @@ class Keys:
         require_match(self.shards.folder, bert.manifest, self.embedder)
 
         def tokens_of(number: int) -> Sequence[Any]:
-            return bert.tokens_of(self.corpus.texts(self.chunks_of_shard[number], self.chunk_len))
+            offsets = self.offsets[self.firsts[number] : self.firsts[number + 1]]
+            return bert.tokens_of(self.corpus.texts(offsets, self.chunk_len))
 
         def embed(number: int, tokens: Sequence[Any], path: Path, done: Callable[[int], Any]) -> None:
             with open(path, "wb") as file:
                 np.save(file, bert.of_tokens(tokens, batch_size, done).cpu().numpy(), allow_pickle=False)
 
-        self.shards.make_missing("Embed", "chunk", [len(chunks) for chunks in self.chunks_of_shard], embed, tokens_of)
+        self.shards.make_missing("Embed", "chunk", np.diff(self.firsts).tolist(), embed, tokens_of)
 
     def compute_alone(self, bert: Embedder) -> None:
         """As `compute`, while nobody else writes into the data folder."""
@@ -111,7 +145,7 @@ class Keys:
 
     def is_whole(self) -> bool:
         """True. Raises `MissingArtifact` if a shard is missing, or has not the bytes that its name speaks of."""
-        for number in range(len(self.chunks_of_shard)):
+        for number in range(self.n_shards):
             self._shard(number)
         return True
 
@@ -124,7 +158,7 @@ class Keys:
         return shard
 
     def _open(self, number: int) -> np.ndarray:
-        file, expected = self.shards.path(number), (len(self.chunks_of_shard[number]), self.d_emb)
+        file, expected = self.shards.path(number), (int(np.diff(self.firsts)[number]), self.d_emb)
         shard = mapped_array(file)
         if shard.shape != expected or shard.dtype != np.float32:
             raise DamagedFile(file, f"holds {shard.dtype} {shard.shape}, but float32 {expected} is wanted")
@@ -132,7 +166,7 @@ class Keys:
 
     def each_shard(self) -> Iterator[tuple[int, np.ndarray]]:
         """(number of the first key, keys of shape `[n, d_emb]`) of each shard, in order."""
-        for number in range(len(self.chunks_of_shard)):
+        for number in range(self.n_shards):
             yield int(self.firsts[number]), self.of_shard(number)
 
     def of_shard(self, number: int) -> np.ndarray:
@@ -172,20 +206,15 @@ class Keys:
 
         None if any is missing or damaged: an index of whole keys serves without them.
         """
-        numbers = self._numbers(offsets)
+        numbers = self.offsets.numbers_of(offsets)
         try:
             return numbers >= 0, self.rows(numbers[numbers >= 0])
         except ArtifactError:
             return np.zeros(len(offsets), dtype=bool), self.rows(numbers[:0])
 
-    def _numbers(self, offsets: np.ndarray) -> np.ndarray:
-        """Numbers of the keys of chunks at `offsets`, of the same shape; -1 where no chunk begins."""
-        numbers = np.minimum(np.searchsorted(self.offsets, offsets), len(self.offsets) - 1)
-        return np.where(self.offsets[numbers] == offsets, numbers, -1)
-
     def numbers_of(self, offsets: np.ndarray) -> np.ndarray:
         """Numbers of the keys of chunks at `offsets`. Raises `DamagedFile` for an offset that no chunk has."""
-        numbers = self._numbers(offsets)
+        numbers = self.offsets.numbers_of(offsets)
         if len(wrong := np.flatnonzero(numbers < 0)):
             raise DamagedFile(self.data_path / INDEX_FILE, f"holds offset {offsets[wrong[0]]}, where no chunk begins")
         return numbers

@@ -294,13 +294,12 @@ def _update_keys(
         return None  # FAISS takes a list on disk that shrinks to be free, and writes over others: 1.15.1
     index = _writable_index(data_path, manifest)
     set_n_probe(index, manifest["n_probe"])
-    document_of = corpus.document_of(keys.offsets)
     if to_remove:
         try:
-            index.remove_ids(keys.offsets[np.isin(document_of, list(to_remove))])
+            index.remove_ids(keys.offsets[keys.offsets.of_documents(to_remove)])
         except RuntimeError:  # as an HNSW graph
             return None
-    numbers = np.flatnonzero(np.isin(document_of, list(to_add)))
+    numbers = keys.offsets.of_documents(to_add)
     if len(numbers):
         add_rows(index, keys.rows(numbers), keys.offsets[numbers])
     manifest |= documents_in_database(corpus) | {"n_chunks": index.ntotal}
