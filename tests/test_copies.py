@@ -19,8 +19,9 @@ from retro.evaluation.held_out import require_held_out
 from retro.evaluation.leakage import retrieve
 from retro.evaluation.windows import chunk_offsets
 from retro.search.updates import add_documents, split_new_and_restored
+from retro.text import copies
 from retro.text.build import build_corpus
-from retro.text.copies import grams_of, groups_of, near, signature, signatures_of
+from retro.text.copies import grams_of, groups_of, near, signature, signatures_by_processes, signatures_of
 from retro.text.corpus import Corpus, DocumentEntry
 from retro.text.documents import Document
 from retro.text.tokenizer import CharTokenizer
@@ -402,3 +403,16 @@ def test_building_a_corpus_of_other_texts_does_not_lose_what_was_added(copied, b
     assert main([*argv, "--tokenizer", "bpe:512"]) == 1
     assert "Documents were added to" in (said := capsys.readouterr().err) and "repeat retro add" in said
     assert before == {p: p.read_bytes() for p in (tmp_path / "data" / "corpus").iterdir()}
+
+
+def test_processes_sign_texts_as_one_does_in_their_order_and_hold_few_of_them(monkeypatch):
+    monkeypatch.setattr(copies, "CHARS_AT_ONCE", 200)
+    texts = [f"text {i} " * (1 + i % 7) for i in range(300)]
+    taken = []
+    found = signatures_by_processes((taken.append(text) or text for text in texts), 2)
+    first = next(found)
+    assert len(taken) < 60, "what is waited for is bounded"
+    assert np.array_equal([first, *found], signatures_of(texts)) and taken == texts
+    monkeypatch.setattr(copies, "get_reusable_executor", lambda *_: pytest.fail("it is too little for processes"))
+    assert np.array_equal([*signatures_by_processes(texts[:2])], signatures_of(texts[:2]))
+    assert [*signatures_by_processes([], 4)] == []

@@ -5,7 +5,7 @@ Documents can also be drawn by whole folders, whose files are kin: those of a pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -14,7 +14,7 @@ import numpy as np
 from retro.errors import InvalidOption
 from retro.progress import MOMENT, each
 from retro.storage.manifests import sha256_of_json
-from retro.text.copies import groups_of, signature
+from retro.text.copies import groups_of, signature, signatures_by_processes
 from retro.text.documents import Document, read_documents, sha256_of_text
 from retro.text.records import PLAIN, Columns
 
@@ -78,13 +78,17 @@ def split_texts(
 
     Raises `InvalidOption` where no folder can be held out.
     """
-    signatures: dict[str, np.ndarray] = {}
-    found = Found()
-    for document in each(documents, "Compare", "document", len(documents), MOMENT):
-        found.append(entry_of(document))
-        if (sha256 := found[-1][1]) not in signatures:
-            signatures[sha256] = signature(document.text)
-    signs = np.array([signatures[sha256] for _, sha256, _ in found])
+    found, first = Found(), dict[str, int]()  # of each text its number among the different ones
+
+    def different() -> Iterator[str]:
+        for document in each(documents, "Compare", "document", len(documents), MOMENT):
+            found.append(entry_of(document))
+            if (sha256 := found[-1][1]) not in first:
+                first[sha256] = len(first)
+                yield document.text
+
+    signatures = [*signatures_by_processes(different())]
+    signs = np.array([signatures[first[sha256]] for _, sha256, _ in found])
     groups, n = groups_of(signs), len(found)
     if valid_fraction > 0 and not groups.any() and hold_out == "documents":
         return _split_of_one(documents, found, valid_fraction)
