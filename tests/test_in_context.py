@@ -16,6 +16,7 @@ from retro.decoding import decoder_of
 from retro.errors import InvalidOption
 from retro.evaluate import evaluate
 from retro.explorer.explored import Explored
+from retro.explorer.page import show
 from retro.explorer.writing import WAYS
 from retro.in_context import InContext, put_before
 from retro.retrofit import Retrofit
@@ -164,6 +165,7 @@ def test_it_is_explored_as_a_run_is(data, place, tmp_path, sampler):
     assert text["on"] == PROMPT + sampler.sample(PROMPT, 40, DRAWN) and len(set(text.values())) == 3
     assert all(read.share is None for chunk in columns["on"] for read in chunk.read)
     assert explored.evaluation() == {"pictures": {}, "table": None, "report": None, "command": None}
+    assert "this is a base without one" in show("evaluation", explored.evaluation(), explored.name)
     with refused(ValueError, "reads what stands before its text; gains are shown of a run"):
         explored.gains(PROMPT)
     secret = "The zebra quartet of Ulm plays the contrabassoon on Thursdays, xylophones on Fridays. " * 4

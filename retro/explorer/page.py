@@ -97,7 +97,8 @@ def new_page(explored: Explored, drawn: SampleConfig, prompt: str) -> Any:
                 lambda: told(lambda: show("evaluation", explored.evaluation(), explored.name)),
                 None, shown, show_progress="hidden", api_visibility="private",
             )  # fmt: skip
-            _measure(gr, explored, prompt)
+            if explored.run and explored.reads:
+                _measure(gr, explored, prompt)
     page.queue(default_concurrency_limit=4, max_size=32)
     return page
 
