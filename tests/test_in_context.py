@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CHUNK_LEN, refused
-from test_retrofit_runs import write_base
+from test_retrofit_runs import write_base, write_place
 
 from retro.cli import main
 from retro.config import EvaluateConfig, RetrofitConfig, SampleConfig
@@ -30,10 +30,7 @@ DRAWN = SampleConfig(temperature=1.0, top_k=20, seed=3)
 @pytest.fixture(scope="module")
 def place(data, tmp_path_factory):
     """A folder with data and a base with the tokens of them; only the base may be read by others."""
-    place = tmp_path_factory.mktemp("in-context")
-    shutil.copytree(data, place / "data")
-    write_base(place / "base", data / "corpus" / "tokenizer.json", max_position_embeddings=1024)
-    return place
+    return write_place(data, tmp_path_factory.mktemp("in-context"), max_position_embeddings=1024)
 
 
 @pytest.fixture

@@ -53,13 +53,17 @@ def write_base(folder, tokenizer, seed: int = 0, **shape):
     return folder
 
 
+def write_place(data, place, **shape):
+    """A folder with data and a base for them, of that shape."""
+    shutil.copytree(data, place / "data")
+    write_base(place / "base", data / "corpus" / "tokenizer.json", **shape)
+    return place
+
+
 @pytest.fixture(scope="module")
 def place(data, tmp_path_factory):
     """A folder with data and a base for them; only runs may be written into it."""
-    place = tmp_path_factory.mktemp("retrofit")
-    shutil.copytree(data, place / "data")
-    write_base(place / "base", data / "corpus" / "tokenizer.json")
-    return place
+    return write_place(data, tmp_path_factory.mktemp("retrofit"))
 
 
 @pytest.fixture

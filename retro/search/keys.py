@@ -158,7 +158,7 @@ class Keys:
         return shard
 
     def _open(self, number: int) -> np.ndarray:
-        file, expected = self.shards.path(number), (int(np.diff(self.firsts)[number]), self.d_emb)
+        file, expected = self.shards.path(number), (int(self.firsts[number + 1] - self.firsts[number]), self.d_emb)
         shard = mapped_array(file)
         if shard.shape != expected or shard.dtype != np.float32:
             raise DamagedFile(file, f"holds {shard.dtype} {shard.shape}, but float32 {expected} is wanted")
