@@ -14,10 +14,10 @@ MOMENT = 2  # seconds, for which no bar is worth its line
 SECONDS_IN_A_LOG = 30  # between two states of a bar that is written to a file
 
 
-def bar(what: str, unit: str, total: int, done: int = 0) -> tqdm[Any]:
-    """A bar to be updated, which begins where `done` are done already; a context manager."""
+def bar(what: str, unit: str, total: int, done: int = 0, delay: float = 0) -> tqdm[Any]:
+    """A bar to be updated, which begins where `done` are done already; a context manager. `delay` as for `each`."""
     seconds = 1 if sys.stderr.isatty() else SECONDS_IN_A_LOG
-    return tqdm(total=total, initial=done, desc=what, unit=unit, mininterval=seconds)
+    return tqdm(total=total, initial=done, desc=what, unit=unit, mininterval=seconds, delay=delay)
 
 
 def each(items: Iterable[Any], what: str, unit: str, total: int | None = None, delay: float = 0) -> tqdm[Any]:

@@ -21,7 +21,7 @@ from retro.evaluation.windows import chunk_offsets
 from retro.search.updates import add_documents, split_new_and_restored
 from retro.text import copies
 from retro.text.build import build_corpus
-from retro.text.copies import grams_of, groups_of, near, signature, signatures_by_processes, signatures_of
+from retro.text.copies import by_processes, grams_of, groups_of, near, signature, signatures_of
 from retro.text.corpus import Corpus, DocumentEntry
 from retro.text.documents import Document
 from retro.text.tokenizer import CharTokenizer
@@ -406,13 +406,14 @@ def test_building_a_corpus_of_other_texts_does_not_lose_what_was_added(copied, b
 
 
 def test_processes_sign_texts_as_one_does_in_their_order_and_hold_few_of_them(monkeypatch):
-    monkeypatch.setattr(copies, "CHARS_AT_ONCE", 200)
-    texts = [f"text {i} " * (1 + i % 7) for i in range(300)]
+    batches = [[f"text {i} {j}" * (1 + i % 7) for j in range(9)] for i in range(60)]
     taken = []
-    found = signatures_by_processes((taken.append(text) or text for text in texts), 2)
+    found = by_processes(signatures_of, (taken.append(batch) or batch for batch in batches), 2)
     first = next(found)
-    assert len(taken) < 60, "what is waited for is bounded"
-    assert np.array_equal([first, *found], signatures_of(texts)) and taken == texts
+    assert len(taken) < 8, "what is waited for is bounded"
+    for one, batch in zip([first, *found], batches, strict=True):
+        assert np.array_equal(one, signatures_of(batch))
+    assert taken == batches
     monkeypatch.setattr(copies, "get_reusable_executor", lambda *_: pytest.fail("it is too little for processes"))
-    assert np.array_equal([*signatures_by_processes(texts[:2])], signatures_of(texts[:2]))
-    assert [*signatures_by_processes([], 4)] == []
+    assert np.array_equal([*by_processes(signatures_of, batches[:1])], [signatures_of(batches[0])])
+    assert [*by_processes(signatures_of, [], 4)] == []

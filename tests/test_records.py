@@ -22,7 +22,7 @@ from retro.cli import main
 from retro.errors import CannotWrite, InvalidOption
 from retro.evaluation.held_out import held_out_texts
 from retro.search.updates import split_new_and_restored
-from retro.text import build, records, tokenizer
+from retro.text import build, in_shards, records, tokenizer
 from retro.text.build import build_corpus
 from retro.text.corpus import Corpus
 from retro.text.documents import find_texts, read_documents, search_texts
@@ -353,7 +353,7 @@ def test_batches_of_documents_are_tokenized_as_they_are_one_at_a_time(tmp_path, 
     monkeypatch.setattr(
         tokenizer.SubwordTokenizer, "encode_batch", lambda self, texts: sizes.append(len(texts)) or encode(self, texts)
     )
-    monkeypatch.setattr(build, "CHARS_AT_ONCE", 200)
+    monkeypatch.setattr(in_shards, "BYTES_PER_SHARD", 200)
     assert build_corpus([file], tmp_path / "b", "bpe:300", text_column="body").sha256 == once.sha256
     assert (
         max(sizes) > 1

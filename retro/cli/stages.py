@@ -79,7 +79,7 @@ def with_names_of_texts(error: StaleArtifact, documents: Found) -> StaleArtifact
 def prepare_corpus(config: CorpusConfig, preset: str, texts: Sequence[str], data_path: Path, rebuild: bool) -> Corpus:
     """The corpus of `texts` (the preset's own if empty): found, or built."""
     from retro.storage.manifests import read_manifest
-    from retro.text.build import build_corpus, corpus_cache_key
+    from retro.text.build import build_corpus, corpus_cache_key, unfinished
     from retro.text.corpus import CORPUS_FOLDER, MANIFEST_FILE, Corpus
     from retro.text.documents import search_texts
     from retro.text.records import Columns
@@ -125,6 +125,8 @@ def prepare_corpus(config: CorpusConfig, preset: str, texts: Sequence[str], data
         parallel.on_rank_zero(lambda: build_corpus(paths(), folder, name=name, **asdict(config)))
         corpus = Corpus.load(folder)
         describe_corpus(corpus)
+    else:
+        parallel.on_rank_zero(lambda: remove_unfinished(folder, *unfinished(folder)))
     return corpus or Corpus.load(folder)
 
 

@@ -53,14 +53,15 @@ from retro.search.keys import Keys
 from retro.search.recall import ExactNeighbors
 from retro.search.retrievers import Retriever
 from retro.search.sentences import Embedder
-from retro.storage.files import exclusive_lock, naming_what_cannot_be_written, sha256_of_file
+from retro.storage.files import exclusive_lock, naming_what_cannot_be_written, remove_unfinished, sha256_of_file
 from retro.storage.manifests import read_manifest, sha256_of_json, write_manifest
 from retro.text import corpus as corpus_files
-from retro.text.build import remove_other_tables, replace_table, write_documents
+from retro.text.build import remove_other_tables, replace_table, unfinished, write_tokens
 from retro.text.copies import are_near, first_of_equals, groups_of, near, signatures_of
 from retro.text.corpus import CORPUS_FOLDER, SIGNATURES_FILE, TOKENS_FILE, Corpus
 from retro.text.documents import Document, find_texts, read_documents, sha256_of_text
 from retro.text.records import Columns
+from retro.text.split import entry_of
 from retro.text.table import Documents
 
 MEASURE_UP_TO = 4_000_000  # keys; above, recall stays as it was measured when the index was built
@@ -90,6 +91,7 @@ def add_documents(
         )
         if new or restored:
             _rewrite(data_path / CORPUS_FOLDER, corpus, new, corpus.removed - set(restored))
+        remove_unfinished(data_path / CORPUS_FOLDER, *unfinished(data_path / CORPUS_FOLDER))
         manifest = update_index(data_path, bert, device, retriever)
     return manifest or _rebuild(data_path, bert, device)
 
@@ -218,11 +220,11 @@ def _rewrite(folder: Path, corpus: Corpus, new: list[Document], removed: frozens
             signs = np.concatenate([corpus.signatures, signatures_of(document.text for document in new)])
             n, groups = len(corpus.documents), groups_of(signs, corpus.groups)
             order = np.argsort(groups[n:], kind="stable").tolist()
-            in_order = ((i, new[i]) for i in order)
             tokens_file, signatures_file = folder / TOKENS_FILE, folder / SIGNATURES_FILE
             with _appended(tokens_file, corpus.tokens.nbytes) as file:
-                written = write_documents(file, in_order, corpus.tokenizer, corpus.tokens.dtype)
-            numbers = [*range(n), *(n + i for i, _ in written)]
+                found = [entry_of(document) for document in new]
+                written = write_tokens(file, new, found, order, corpus.tokenizer, corpus.tokens.dtype, folder)
+            numbers = [*range(n), *(n + i for i in written)]
             with _appended(signatures_file, corpus.signatures.nbytes) as file:
                 signs[numbers[n:]].tofile(file)
             manifest |= {
@@ -232,7 +234,7 @@ def _rewrite(folder: Path, corpus: Corpus, new: list[Document], removed: frozens
                 "n_documents": len(numbers),
             }
             assert isinstance(corpus.documents, Documents)
-            of_new = [entry for _, entry in written]
+            of_new = [*written.values()]
             manifest |= replace_table(folder, of_new, first_of_equals(groups[numbers]), corpus.documents)
         write_manifest(path, manifest)
         remove_other_tables(folder, manifest)

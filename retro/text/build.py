@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -11,8 +11,8 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from retro.config import CorpusConfig
-from retro.progress import MOMENT, each, note
-from retro.storage.files import TEMPORARY, atomic_write, exclusive_lock, sha256_of_file
+from retro.progress import note
+from retro.storage.files import atomic_write, exclusive_lock, remove_unfinished, sha256_of_file
 from retro.storage.manifests import package_versions, write_manifest
 from retro.text.copies import first_of_equals
 from retro.text.corpus import (
@@ -26,13 +26,14 @@ from retro.text.corpus import (
     sha256_of_corpus,
 )
 from retro.text.documents import Document, find_texts, read_documents
+from retro.text.in_shards import Found, InShards
 from retro.text.records import Columns
-from retro.text.split import Split, cut_in_two, entry_of, require_text, split_texts
+from retro.text.split import SIGNATURES_FOLDER, Split, cut_in_two, require_text, split_texts
 from retro.text.spool import Spool
 from retro.text.table import Documents, write_table
 from retro.text.tokenizer import Tokenizer, lost_text, train_tokenizer
 
-CHARS_AT_ONCE = 1 << 22  # of the documents that are tokenized together, on all cores
+TOKENS_FOLDER = "tokens.shards"  # while there is more to tokenize
 LEARNT_FROM = 1 << 26  # characters that a subword vocabulary is learnt from, where there are more
 COLUMNS = ("text_column", "name_column")  # of CorpusConfig
 
@@ -71,63 +72,109 @@ def build_corpus(
     texts = find_texts(paths)
     with Spool(read_documents(texts, Columns(text_column, name_column)), folder) as documents:
         require_text(documents, texts)
-        split = split_texts(documents, valid_fraction, seed, keep_near_held_out, hold_out)
-        parts = cut_in_two(documents[0], valid_fraction) if split.single else documents
-        return _write_corpus(parts, split, folder, config, name or name_of(paths))
+        with exclusive_lock(folder):
+            split = split_texts(documents, valid_fraction, seed, keep_near_held_out, hold_out, folder)
+            parts = cut_in_two(documents[0], valid_fraction) if split.single else documents
+            _write_corpus(parts, split, folder, config, name or name_of(paths))
+    remove_unfinished(folder, *unfinished(folder))
+    return Corpus.load(folder)
 
 
-def _write_corpus(documents: Sequence[Document], split: Split, folder: Path, config: CorpusConfig, name: str) -> Corpus:
-    """The corpus of documents that are held out as `split` says."""
-    numbers_of = {side: [i for i, of in enumerate(split.sides) if of == side] for side in ("train", "valid")}
+def unfinished(folder: Path) -> list[Path]:
+    """Where a corpus has what is finished while there is more to do."""
+    return [folder / SIGNATURES_FOLDER, folder / TOKENS_FOLDER]
+
+
+def _write_corpus(documents: Sequence[Document], split: Split, folder: Path, config: CorpusConfig, name: str) -> None:
+    """Write the corpus of documents that are held out as `split` says. For who holds the folder's lock."""
+    train, valid = ([i for i, of in enumerate(split.sides) if of == side] for side in ("train", "valid"))
 
     # As in the tutorial, every character of either part is in the vocabulary. A subword
     # vocabulary is learnt from the training documents alone.
-    learnt_from = [*numbers_of["train"], *(numbers_of["valid"] if config.tokenizer == "char" else ())]
+    learnt_from = [*train, *(valid if config.tokenizer == "char" else ())]
     encoder = train_tokenizer(config.tokenizer, _texts_to_learn_from(documents, learnt_from, config))
 
+    # Near-duplicates follow each other: what a query may not retrieve is then one range of offsets.
+    train = [train[place] for place in np.argsort(first_of_equals(split.groups[train]), kind="stable")]
     dtype = np.dtype("uint16" if encoder.n_tokens <= 1 << 16 else "uint32")
-    written: list[tuple[int, DocumentEntry]] = []
-    n_train = 0
     # The manifest, which knows the hashes of the other files, comes after them.
-    with exclusive_lock(folder):
-        with (
-            atomic_write(folder / TOKENS_FILE) as tokens,
-            atomic_write(folder / TOKENIZER_FILE) as mapping,
-            atomic_write(folder / SIGNATURES_FILE) as signatures,
-        ):
-            with open(tokens, "wb") as file:
-                for numbers in numbers_of.values():
-                    written += write_documents(file, ((i, documents[i]) for i in numbers), encoder, dtype)
-                    n_train = n_train or len(written)
-                    if not n_train:
-                        raise ValueError(f"no text to train on has a token of the tokenizer {config.tokenizer}")
-            written = _with_groups_together(tokens, written, n_train, split.groups, dtype)
-            numbers = [number for number, _ in written]
-            split.signatures[numbers].tofile(signatures)
-            encoder.save(mapping)
-            files = {TOKENS_FILE: tokens, TOKENIZER_FILE: mapping, SIGNATURES_FILE: signatures}
-            hashes = {f"{name}_sha256": sha256_of_file(path) for name, path in files.items()}
-        entries = [entry for _, entry in written]
-        hashes |= replace_table(folder, entries, first_of_equals(split.groups[numbers]))
-        manifest = {
-            **corpus_cache_key(split.sha256, config),
-            "name": name,
-            "text_column": config.text_column,
-            "name_column": config.name_column,
-            "tokenizer": encoder.kind,
-            "dtype": str(dtype),
-            "n_train": n_train,
-            "n_documents": len(entries),
-            "sha256": sha256_of_corpus(entries, n_train, encoder),
-            "additions": [],
-            "removed": [],
-            **hashes,
-            "versions": package_versions(),
-            "left_out": [list(pair) for pair in split.left_out],
-        }
-        write_manifest(folder / MANIFEST_FILE, manifest)
-        remove_other_tables(folder, manifest)
-    return Corpus.load(folder)
+    with (
+        atomic_write(folder / TOKENS_FILE) as tokens,
+        atomic_write(folder / TOKENIZER_FILE) as mapping,
+        atomic_write(folder / SIGNATURES_FILE) as signatures,
+    ):
+        with open(tokens, "wb") as file:
+            written = write_tokens(file, documents, split.found, [*train, *valid], encoder, dtype, folder)
+        numbers, entries = [*written], [*written.values()]
+        if not (n_train := sum(split.sides[number] == "train" for number in numbers)):
+            raise ValueError(f"no text to train on has a token of the tokenizer {config.tokenizer}")
+        split.signatures[numbers].tofile(signatures)
+        encoder.save(mapping)
+        files = {TOKENS_FILE: tokens, TOKENIZER_FILE: mapping, SIGNATURES_FILE: signatures}
+        hashes = {f"{name}_sha256": sha256_of_file(path) for name, path in files.items()}
+    hashes |= replace_table(folder, entries, first_of_equals(split.groups[numbers]))
+    manifest = {
+        **corpus_cache_key(split.sha256, config),
+        "name": name,
+        "text_column": config.text_column,
+        "name_column": config.name_column,
+        "tokenizer": encoder.kind,
+        "dtype": str(dtype),
+        "n_train": n_train,
+        "n_documents": len(entries),
+        "sha256": sha256_of_corpus(entries, n_train, encoder),
+        "additions": [],
+        "removed": [],
+        **hashes,
+        "versions": package_versions(),
+        "left_out": [list(pair) for pair in split.left_out],
+    }
+    write_manifest(folder / MANIFEST_FILE, manifest)
+    remove_other_tables(folder, manifest)
+
+
+def write_tokens(
+    file: BinaryIO,
+    documents: Sequence[Document],
+    found: Found,
+    numbers: Sequence[int],
+    encoder: Tokenizer,
+    dtype: np.dtype,
+    folder: Path,
+) -> dict[int, DocumentEntry]:
+    """Append the tokens of documents to a file; returns the entries of those that have any, by their numbers.
+
+    * `found` are all documents, `numbers` those that are written, in their order
+    * `folder` takes what is finished while there is more to do, for who holds its lock
+    """
+    tokenized = InShards(
+        folder / TOKENS_FOLDER, {"tokenizer_sha256": encoder.sha256, "dtype": str(dtype)}, found, numbers
+    )
+    tokenized.compute("Tokenize", documents, _Tokenizing(encoder, dtype))
+    entries = dict[int, DocumentEntry]()
+    for batch, (tokens, lengths) in tokenized.arrays(2):
+        file.write(tokens.data)
+        entries |= {i: DocumentEntry(*found[i], n) for i, n in zip(batch, lengths.tolist(), strict=True) if n}
+    return entries
+
+
+class _Tokenizing:
+    """Makes tokens of documents, and tells of the first one that they do not give back."""
+
+    def __init__(self, encoder: Tokenizer, dtype: np.dtype) -> None:
+        self.encoder, self.dtype, self.told = encoder, dtype, False
+
+    def __call__(self, documents: list[Document]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of documents, one behind the other, and how many each has."""
+        arrays = self.encoder.encode_batch([document.text for document in documents])
+        for document, ids in zip(documents, arrays, strict=True):
+            if not self.told and (lost := lost_text(self.encoder, document.text, ids)):
+                self.told = True
+                note(
+                    f"The tokenizer does not keep all of the text: in {document.name}, {lost}. Bits per byte of models "
+                    f"of this corpus cannot be compared with those of other tokenizers."
+                )
+        return np.concatenate(arrays).astype(self.dtype), np.array([len(ids) for ids in arrays])
 
 
 def replace_table(
@@ -150,66 +197,11 @@ def remove_other_tables(folder: Path, manifest: dict[str, Any]) -> None:
         table.unlink()
 
 
-def _with_groups_together(
-    tokens: Path, written: list[tuple[int, DocumentEntry]], n_train: int, groups: np.ndarray, dtype: np.dtype
-) -> list[tuple[int, DocumentEntry]]:
-    """The training documents in the order in which near-duplicates follow each other, in the file of tokens too.
-
-    What a query may not retrieve is then one range of offsets.
-    """
-    first = first_of_equals(groups[[number for number, _ in written[:n_train]]])
-    order = [*np.argsort(first, kind="stable").tolist(), *range(n_train, len(written))]
-    if order != sorted(order):
-        starts = np.cumsum([0] + [entry.n_tokens for _, entry in written])
-        as_read, ordered = np.memmap(tokens, dtype, mode="r"), tokens.with_name(f"{tokens.name}{TEMPORARY}")
-        with open(ordered, "wb") as file:
-            for place in order:
-                as_read[starts[place] : starts[place + 1]].tofile(file)
-        os.replace(ordered, tokens)
-    return [written[place] for place in order]
-
-
 def name_of(paths: Sequence[str | Path]) -> str:
     """What texts are called: a file or folder by its name, several by the folder that holds all of them."""
     whole = [Path(path).resolve() for path in paths]
     name = whole[0].stem if len(whole) == 1 else Path(os.path.commonpath(whole)).name
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip("._") or "text"
-
-
-def write_documents(
-    file: BinaryIO, documents: Iterable[tuple[int, Document]], encoder: Tokenizer, dtype: np.dtype
-) -> list[tuple[int, DocumentEntry]]:
-    """Append the tokens of numbered documents to a file; returns their entries. What has no token is no document.
-
-    Tells of the first document that its tokens do not give back.
-    """
-    entries, lost = [], None
-    for batch in _in_batches(each(documents, "Tokenize", "document", delay=MOMENT)):
-        arrays = encoder.encode_batch([document.text for _, document in batch])
-        for (number, document), ids in zip(batch, arrays, strict=True):
-            if not lost and (lost := lost_text(encoder, document.text, ids)):
-                note(
-                    f"The tokenizer does not keep all of the text: in {document.name}, {lost}. Bits per byte of models "
-                    f"of this corpus cannot be compared with those of other tokenizers."
-                )
-            if not len(ids):
-                continue  # of characters that the tokenizer drops
-            file.write(ids.astype(dtype).tobytes())
-            entries.append((number, DocumentEntry(*entry_of(document), len(ids))))
-    return entries
-
-
-def _in_batches(documents: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
-    """Documents that are tokenized together: as many as have `CHARS_AT_ONCE`, or one longer one."""
-    batch, n_chars = [], 0
-    for number, document in documents:
-        batch.append((number, document))
-        n_chars += len(document.text)
-        if n_chars >= CHARS_AT_ONCE:
-            yield batch
-            batch, n_chars = [], 0
-    if batch:
-        yield batch
 
 
 def _texts_to_learn_from(documents: Sequence[Document], numbers: list[int], config: CorpusConfig) -> Iterator[str]:

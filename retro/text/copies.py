@@ -18,9 +18,10 @@ from __future__ import annotations
 import re
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import chain, islice
+from typing import TypeVar
 
 import numpy as np
 from datasketch import MinHash
@@ -28,13 +29,14 @@ from loky import cpu_count, get_reusable_executor
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+T = TypeVar("T")
+U = TypeVar("U")
 NEAR = 0.8  # Jaccard similarity from which on two documents are near
 GRAM = 13  # words
 N_ORDERS = 128  # numbers of a signature
 BANDS = (20, 6)  # bands, numbers of each
 SCHEME = "affine32"  # of datasketch's orders: what signatures on disk are made with
 GRAMS_AT_ONCE, PAIRS_AT_ONCE = 1 << 10, 1 << 16  # what stays in the processor's cache, and what bounds memory
-CHARS_AT_ONCE = 1 << 22  # of texts that a process signs at one time
 # Scripts without blanks: Thai and Lao, Burmese, Khmer, Japanese and Chinese. Each letter is taken for a word.
 _UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
@@ -77,35 +79,25 @@ def signatures_of(texts: Iterable[str]) -> np.ndarray:
     return np.array([signature(text) for text in texts], dtype=np.uint32).reshape(-1, N_ORDERS)
 
 
-def signatures_by_processes(texts: Iterable[str], n_processes: int | None = None) -> Iterator[np.ndarray]:
-    """The signature of each text, of shape `[128]`, in their order; where there are many, made by several processes.
+def by_processes(
+    work: Callable[[list[U]], T], batches: Iterable[list[U]], n_processes: int | None = None
+) -> Iterator[T]:
+    """What `work` gives for each batch, in their order; where there are several, several processes do it.
 
     * `n_processes` is how many; left out, as many as there are cores
     """
-    batches, n = _in_batches(texts), n_processes or cpu_count()
+    batches, n = iter(batches), n_processes or cpu_count()
     first = [*islice(batches, 2)]
     if n == 1 or len(first) < 2:
-        for batch in chain(first, batches):
-            yield from signatures_of(batch)
+        yield from map(work, chain(first, batches))
         return
-    executor, waiting = get_reusable_executor(n), deque[Future[np.ndarray]]()
+    executor, waiting = get_reusable_executor(n), deque[Future[T]]()
     for batch in chain(first, batches):
-        waiting.append(executor.submit(signatures_of, batch))
+        waiting.append(executor.submit(work, batch))
         if len(waiting) > 2 * n:  # no more is held in memory
-            yield from waiting.popleft().result()
+            yield waiting.popleft().result()
     while waiting:
-        yield from waiting.popleft().result()
-
-
-def _in_batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch, n_chars = [], 0
-    for text in texts:
-        batch.append(text)
-        if (n_chars := n_chars + len(text)) >= CHARS_AT_ONCE:
-            yield batch
-            batch, n_chars = [], 0
-    if batch:
-        yield batch
+        yield waiting.popleft().result()
 
 
 def are_near(signatures: np.ndarray, others: np.ndarray) -> np.ndarray:

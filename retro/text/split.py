@@ -5,20 +5,20 @@ Documents can also be drawn by whole folders, whose files are kin: those of a pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from retro.errors import InvalidOption
-from retro.progress import MOMENT, each
 from retro.storage.manifests import sha256_of_json
-from retro.text.copies import groups_of, signature, signatures_by_processes
+from retro.text.copies import N_ORDERS, SCHEME, by_processes, groups_of, signature, signatures_of
 from retro.text.documents import Document, read_documents, sha256_of_text
+from retro.text.in_shards import Found, InShards
 from retro.text.records import PLAIN, Columns
 
-Found = list[tuple[str, str, int]]  # name, sha256 and bytes of the text of each document, in the order of reading
+SIGNATURES_FOLDER = "signatures.shards"  # while they are computed
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Split:
     """Which documents there are, and what becomes of each; all in the order of reading."""
 
     sha256: str  # names all texts, in their order
-    texts: tuple[str, ...]  # hash of the text of each document
+    found: Found
     sides: tuple[str, ...]  # of each: `train`, `valid`, or `` if it is left out
     signatures: np.ndarray  # (n, 128), by which near-duplicates are told
     groups: np.ndarray  # (n) of near-duplicates: each document's is the number of the first in it
@@ -65,6 +65,7 @@ def split_texts(
     seed: int = 0,
     keep_near_held_out: bool = False,
     hold_out: str = "documents",
+    folder: Path | None = None,
 ) -> Split:
     """Draw the held-out documents, in one pass over them.
 
@@ -76,19 +77,14 @@ def split_texts(
     * `hold_out` is what is drawn: `documents`, or whole `folders` of them. A folder that has no more than a copy of
       what is held out loses that copy, and trains: else files that are everywhere would make one of all folders.
 
+    * `folder` takes signatures that are finished while there are more to compute, for who holds its lock
+
     Raises `InvalidOption` where no folder can be held out.
     """
-    found, first = Found(), dict[str, int]()  # of each text its number among the different ones
-
-    def different() -> Iterator[str]:
-        for document in each(documents, "Compare", "document", len(documents), MOMENT):
-            found.append(entry_of(document))
-            if (sha256 := found[-1][1]) not in first:
-                first[sha256] = len(first)
-                yield document.text
-
-    signatures = [*signatures_by_processes(different())]
-    signs = np.array([signatures[first[sha256]] for _, sha256, _ in found])
+    found = [entry_of(document) for document in documents]
+    different = {sha256: number for number, (_, sha256, _) in reversed([*enumerate(found)])}  # the first of each text
+    signatures = _signatures(documents, found, sorted(different.values()), folder)
+    signs = signatures[[different[sha256] for _, sha256, _ in found]]
     groups, n = groups_of(signs), len(found)
     if valid_fraction > 0 and not groups.any() and hold_out == "documents":
         return _split_of_one(documents, found, valid_fraction)
@@ -105,8 +101,24 @@ def split_texts(
         sides[valid] = "valid"
     held_out = {int(groups[i]): found[i][0] for i in np.flatnonzero(sides == "valid")}
     left_out = tuple((found[i][0], held_out[int(groups[i])]) for i in np.flatnonzero(sides == ""))
-    texts_of = tuple(sha256 for _, sha256, _ in found)
-    return Split(texts_sha256(found), texts_of, tuple(sides.tolist()), signs, groups, left_out, False)
+    return Split(texts_sha256(found), found, tuple(sides.tolist()), signs, groups, left_out, False)
+
+
+def _signatures(documents: Sequence[Document], found: Found, numbers: list[int], folder: Path | None) -> np.ndarray:
+    """The signatures of documents with these numbers, among those of all, of shape `[n, 128]`; 0 for the others."""
+    signatures = np.zeros((len(found), N_ORDERS), dtype=np.uint32)
+    if folder is None:
+        signatures[numbers] = signatures_of(documents[number].text for number in numbers)
+        return signatures
+    made = InShards(folder / SIGNATURES_FOLDER, {"scheme": SCHEME}, found, numbers)
+    made.compute("Compare", documents, _signed, by_processes)
+    for batch, (of_batch,) in made.arrays(1):
+        signatures[batch] = of_batch
+    return signatures
+
+
+def _signed(documents: list[Document]) -> tuple[np.ndarray]:
+    return (signatures_of(document.text for document in documents),)
 
 
 def folders_of(names: list[str]) -> list[int]:
@@ -150,9 +162,8 @@ def _split_of_one(documents: Sequence[Document], found: Found, valid_fraction: f
     """The split of one text: the first of the documents is cut in two, the others are copies of it."""
     parts = cut_in_two(documents[0], valid_fraction)
     left_out = tuple((name, found[0][0]) for name, _, _ in found[1:])
-    shas = tuple(sha256_of_text(part.text) for part in parts)
     signs = np.array([signature(part.text) for part in parts])
-    return Split(texts_sha256(found), shas, ("train", "valid"), signs, np.arange(2), left_out, True)
+    return Split(texts_sha256(found), [*map(entry_of, parts)], ("train", "valid"), signs, np.arange(2), left_out, True)
 
 
 def cut_in_two(document: Document, valid_fraction: float) -> list[Document]:
