@@ -18,7 +18,7 @@ from retro.planning.rates import plannable_index
 from retro.search import index_file
 from retro.search.factory import MOST_LISTS, choose_index, new_index
 from retro.search.filling import memory_of_machine
-from retro.search.index_file import read_database_manifest
+from retro.search.index_file import merge_lists, read_database_manifest, write_lists
 from retro.search.keys import ChunkOffsets, Keys
 from retro.search.recall import (
     N_RECALL_QUERIES,
@@ -416,3 +416,20 @@ def test_memory_is_what_the_narrowest_control_group_leaves(tmp_path):
     inside = {"memory/memory.limit_in_bytes": "1000000\n"}  # the host's name for the group is no path here
     assert cgroups(tmp_path / "inside", "5:memory:/docker/1f2e\n", inside) == 1_000_000
     assert cgroups(tmp_path / "free", "0::/\n", {"memory.max": "max\n"}) == machine
+
+
+def test_a_part_of_an_index_holds_its_lists_and_not_what_all_parts_share(tmp_path):
+    keys = np.random.default_rng(0).standard_normal((3000, 64), np.float32)
+    index, whole = (faiss.index_factory(64, "OPQ8,IVF64_HNSW8,PQ8") for _ in range(2))
+    index.train(keys)
+    whole = faiss.deserialize_index(faiss.serialize_index(index))
+    whole.add_with_ids(keys, np.arange(3000) * 7)
+    for number, some in enumerate((slice(1000), slice(1000, 3000))):
+        part = faiss.deserialize_index(faiss.serialize_index(index))
+        part.add_with_ids(keys[some], np.arange(3000)[some] * 7)
+        write_lists(part, tmp_path / f"{number}")
+        # A code of 8 bytes and an offset of 8 a key, a length of 8 a list.
+        assert 0 <= (tmp_path / f"{number}").stat().st_size - 16 * part.ntotal - 8 * 64 < 100
+    for number in range(2):
+        merge_lists(index, tmp_path / f"{number}")
+    assert index.ntotal == 3000 and np.array_equal(faiss.serialize_index(index), faiss.serialize_index(whole))

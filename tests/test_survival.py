@@ -360,6 +360,9 @@ def test_an_older_corpus_stays_whole_when_a_new_one_fails(plays, tmp_path):
     before = {p.name: p.read_bytes() for p in (tmp_path / "corpus").iterdir()}
     with pytest.raises(ValueError, match="SIZE is a number"):
         build_corpus([plays], tmp_path / "corpus", "bpe:3")
+    # What was found out of the texts serves the next attempt, which removes it.
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "corpus").iterdir() if p.is_file()}
+    assert build_corpus([plays], tmp_path / "corpus", "bpe:400").sha256 == Corpus.load(tmp_path / "corpus").sha256
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "corpus").iterdir()}
     write_manifest(tmp_path / "x.json", {"n": 3})
     assert not list(tmp_path.glob(".*.tmp"))

@@ -140,9 +140,7 @@ class Plan:
             "documents": self.n_documents * r.document_bytes,
             "signatures": self.n_documents * 4.0 * N_ORDERS,
             "keys": self.n_chunks * r.d_emb * 4.0,
-            "shards": whole + self.n_index_shards * self.learnt_bytes
-            if self.n_index_shards
-            else 0,  # each holds what was learnt
+            "shards": whole if self.n_index_shards else 0,
             "index": whole,
         }
 

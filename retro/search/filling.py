@@ -9,18 +9,18 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import faiss
 import numpy as np
-from faiss.contrib.ondisk import merge_ondisk
 
 from retro import parallel
 from retro.errors import InvalidOption
 from retro.progress import each, note
 from retro.search.factory import ivf_of, new_index, prepare_training, reason_of, set_n_probe, taking_our_ids
-from retro.search.index_file import LISTS_FILE, write_faiss
+from retro.search.index_file import LISTS_FILE, merge_lists, read_lists, write_faiss, write_lists
 from retro.search.keys import Keys
 from retro.storage.files import naming_what_cannot_be_written
 from retro.storage.shards import Shards
@@ -49,6 +49,7 @@ def fill_index(factory: str, keys: Keys, n_train: int, seed: int, folder: Path) 
         "index": factory,
         "n_train": n_train,
         "seed": seed,
+        "parts": "lists",
     }
     shards = Shards(folder, manifest, ["trained", *(f"{g.start}-{g.stop}" for g in groups)], ".index")
 
@@ -62,7 +63,7 @@ def fill_index(factory: str, keys: Keys, n_train: int, seed: int, folder: Path) 
     for number in shards.missing():
         index = faiss.read_index(str(shards.path(0)))
         with shards.written(number) as temporary:
-            write_faiss(_add(index, keys, groups[number - 1]), temporary)
+            write_lists(_add(index, keys, groups[number - 1]), temporary)
     parallel.wait_for_everyone()
     return parallel.on_rank_zero(lambda: _merge(shards))
 
@@ -110,17 +111,30 @@ def _add(index: faiss.Index, keys: Keys, shards: range) -> faiss.Index:
 
 def _merge(shards: Shards) -> faiss.Index:
     """The shards as one index, in memory, or with its lists in a file beside the shards."""
-    files = [str(shards.path(number)) for number in range(1, len(shards))]
+    files = [shards.path(number) for number in range(1, len(shards))]
     index = faiss.read_index(str(shards.path(0)))
-    if sum(os.path.getsize(file) for file in files) > ON_DISK_ABOVE * memory_of_machine():
+    if sum(file.stat().st_size for file in files) > ON_DISK_ABOVE * memory_of_machine():
         lists = shards.folder / LISTS_FILE
         lists.unlink(missing_ok=True)
-        with naming_what_cannot_be_written(lists), contextlib.redirect_stdout(io.StringIO()):
-            merge_ondisk(index, files, str(lists))
-        return index
-    for file in each(files, "Merge", "shard"):
-        faiss.merge_into(index, faiss.read_index(file), False)
+        with naming_what_cannot_be_written(lists):
+            _put_on_disk(index, lists, [read_lists(file, faiss.IO_FLAG_MMAP) for file in files])
+    else:
+        for file in each(files, "Merge", "shard"):
+            merge_lists(index, file)
     return index
+
+
+def _put_on_disk(index: faiss.Index, file: str | Path, parts: Iterable[faiss.InvertedLists]) -> None:
+    """Give an index, in the place of its lists, what is in several ones, in a file."""
+    ivf: Any = ivf_of(index)
+    pointers = faiss.InvertedListsPtrVector()
+    lists = faiss.OnDiskInvertedLists(ivf.nlist, ivf.code_size, str(file))
+    for part in parts:
+        pointers.push_back(part)
+    with contextlib.redirect_stdout(io.StringIO()):
+        index.ntotal = ivf.ntotal = lists.merge_from_multiple(pointers.data(), pointers.size(), False)
+    ivf.replace_invlists(lists, True)
+    lists.this.disown()
 
 
 def add_rows(index: faiss.Index, rows: np.ndarray, ids: np.ndarray) -> None:
@@ -137,13 +151,7 @@ def add_rows(index: faiss.Index, rows: np.ndarray, ids: np.ndarray) -> None:
     new = faiss.ArrayInvertedLists(ivf.nlist, ivf.code_size)
     ivf.replace_invlists(new, False)
     index.add_with_ids(rows, ids)
-    grown = faiss.OnDiskInvertedLists(ivf.nlist, ivf.code_size, f"{old.filename}.grown")
-    both = faiss.InvertedListsPtrVector()
-    both.push_back(old)
-    both.push_back(new)
-    grown.merge_from_multiple(both.data(), both.size(), False)
-    ivf.replace_invlists(grown, True)
-    grown.this.disown()
+    _put_on_disk(index, f"{old.filename}.grown", [old, new])
 
 
 def memory_of_machine(root: Path = Path("/")) -> int:

@@ -79,12 +79,38 @@ def write_database(index: faiss.Index, data_path: Path, manifest: Mapping[str, A
     return manifest
 
 
-def write_faiss(index: faiss.Index, path: Path) -> None:
-    """`faiss.write_index`, which reports a full disk as `RuntimeError`: here it is `OSError`."""
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Inside, a full disk, which FAISS reports as `RuntimeError`, is an `OSError`."""
     try:
-        faiss.write_index(index, str(path))
+        yield
     except RuntimeError as error:
         raise OSError(str(error).rpartition("write error")[2] or str(error)) from error
+
+
+def write_faiss(index: faiss.Index, path: Path) -> None:
+    """`faiss.write_index`; a full disk is an `OSError`."""
+    with _writing():
+        faiss.write_index(index, str(path))
+
+
+def write_lists(index: faiss.Index, path: Path) -> None:
+    """Write the lists of an index alone, without the centroids, which are the same in every part of one index."""
+    with _writing():
+        ivf: Any = ivf_of(index)
+        faiss.write_InvertedLists(ivf.invlists, faiss.FileIOWriter(str(path)))
+
+
+def read_lists(path: Path, flags: int = 0) -> faiss.InvertedLists:
+    """What `write_lists` wrote."""
+    return faiss.read_InvertedLists(faiss.FileIOReader(str(path)), flags)
+
+
+def merge_lists(index: faiss.Index, path: Path) -> None:
+    """Add what `write_lists` wrote of a part of an index."""
+    ivf: Any = ivf_of(index)
+    ivf.invlists.merge_from(read_lists(path), 0)
+    index.ntotal = ivf.ntotal = ivf.invlists.compute_ntotal()
 
 
 def write_index(index: faiss.Index, data_path: Path) -> dict[str, str]:

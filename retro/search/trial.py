@@ -23,7 +23,7 @@ from retro.search.factory import (
     set_n_probe,
     taking_our_ids,
 )
-from retro.search.index_file import MAPPED, failure_of
+from retro.search.index_file import MAPPED, failure_of, merge_lists, write_lists
 
 MOST_BYTES, MOST_SECONDS = 4 << 30, 60  # of a trial; one of OPQ64_256,IVF65536_HNSW32,PQ64 takes 0.5 GB and a second
 LEAST_KEYS = 400  # of a trial: more than the 256 centroids of a code
@@ -64,7 +64,8 @@ def try_index(factory: str, d_emb: int) -> None:
             for some in (slice(half), slice(half, None)):
                 shard = faiss.read_index(file)
                 shard.add_with_ids(keys[some], ids[some])
-                faiss.merge_into(index, shard, False)
+                write_lists(shard, Path(folder) / "lists")
+                merge_lists(index, Path(folder) / "lists")
         found = _search(index, keys, ids)
         faiss.write_index(index, file)
         again = _search(faiss.read_index(file, MAPPED), keys, ids)
