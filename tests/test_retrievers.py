@@ -14,6 +14,8 @@ import pytest
 import torch
 from conftest import CHUNK_LEN, load_script, refused
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from retro.cli import main
@@ -333,6 +335,23 @@ def test_a_model_by_name_has_keys_of_its_own(texts, tmp_path, capsys):
     assert main(["database", "--retriever", PACKAGED_MODEL, *options]) == 0
     assert (index.data_path / "retro.index.json").read_bytes() == before, "it is there already"
     assert f"retrieved by {PACKAGED_MODEL}" in capsys.readouterr().out
+
+
+def test_static_embeddings_are_means_of_their_tokens_rows_and_make_a_database(texts, tmp_path, monkeypatch):
+    tokenizer = Tokenizer.from_file(f"{find_embedder(PACKAGED_MODEL)}/tokenizer.json")
+    rows = np.random.default_rng(0).standard_normal((tokenizer.get_vocab_size(), 16), np.float32)
+    static = StaticEmbedding(tokenizer, embedding_weights=rows)
+    SentenceTransformer(modules=[static], device="cpu").save(str(tmp_path / "static"))
+    sizes, forward = [], StaticEmbedding.forward
+    monkeypatch.setattr(StaticEmbedding, "forward", lambda *a: sizes.append(len(a[1]["offsets"])) or forward(*a))
+    index = database(texts, tmp_path, str(tmp_path / "static"))
+    assert max(sizes) > 100, "they are embedded together"
+    queries = index.keys.offsets[:9]
+    for key, text in zip(index.keys.rows(np.arange(9)), index.corpus.texts(queries, CHUNK_LEN), strict=True):
+        trimmed = index.bert.tokens_of([text])[0]
+        wanted = rows[tokenizer.encode(trimmed, add_special_tokens=False).ids].mean(axis=0)
+        np.testing.assert_allclose(key, wanted, atol=1e-5)
+    assert index.nearest_at(queries, 1)[1][:, 0].tolist() == queries.tolist()
 
 
 def test_queries_with_a_prompt_of_their_own_are_not_keys(texts, tmp_path, monkeypatch):

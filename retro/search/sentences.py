@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -80,7 +81,8 @@ class SentenceEmbeddings:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """What embeddings depend on, as it stands in a database's manifest: among it a hash of weights and modules."""
-        tokenizer = json.loads(self.model.tokenizer.backend_tokenizer.to_str())
+        # Static embeddings, which are not computed by a network, have a tokenizer without a wrapper.
+        tokenizer = json.loads(getattr(self.model.tokenizer, "backend_tokenizer", self.model.tokenizer).to_str())
         text = {name: tokenizer[name] for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
         models: list[Any] = [getattr(module, "auto_model", None) for module in self.model]
         shape = next((model.config for model in models if model is not None), None)
@@ -118,7 +120,8 @@ class SentenceEmbeddings:
         distinct = list(dict.fromkeys(texts))
         if not distinct:
             return torch.zeros(0, self.d_emb, device=self.device)
-        n = max(1, min(batch_size, TOKENS_AT_ONCE // (self.model.max_seq_length or 512)))
+        most = self.model.max_seq_length or 512  # infinite for static embeddings, which take no memory for it
+        n = max(1, min(batch_size, TOKENS_AT_ONCE // most)) if math.isfinite(most) else batch_size
         found = encode(distinct, batch_size=n, convert_to_tensor=True, show_progress_bar=False).float()
         row_of = {text: row for row, text in enumerate(distinct)}
         if progress:
