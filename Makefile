@@ -65,8 +65,8 @@ bench: .venv-bench/installed
 	.venv-bench/bin/python benchmarks/bench.py $(STAGE)
 
 # The planner against real builds, and indexes of two million keys; or one: make scale STAGE=plan
-scale: .venv/installed
-	$(BIN)/python benchmarks/scale.py $(STAGE)
+scale: .venv-bench/installed
+	.venv-bench/bin/python benchmarks/scale.py $(STAGE)
 
 # From texts to a corpus, up to a gigabyte, beside retro-pytorch.
 ingest: .venv-bench/installed

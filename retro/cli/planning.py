@@ -32,8 +32,10 @@ def plan_command(argv: Sequence[str]) -> None:
     if options.n_tokens is None:
         raise InvalidOption("n_tokens", None, "is no size; name one: retro plan --n-tokens 1e9 [TEXT ...]")
     corpus, database = config_from(CorpusConfig, options), database_config(options, given, named)
-    if database.retriever != BERT:
-        raise InvalidOption("retriever", database.retriever, f"is not planned; {BERT} is")
+    embeds, other = database.parts
+    if embeds is None or other is not None:
+        reason = f"is not planned; {BERT} is, and models of sentence-transformers are"
+        raise InvalidOption("retriever", database.retriever, reason)
     from retro.device import pick_device
     from retro.planning.plan import check_size, describe, plan
     from retro.planning.rates import measure
@@ -56,5 +58,6 @@ def plan_command(argv: Sequence[str]) -> None:
         database.factory,
         corpus.valid_fraction,
         Columns(corpus.text_column, corpus.name_column),
+        embeds,
     )
     note(describe(plan(options.n_tokens, rates, database.factory, options.n_processes, database.n_train)))

@@ -22,12 +22,13 @@ import faiss
 import numpy as np
 import torch
 
-from retro.bert_embeddings import TOKENS_PER_BATCH, BERTChunkEmbeddings
-from retro.config import PACKAGED, CorpusConfig, DatabaseConfig
+from retro.bert_embeddings import TOKENS_PER_BATCH
+from retro.config import BERT, PACKAGED, CorpusConfig, DatabaseConfig
 from retro.errors import InvalidOption
 from retro.search.factory import EXACT_UP_TO, GRAPH_BREADTH, KMEANS_ITERATIONS, choose_index, ivf_of, new_index
 from retro.search.keys import chunk_offsets
 from retro.search.recall import N_RECALL_QUERIES, nearest_distances
+from retro.search.sentences import Embedder, load_embedder
 from retro.storage.shards import TOKENS_PER_SHARD, Shards
 from retro.text.build import build_corpus
 from retro.text.corpus import Corpus
@@ -55,7 +56,7 @@ class Rates:
     tokens_per_document: float
     document_bytes: float  # of the table of documents, for one
     base_memory: int  # of a process that has embedded
-    start_seconds: float  # to load and hash BERT
+    start_seconds: float  # to load and hash what embeds
     corpus_seconds: float  # for a byte of text: read, tokenized, written, read again
     embed_seconds: float  # for a chunk; equal chunks of a shard count, though they are embedded once
     file_bytes: float  # written and hashed in a second
@@ -77,8 +78,11 @@ def measure(
     index: str = "auto",
     valid_fraction: float = CorpusConfig.valid_fraction,
     columns: Columns = PLAIN,
+    retriever: str = BERT,
 ) -> Rates:
     """Rates of this machine on a sample drawn from the files of `texts`; takes some 20 s on two cores.
+
+    * `retriever` is what embeds: the frozen BERT `embedder`, or a model of sentence-transformers
 
     Raises `InvalidOption` for an index that cannot be planned, before anything takes long.
     """
@@ -92,7 +96,7 @@ def measure(
 
         corpus_seconds, corpus = _timed(make_corpus)
         trim = corpus.tokenizer.kind == "char"
-        start_seconds, bert = _timed(lambda: BERTChunkEmbeddings(device, embedder, trim))
+        start_seconds, bert = _timed(lambda: load_embedder(retriever, embedder, device, trim))
         start_seconds += _timed(lambda: bert.manifest)[0]
         if index != "auto":
             plannable_index(index, bert.d_emb)
@@ -144,20 +148,20 @@ def _write_sample(texts: Sequence[str | Path], folder: Path, columns: Columns) -
     return folder
 
 
-def _embedding(corpus: Corpus, chunk_len: int, bert: BERTChunkEmbeddings) -> tuple[float, np.ndarray]:
+def _embedding(corpus: Corpus, chunk_len: int, bert: Embedder) -> tuple[float, np.ndarray]:
     """Seconds to embed a chunk, and keys. Equal chunks of a shard are embedded once: how many are, is counted."""
     offsets = chunk_offsets(corpus, chunk_len)[: max(1, TOKENS_PER_SHARD // chunk_len)]
     decoding, texts = _timed(lambda: corpus.texts(offsets, chunk_len))
     distinct = dict(zip(bert.tokens_of(texts), texts, strict=True))
-    lengths = np.array([len(row) for row in distinct])
+    lengths = np.array([len(row) for row in distinct])  # of the tokens, or characters, that are embedded
     drawn = np.random.default_rng(0).permutation(np.unique(lengths))  # whole lengths, because batches have about one
     totals = np.cumsum([lengths[lengths == length].sum() for length in drawn])
     bert(texts[:64])  # the first call takes longer
-    n_tokens = TOKENS_PER_BATCH
+    n_tokens, batch_size = TOKENS_PER_BATCH, DatabaseConfig.embed_batch_size
     while True:  # until it takes long enough
         chosen = np.isin(lengths, drawn[: int(np.searchsorted(totals, n_tokens)) + 1])
         some = [text for text, take in zip(distinct.values(), chosen, strict=True) if take]
-        seconds, keys = _timed(lambda: bert(some, DatabaseConfig.embed_batch_size).cpu().numpy())  # noqa: B023
+        seconds, keys = _timed(lambda: bert.of_tokens(bert.tokens_of(some), batch_size).cpu().numpy())  # noqa: B023
         if chosen.all() or seconds >= EMBED_SECONDS / 2:
             return (decoding + seconds * lengths.sum() / max(1, lengths[chosen].sum())) / len(texts), keys
         n_tokens *= 2
