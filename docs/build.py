@@ -44,7 +44,7 @@ READING_ORDER = {
     ),
     "Behind the scenes: Planning": ("planning/*",),
     "Behind the scenes: Chunks, attention, first weights, processes, devices, progress": (
-        "chunks", "attention", "initialization", "loss", "parallel", "device", "progress",
+        "chunks", "attention", "initialization", "loss", "parallel", "cluster", "device", "progress",
     ),
     "Behind the scenes: The command line": ("cli/*", "__main__"),
     "Guides": (

@@ -56,6 +56,7 @@ class DatabaseConfig:
     rerank_by: str = OVERLAP
     embedder: str = PACKAGED  # BERT: a folder, a hub name, or the packaged one
     embed_batch_size: int = 4096  # the most chunks in one call of BERT
+    key_bits: Literal[32, 16] = 32  # of each feature of a key on disk
     index: str | None = None  # FAISS factory string, as Flat or IVF256,PQ64, or auto; null makes one of the next two
     n_centeroids: int = 256  # lists of the index IVF{n_centeroids},PQ{code_size}
     code_size: int = 64  # bytes of a key in it
@@ -67,6 +68,8 @@ class DatabaseConfig:
     def __post_init__(self) -> None:
         require_numbers(self)
         require_at_least_one(self, "chunk_len", "embed_batch_size", "n_centeroids", "code_size", "n_probe", "n_train")
+        if self.key_bits not in (32, 16):
+            raise InvalidOption("key_bits", self.key_bits, "is not one of 32, 16")
         if not 0 < self.recall < 1:
             raise InvalidOption("recall", self.recall, "is not a share between 0 and 1")
         if self.rerank_by != OVERLAP and not self.rerank:

@@ -113,8 +113,17 @@ class RetroIndex:
         self.chunk_len: int = self.manifest["chunk_len"]
         self.n_probe: int = n_probe or self.manifest["n_probe"]
         self.n_neighbors, self.n_extra, self.exclude_neighbor_span = n_neighbors, n_extra, exclude_neighbor_span
+        self._given = {"corpus": self.corpus, "device": device, "bert": bert, "retriever": retriever}
         opened = open_retriever(self.data_path, self.corpus, self.manifest, self.n_probe, device, bert, retriever)
         self.retriever, self._dense = opened
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process is sent, which opens the database itself."""
+        names = ("chunk_len", "n_probe", "n_neighbors", "n_extra", "exclude_neighbor_span", "data_path")
+        return self._given | {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     @property
     def dense(self) -> Dense:

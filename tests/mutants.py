@@ -76,7 +76,7 @@ def listed(words: list[str]) -> list[Mutant]:
 def tests_fail(tree: Path, tests: str, seconds: float = SECONDS) -> bool:
     """Whether these tests fail in a copy of the project, or cannot even begin, or end with a crash."""
     names = [str(tree / "tests" / name) for name in tests.split()]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *names]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "", "-p", "no:cacheprovider", *names]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
     try:
         result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=seconds)

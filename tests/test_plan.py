@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from conftest import CHUNK_LEN, load_script
 
+from retro.config import DatabaseConfig
+from retro.database import build_database
 from retro.planning import plan as planner
 from retro.planning import rates
 from retro.planning.plan import describe, index_bytes, plan
@@ -40,6 +43,9 @@ RATES = Rates(
     link_seconds=1e-5,
     walk_seconds=2e-6,
     recall_products=2e10,
+    n_kinds=4096,
+    lexical_seconds=0.0,
+    lexical_bytes=0.0,
 )
 
 
@@ -99,7 +105,8 @@ def test_the_bytes_of_a_plan_are_those_of_a_build(data, measured, monkeypatch):
 
 
 def test_measured_rates_are_those_of_a_machine_and_add_up_to_hours_not_years(measured):
-    for name, value in vars(measured).items():
+    assert measured.lexical_seconds == measured.lexical_bytes == 0  # embeddings alone were asked for
+    for name, value in vars(replace(measured, lexical_seconds=1e-5, lexical_bytes=1)).items():
         assert 0 < value < (1e-1 if name.endswith("seconds") and name != "start_seconds" else 1e15), name
     assert all(seconds < 86_400 for seconds in plan(1e7, measured, "IVF1024,PQ64").seconds.values())
 
@@ -118,6 +125,31 @@ def test_seconds_are_products_over_their_rates():
     assert planned.seconds["train"] == pytest.approx(kmeans + codes + encoded + linked, rel=0.001)
     added, shards = 1e7 * (14 * 2e-6 + 5e-5) + keys / 5e8, planned.files["shards"] / 5e8
     assert planned.seconds["add"] == pytest.approx(added + shards)
+
+
+def test_the_bytes_of_an_index_of_tokens_are_those_of_a_build(data, plays, tmp_path, monkeypatch):
+    monkeypatch.setattr(planner, "LEAST_TOKENS", 1)
+    shutil.copytree(data / "corpus", tmp_path / "corpus")
+    corpus = Corpus.load(tmp_path / "corpus")
+    build_database(CHUNK_LEN, data_path=tmp_path, config=DatabaseConfig(retriever="bm25"))
+    measured = measure([plays], "bpe:512", CHUNK_LEN, retriever="bm25")
+    n_tokens = len(corpus.tokens)
+    planned = plan(n_tokens, replace(measured, valid_fraction=1 - corpus.n_train_tokens / n_tokens))
+    real = sum(file.stat().st_size for file in (tmp_path / "retriever").rglob("*.npy"))
+    assert planned.files["bm25"] == pytest.approx(real, rel=0.02)
+    assert planned.files["keys"] == planned.files["index"] == planned.files["shards"] == 0
+    assert [*planned.seconds] == ["start", "corpus", "bm25"] and 0 < planned.seconds["bm25"] < 10
+    assert planned.memory["serving"] == measured.base_memory < planned.memory["building"]
+    assert "index: tokens in common" in (said := describe(planned)) and "keys" not in said
+
+
+def test_both_ways_to_find_chunks_take_what_each_takes():
+    dense, both = plan(4e8, RATES), plan(4e8, replace(RATES, lexical_seconds=1e-5, lexical_bytes=300.0))
+    n_shards = -(-10_000_000 // 16384)  # of 2**19 tokens
+    assert both.files == dense.files | {"bm25": 1e7 * 300 + n_shards * 4 * 4096}
+    assert both.seconds == dense.seconds | {"bm25": pytest.approx(1e7 * 1e-5)}
+    half = plan(4e8, RATES, key_bits=16)
+    assert half.files == dense.files | {"keys": 1e7 * 384 * 2}
 
 
 def test_lists_of_whole_keys_have_no_codes_to_learn_or_to_make():

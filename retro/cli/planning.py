@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from retro.cli.building import TEXTS, database_config
 from retro.cli.options import add_config, config_from, data_path_of, new_parser, parse_with_preset
 from retro.cli.presets import texts_of
-from retro.config import BERT, CorpusConfig, DatabaseConfig, Preset
+from retro.config import LEXICAL, CorpusConfig, DatabaseConfig, Preset
 from retro.errors import InvalidOption
 from retro.progress import note
 
@@ -32,10 +32,8 @@ def plan_command(argv: Sequence[str]) -> None:
     if options.n_tokens is None:
         raise InvalidOption("n_tokens", None, "is no size; name one: retro plan --n-tokens 1e9 [TEXT ...]")
     corpus, database = config_from(CorpusConfig, options), database_config(options, given, named)
-    embeds, other = database.parts
-    if embeds is None or other is not None:
-        reason = f"is not planned; {BERT} is, and models of sentence-transformers are"
-        raise InvalidOption("retriever", database.retriever, reason)
+    if database.parts[1] not in (None, LEXICAL):
+        raise InvalidOption("retriever", database.retriever, "is not planned, since retro did not make it")
     from retro.device import pick_device
     from retro.planning.plan import check_size, describe, plan
     from retro.planning.rates import measure
@@ -58,6 +56,7 @@ def plan_command(argv: Sequence[str]) -> None:
         database.factory,
         corpus.valid_fraction,
         Columns(corpus.text_column, corpus.name_column),
-        embeds,
+        database.retriever,
     )
-    note(describe(plan(options.n_tokens, rates, database.factory, options.n_processes, database.n_train)))
+    of_database = database.factory, options.n_processes, database.n_train, database.key_bits
+    note(describe(plan(options.n_tokens, rates, *of_database)))

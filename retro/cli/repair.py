@@ -33,7 +33,8 @@ SETTABLE = {
     "dataset": {*DatasetConfig.__dataclass_fields__},
 }
 OF_DATABASE = (
-    "chunk_len", "retriever", "rerank", "rerank_by", "index_wanted", "embedder", "seed", "search", "n_train_wanted",
+    "chunk_len", "retriever", "rerank", "rerank_by", "index_wanted", "embedder", "key_bits", "seed", "search",
+    "n_train_wanted",
 )  # fmt: skip
 
 
@@ -151,7 +152,7 @@ def _of_manifest(data: Path) -> dict[str, Any]:
         embeds, _ = retriever_parts(made.get("retriever", BERT))
         # What there is no choice of, or what is the default.
         skipped = ["retriever"] * (made.get("retriever", BERT) == BERT) + ["rerank"] * (not made.get("rerank"))
-        skipped += ["rerank_by"] * (made.get("rerank_by") == OVERLAP)
+        skipped += ["rerank_by"] * (made.get("rerank_by") == OVERLAP) + ["key_bits"] * (made.get("key_bits") == 32)
         skipped += ["embedder"] * (embeds != BERT) + ["index_wanted", "search", "n_train_wanted"] * (embeds is None)
         return {name: value for name, value in made.items() if name not in skipped}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -46,6 +46,7 @@ BYTES_PER_DOCUMENT = 3500
 # Memory that embedding takes beyond its sample: for a whole shard, and more whenever there are twice as many, because a
 # CPU's kernels are kept for each shape of a batch. Seen: 0.15 GB after one shard, 0.29 after 4, 0.45 after 15.
 BYTES_OF_SHARDS, MOST_DOUBLINGS = (1.5e8, 0.7e8), 6
+START_SECONDS = 1.0  # of a process that loads no model
 MOST_TABLE_BYTES = 1 << 31  # FAISS makes a table of distances between centroids and codes, unless it takes more
 GROWTH = 1.5  # room that a list takes for its keys: it doubles when it is full
 
@@ -79,23 +80,30 @@ def check_size(n_tokens: float, n_processes: int) -> None:
 
 
 def plan(
-    n_tokens: float, rates: Rates, index: str = "auto", n_processes: int = 1, n_train: int = DatabaseConfig.n_train
+    n_tokens: float,
+    rates: Rates,
+    index: str = "auto",
+    n_processes: int = 1,
+    n_train: int = DatabaseConfig.n_train,
+    key_bits: int = DatabaseConfig.key_bits,
 ) -> Plan:
     """What a database of a text of `n_tokens` takes, if each of `n_processes` has what this one has.
 
-    * `index`, `n_train` are those of `build_database`
+    * `index`, `n_train`, `key_bits` are those of `DatabaseConfig`
 
     Raises `InvalidOption` for sizes and indexes that are not planned.
     """
     check_size(n_tokens, n_processes)
     n, d = max(1, round(n_tokens * (1 - rates.valid_fraction) / rates.tokens_per_chunk)), rates.d_emb
+    if not d:
+        return Plan(rates, n_tokens, n_processes, n, "", "", 0, key_bits)
     factory = choose_index(n, d) if index == "auto" else index
     if index == "auto":
         n_train = max(n_train, KEYS_PER_LIST * n_lists_of(factory))
     factory, note = fall_back_to_flat(factory, d, min(n_train, n))
     n_train = min(n_train, n) if n_lists_of(factory) else 0
     plannable_index(factory, d)
-    return Plan(rates, n_tokens, n_processes, n, factory, note, n_train)
+    return Plan(rates, n_tokens, n_processes, n, factory, note, n_train, key_bits)
 
 
 @dataclass(frozen=True)
@@ -106,9 +114,10 @@ class Plan:
     n_tokens: float
     n_processes: int
     n_chunks: int
-    index: str
+    index: str  # empty where nothing is embedded
     note: str  # why it is not the index that was asked for
     n_train: int  # keys that the index learns from
+    key_bits: int  # of each feature of a key
 
     @property
     def n_documents(self) -> float:
@@ -117,7 +126,7 @@ class Plan:
 
     @property
     def n_key_shards(self) -> int:
-        """Shards of keys."""
+        """Shards of keys, or of the index of tokens."""
         return math.ceil(self.n_chunks / max(1, TOKENS_PER_SHARD // self.rates.chunk_len))
 
     @property
@@ -128,20 +137,23 @@ class Plan:
     @cached_property
     def learnt_bytes(self) -> int:
         """Bytes of the index before anything is in it."""
-        return index_bytes(self.index, 0, self.rates.d_emb)
+        return index_bytes(self.index, 0, self.rates.d_emb) if self.index else 0
 
     @cached_property
     def files(self) -> dict[str, float]:
         """Bytes of all files: the text, what stays, and the shards of the index, which do not."""
-        r, whole = self.rates, index_bytes(self.index, self.n_chunks, self.rates.d_emb)
+        r = self.rates
+        whole = index_bytes(self.index, self.n_chunks, r.d_emb) if self.index else 0
+        lexical = self.n_chunks * r.lexical_bytes + self.n_key_shards * 4 * r.n_kinds
         return {
             "text": self.n_tokens * r.bytes_per_token,
             "tokens": self.n_tokens * r.token_bytes,
             "documents": self.n_documents * r.document_bytes,
             "signatures": self.n_documents * 4.0 * N_ORDERS,
-            "keys": self.n_chunks * r.d_emb * 4.0,
+            "keys": self.n_chunks * r.d_emb * self.key_bits / 8.0,
             "shards": whole if self.n_index_shards else 0,
             "index": whole,
+            "bm25": lexical if r.lexical_bytes else 0,
         }
 
     @property
@@ -172,7 +184,8 @@ class Plan:
         merging = (
             learnt + (shard if self.on_disk else shard + GROWTH * codes) if self.n_index_shards else GROWTH * codes
         )
-        embedding = BYTES_OF_SHARDS[0] + BYTES_OF_SHARDS[1] * min(MOST_DOUBLINGS, math.log2(self.n_key_shards))
+        doublings = min(MOST_DOUBLINGS, math.log2(self.n_key_shards))
+        embedding = BYTES_OF_SHARDS[0] + BYTES_OF_SHARDS[1] * doublings if self.index else 0.0
         chunks, documents = self.n_chunks * BYTES_PER_CHUNK, self.n_documents * BYTES_PER_DOCUMENT
         base, searched = self.rates.base_memory, learnt + (0 if self.on_disk else codes)
         return {
@@ -184,6 +197,10 @@ class Plan:
     def seconds(self) -> dict[str, float]:
         """Seconds of each stage."""
         r, n, lists = self.rates, self.n_chunks, n_lists_of(self.index)
+        corpus = self.files["text"] * r.corpus_seconds
+        lexical = n * r.lexical_seconds * self._share(self.n_key_shards)
+        if not self.index:
+            return {"start": START_SECONDS, "corpus": corpus, "bm25": lexical}
         d, keys, shards = r.d_emb, self.files["keys"] / r.file_bytes, self.files["shards"] / r.file_bytes
         depth = math.log2(lists) if "HNSW" in self.index else 0.0
         coded = "PQ" in self.index.rpartition(",")[2]
@@ -191,7 +208,8 @@ class Plan:
         brute_force = N_RECALL_QUERIES * n * d / r.recall_products
         return {
             "start": r.start_seconds,
-            "corpus": self.files["text"] * r.corpus_seconds,
+            "corpus": corpus,
+            "bm25": lexical,
             "embed": (n * r.embed_seconds + keys) * self._share(self.n_key_shards),
             "train": self._learning(coded) + lists * depth * r.link_seconds + self.learnt_bytes / r.file_bytes,
             "add": (n * a_key + keys + shards) * self._share(self.n_index_shards),
@@ -219,7 +237,7 @@ def describe(plan: Plan) -> str:
     lines = [
         f"text: {p.n_tokens:.3g} tokens, {_bytes(p.files['text'])}; "
         f"{p.n_chunks:,} chunks of {p.rates.chunk_len} tokens",
-        f"index: {p.index}"
+        f"index: {p.index or 'tokens in common'}"
         + (f", learnt from {p.n_train:,} keys" if p.n_train else "")
         + (", its lists in a file" if p.on_disk else ""),
     ]
@@ -235,7 +253,7 @@ def describe(plan: Plan) -> str:
     split = " (split)" if p.n_processes > 1 else ""
     for name, seconds in p.seconds.items():
         if seconds:
-            lines.append(f"  {name:<8}{_duration(seconds):>10}{split if name in ('embed', 'add') else ''}")
+            lines.append(f"  {name:<8}{_duration(seconds):>10}{split if name in ('embed', 'add', 'bm25') else ''}")
     return "\n".join(lines)
 
 

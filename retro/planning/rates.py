@@ -16,15 +16,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import faiss
 import numpy as np
 import torch
 
 from retro.bert_embeddings import TOKENS_PER_BATCH
-from retro.config import BERT, PACKAGED, CorpusConfig, DatabaseConfig
+from retro.config import BERT, PACKAGED, CorpusConfig, DatabaseConfig, retriever_parts
 from retro.errors import InvalidOption
+from retro.search.bm25 import BM25
+from retro.search.chunks import Chunks
 from retro.search.factory import EXACT_UP_TO, GRAPH_BREADTH, KMEANS_ITERATIONS, choose_index, ivf_of, new_index
 from retro.search.keys import chunk_offsets
 from retro.search.recall import N_RECALL_QUERIES, nearest_distances
@@ -43,13 +45,20 @@ N_SAMPLE_KEYS = 1 << 14
 N_CODE_TRAIN = 1 << 16  # keys that FAISS learns codes from, at most
 
 
+OF_KEYS = (  # rates
+    "d_emb", "start_seconds", "embed_seconds", "kmeans_products", "code_products", "encode_seconds", "assign_products",
+    "link_seconds", "walk_seconds", "recall_products",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Rates:
     """What a sample of the text gives, and how fast this machine is. Bytes, seconds, or products a second."""
 
     chunk_len: int
     valid_fraction: float  # of the text that is held out of the database
-    d_emb: int
+    d_emb: int  # 0 where nothing is embedded
+    n_kinds: int  # of tokens
     bytes_per_token: float  # of text, in UTF-8
     token_bytes: int  # of a token in tokens.bin
     tokens_per_chunk: float  # not `chunk_len`: documents end anywhere
@@ -67,6 +76,8 @@ class Rates:
     link_seconds: float  # to put a centroid in the graph, divided by log2 of the number of lists
     walk_seconds: float  # a key to its list through the graph, divided by log2 of the number of lists
     recall_products: float
+    lexical_seconds: float  # for a chunk in the index of tokens; 0 where there is none
+    lexical_bytes: float  # of it, for a chunk
 
 
 def measure(
@@ -82,7 +93,7 @@ def measure(
 ) -> Rates:
     """Rates of this machine on a sample drawn from the files of `texts`; takes some 20 s on two cores.
 
-    * `retriever` is what embeds: the frozen BERT `embedder`, or a model of sentence-transformers
+    * `retriever` is what finds chunks, as in `DatabaseConfig`; `embedder` is its BERT
 
     Raises `InvalidOption` for an index that cannot be planned, before anything takes long.
     """
@@ -95,31 +106,37 @@ def measure(
             return Corpus.load(folder / "corpus")
 
         corpus_seconds, corpus = _timed(make_corpus)
-        trim = corpus.tokenizer.kind == "char"
-        start_seconds, bert = _timed(lambda: load_embedder(retriever, embedder, device, trim))
-        start_seconds += _timed(lambda: bert.manifest)[0]
-        if index != "auto":
-            plannable_index(index, bert.d_emb)
+        embeds, other = retriever_parts(retriever)
+        of_keys: dict[str, Any] = dict.fromkeys(OF_KEYS, 0)
+        if embeds is not None:
+            trim = corpus.tokenizer.kind == "char"
+            start_seconds, bert = _timed(lambda: load_embedder(embeds, embedder, device, trim))
+            start_seconds += _timed(lambda: bert.manifest)[0]
+            if index != "auto":
+                plannable_index(index, bert.d_emb)
+            embed_seconds, keys = _embedding(corpus, chunk_len, bert)
+            of_keys = {"d_emb": bert.d_emb, "start_seconds": start_seconds, "embed_seconds": embed_seconds}
+            of_keys |= _products(keys, index)
+        lexical_seconds, lexical_bytes = _lexical(corpus, chunk_len, folder / "lexical") if other else (0.0, 0.0)
         n_tokens, lengths = len(corpus.tokens), np.diff(corpus.starts)
         assert isinstance(corpus.documents, Documents)
         n_bytes = int(corpus.documents.n_bytes.sum())
-        embed_seconds, keys = _embedding(corpus, chunk_len, bert)
         base_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return Rates(
             chunk_len=chunk_len,
             valid_fraction=valid_fraction,
-            d_emb=bert.d_emb,
+            n_kinds=corpus.n_tokens,
             bytes_per_token=n_bytes / n_tokens,
             token_bytes=corpus.tokens.itemsize,
             tokens_per_chunk=n_tokens / np.maximum(1, lengths // chunk_len).sum(),
             tokens_per_document=n_tokens / len(lengths),
             document_bytes=corpus.documents.file.stat().st_size / len(lengths),
             base_memory=base_memory,
-            start_seconds=start_seconds,
             corpus_seconds=corpus_seconds / n_bytes,
-            embed_seconds=embed_seconds,
             file_bytes=_writing(folder / "shards"),
-            **_products(keys, index),
+            lexical_seconds=lexical_seconds,
+            lexical_bytes=lexical_bytes,
+            **of_keys,
         )
 
 
@@ -165,6 +182,17 @@ def _embedding(corpus: Corpus, chunk_len: int, bert: Embedder) -> tuple[float, n
         if chosen.all() or seconds >= EMBED_SECONDS / 2:
             return (decoding + seconds * lengths.sum() / max(1, lengths[chosen].sum())) / len(texts), keys
         n_tokens *= 2
+
+
+def _lexical(corpus: Corpus, chunk_len: int, folder: Path) -> tuple[float, float]:
+    """Seconds and bytes that the index of tokens takes for a chunk; it is searched as well, which takes memory."""
+    chunks, bm25 = Chunks(corpus, chunk_offsets(corpus, chunk_len), chunk_len), BM25()
+    folder.mkdir()
+    seconds, _ = _timed(lambda: bm25.build(chunks, folder))
+    bm25.open(chunks, folder)
+    bm25.nearest(chunks[:N_RECALL_QUERIES], 2, None)
+    n_bytes = sum(file.stat().st_size for file in folder.glob("*.npy")) - 4 * len(bm25.parts) * corpus.n_tokens
+    return seconds / len(chunks), n_bytes / len(chunks)
 
 
 def _writing(folder: Path) -> float:

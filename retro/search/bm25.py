@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import faiss
 import numpy as np
 from scipy.sparse import csr_array
 
+from retro import parallel
 from retro.config import LEXICAL
 from retro.errors import DamagedFile
 from retro.search.chunks import NO_DISTANCE, Chunks, is_barred, nothing
@@ -64,10 +64,10 @@ class BM25:
     def build(self, chunks: Chunks, folder: Path) -> None:
         """Write the index of `chunks`; what is finished in `folder` stays."""
         self._cut(chunks, folder)
-        statistics = cache(self._statistics)  # if any shard is missing
+        parallel.on_rank_zero(self.shards.open)
+        idf, mean = self._statistics() if self.shards.missing() else (np.zeros(0), 0.0)
 
         def make(number: int, _: Any, path: Path, done: Callable[[int], Any]) -> None:
-            idf, mean = statistics()
             part = chunks[self.parts[number]]
             terms, rows, counts = _counted(part.tokens)
             n_of_chunk = (part.tokens >= 0).sum(axis=1)

@@ -59,7 +59,7 @@ def build(
         with exclusive_lock(data_path):
             files.build()
     if embedder is not None:
-        keys = Keys(data_path, corpus, config.chunk_len, embedder.manifest)
+        keys = Keys(data_path, corpus, config.chunk_len, {**embedder.manifest, "key_bits": config.key_bits})
         manifest = build_from_keys(keys, embedder, config, data_path)
     else:
         assert files is not None
@@ -149,6 +149,7 @@ def database_cache_key(corpus: Corpus, config: DatabaseConfig) -> dict[str, Any]
         "rerank_by": config.rerank_by,
         "rerank_sha256": "" if config.rerank_by == OVERLAP else CrossEncoded("cpu", config.rerank_by).sha256,
         "embedder": config.embedder if embeds == BERT else embeds or "",
+        "key_bits": config.key_bits,
         **(of_index if embeds else {"index_wanted": "", "search": 1, "n_train_wanted": 0}),
         "seed": config.seed,
         "corpus_sha256": corpus.sha256,
@@ -174,6 +175,7 @@ def config_of_database(manifest: dict[str, Any]) -> DatabaseConfig:
         rerank=manifest["rerank"],
         rerank_by=manifest["rerank_by"],
         embedder=manifest["embedder"],
+        key_bits=manifest["key_bits"],
         index=manifest["index_wanted"],
         n_probe=int(search) if search >= 1 else None,
         recall=search if search < 1 else DatabaseConfig.recall,

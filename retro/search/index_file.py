@@ -53,7 +53,7 @@ MANIFEST_FIELDS: Fields = {
     "removed": dict,
 }
 # Fields that came later, and what databases from before are made with.
-SINCE = {"retriever": "bert", "rerank": 0, "rerank_by": "overlap", "rerank_sha256": ""}
+SINCE = {"retriever": "bert", "rerank": 0, "rerank_by": "overlap", "rerank_sha256": "", "key_bits": 32}
 
 
 def read_database_manifest(data_path: str | Path) -> dict[str, Any]:
@@ -61,6 +61,7 @@ def read_database_manifest(data_path: str | Path) -> dict[str, Any]:
     path = Path(data_path) / MANIFEST_FILE
     manifest = SINCE | read_manifest(path, MANIFEST_FIELDS)
     require_fields(path, manifest, {name: type(value) for name, value in SINCE.items()})
+    require_fields(path, manifest, {"key_bits": (32, 16)})
     require_positive(path, manifest, "chunk_len", "n_probe", "d_emb")
     return manifest
 

@@ -3,7 +3,8 @@ r"""The keys of the database: an embedding of every chunk, on disk.
 Chunks are cut from the documents that are in the database: the training documents, and what was added later.
 Their embeddings are computed once, in shards, and kept: what an index of codes finds is compared by its whole keys,
 another index over the same keys needs no embedding, and adding a document embeds that document alone. A shard holds
-float32 rows, and the rows of all shards, one after the other, are those of `chunk_offsets`.
+rows of float32, or of float16 where half of the disk is wanted (`--key-bits 16`), and the rows of all shards, one after
+the other, are those of `chunk_offsets`. Whoever reads keys gets float32.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from retro.errors import ArtifactError, DamagedFile, require_match
+from retro.errors import ArtifactError, DamagedFile, InvalidOption, require_match
 from retro.search.index_file import INDEX_FILE
 from retro.search.sentences import Embedder
 from retro.storage.files import exclusive_lock, mapped_array
@@ -75,18 +76,19 @@ class ChunkOffsets:
 
 
 class Keys:
-    """Embeddings of all chunks of a corpus' database, in shards of float32 on disk.
+    """Embeddings of all chunks of a corpus' database, in shards on disk.
 
     * `data_path` has a folder `keys`, and in it one for all that the keys depend on: what is there for another text,
       chunk length or BERT stays beside it, in `others`
-    * `embedder` is what the embeddings depend on: `BERTChunkEmbeddings.manifest`, or a database's manifest
+    * `embedder` is what the embeddings depend on: `BERTChunkEmbeddings.manifest`, or a database's manifest; in it
+      `key_bits`, if they are not 32
 
     `offsets` are the chunks', ascending.
     """
 
     def __init__(self, data_path: Path, corpus: Corpus, chunk_len: int, embedder: Mapping[str, Any]) -> None:
         self.data_path, self.corpus, self.chunk_len = data_path, corpus, chunk_len
-        self.d_emb = int(embedder["d_emb"])
+        self.d_emb, self.dtype = int(embedder["d_emb"]), np.dtype(f"float{embedder.get('key_bits', 32)}")
         per_shard = max(1, TOKENS_PER_SHARD // chunk_len)
         self.offsets = ChunkOffsets(corpus, chunk_len)
         inputs: list[str] = []
@@ -105,8 +107,14 @@ class Keys:
             **self.embedder,
             "keys_per_shard": per_shard,
         }
+        if self.dtype != np.float32:
+            manifest["dtype"] = str(self.dtype)
         self.shards = Shards(data_path / KEYS_FOLDER / sha256_of_json(manifest)[:8], manifest, inputs, ".npy")
         self._opened: dict[int, np.ndarray] = {}  # the last ones to be read, the very last at the end
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process is sent: no shards that are mapped here."""
+        return self.__dict__ | {"_opened": {}}
 
     @cached_property
     def in_database(self) -> np.ndarray:
@@ -118,19 +126,25 @@ class Keys:
     def compute(self, bert: Embedder, batch_size: int = 4096) -> None:
         """Embed the chunks whose shards are missing, each shard by itself, so that it has the same bytes always.
 
-        Raises `StaleArtifact` for a BERT that is not the one the keys are of.
+        Raises `StaleArtifact` for a BERT that is not the one the keys are of, `InvalidOption` for keys of more than
+        16 bits can hold.
         """
         require_match(self.shards.folder, bert.manifest, self.embedder)
+
+        on_gpu = str(getattr(bert, "device", "cpu")).startswith("cuda")
 
         def tokens_of(number: int) -> Sequence[Any]:
             offsets = self.offsets[self.firsts[number] : self.firsts[number + 1]]
             return bert.tokens_of(self.corpus.texts(offsets, self.chunk_len))
 
         def embed(number: int, tokens: Sequence[Any], path: Path, done: Callable[[int], Any]) -> None:
+            keys = bert.of_tokens(tokens, batch_size, done).cpu().numpy()
+            if len(keys) and (largest := np.abs(keys).max()) > np.finfo(self.dtype).max:
+                raise InvalidOption("key_bits", 16, f"cannot hold features of up to {largest:.0f}; use 32")
             with open(path, "wb") as file:
-                np.save(file, bert.of_tokens(tokens, batch_size, done).cpu().numpy(), allow_pickle=False)
+                np.save(file, keys.astype(self.dtype), allow_pickle=False)
 
-        self.shards.make_missing("Embed", "chunk", np.diff(self.firsts).tolist(), embed, tokens_of)
+        self.shards.make_missing("Embed", "chunk", np.diff(self.firsts).tolist(), embed, tokens_of, on_gpu)
 
     def compute_alone(self, bert: Embedder) -> None:
         """As `compute`, while nobody else writes into the data folder."""
@@ -160,8 +174,8 @@ class Keys:
     def _open(self, number: int) -> np.ndarray:
         file, expected = self.shards.path(number), (int(self.firsts[number + 1] - self.firsts[number]), self.d_emb)
         shard = mapped_array(file)
-        if shard.shape != expected or shard.dtype != np.float32:
-            raise DamagedFile(file, f"holds {shard.dtype} {shard.shape}, but float32 {expected} is wanted")
+        if shard.shape != expected or shard.dtype != self.dtype:
+            raise DamagedFile(file, f"holds {shard.dtype} {shard.shape}, but {self.dtype} {expected} is wanted")
         return shard
 
     def each_shard(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -171,7 +185,7 @@ class Keys:
 
     def of_shard(self, number: int) -> np.ndarray:
         """The keys of shard `number`, of shape `[n, d_emb]`."""
-        return np.ascontiguousarray(self._shard(number))
+        return np.ascontiguousarray(self._shard(number), dtype=np.float32)
 
     def _by_shard(self, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """(shard, where in `numbers` its keys are) of each shard that has any, its keys in the order of the file."""
@@ -195,8 +209,11 @@ class Keys:
         distances = np.empty(len(numbers), dtype=np.float32)
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         for shard, at in self._by_shard(numbers):
-            found = np.empty(len(at), dtype=np.float32)
-            arrays = queries, rows[at], self._shard(shard), numbers[at] - self.firsts[shard], found
+            found, keys, of = np.empty(len(at), dtype=np.float32), self._shard(shard), numbers[at] - self.firsts[shard]
+            if keys.dtype != np.float32:  # of those that are wanted
+                different, of = np.unique(of, return_inverse=True)
+                keys = keys[different].astype(np.float32)
+            arrays = queries, rows[at], keys, of, found
             faiss.pairwise_indexed_L2sqr(self.d_emb, len(at), *map(faiss.swig_ptr, arrays))
             distances[at] = found
         return distances

@@ -152,7 +152,8 @@ def retriever_of(database: Mapping[str, Any]) -> str:
     n, by = database.get("rerank", 0), database.get("rerank_by", OVERLAP)  # which older summaries of databases lack
     if by != OVERLAP:
         by += f" ({database['rerank_sha256'][:8]})"
-    return database.get("retriever", BERT) + (f", {n} by {by}" if n else "")
+    keys = ", keys of 16 bits" if database.get("key_bits") == 16 else ""
+    return database.get("retriever", BERT) + (f", {n} by {by}" if n else "") + keys
 
 
 def write_samples(

@@ -23,7 +23,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from retro import parallel
+from retro import cluster, parallel
 from retro.errors import ArtifactError, MissingArtifact, differences
 from retro.progress import bar, note
 from retro.storage.files import BLOCK, atomic_write
@@ -93,21 +93,35 @@ class Shards:
         sizes: Sequence[int],
         make: Callable[[int, Any, Path, Callable[[int], Any]], None],
         prepare: Callable[[int], Any] | None = None,
+        on_gpu: bool = False,
     ) -> None:
-        """Make the missing shards, each process its share, with a bar beside it.
+        """Make the missing shards, each process its share or a cluster all of them, with a bar beside it.
 
         * `sizes` are how much work each shard is, in `unit`
         * `make` is called with a shard's number, what was prepared for it, the path to write it to, and a function to
           call with how much is done
         * `prepare` prepares for a shard, in a thread of its own, while the one before is made
+        * `on_gpu`: of a cluster, it takes GPUs
         """
+        prepare = prepare or (lambda number: None)
         parallel.on_rank_zero(self.open)
         missing = self.missing()
         mine = sum(sizes[number] for number in parallel.my_share(list(range(len(self)))))
         with bar(what, unit, mine, mine - sum(sizes[number] for number in missing)) as progress:
-            for number, prepared in _ahead(prepare or (lambda number: None), missing):
-                with self.written(number) as temporary:
-                    make(number, prepared, temporary, progress.update)
+            if cluster.is_there():
+
+                def make_there(number: int) -> int:
+                    with self.written(number) as temporary:
+                        make(number, prepare(number), temporary, lambda n: None)
+                    return sizes[number]
+
+                for size in cluster.mapped(make_there, missing, on_gpu):
+                    progress.update(size)
+                self.open()  # of what a worker that died has begun
+            else:
+                for number, prepared in _ahead(prepare, missing):
+                    with self.written(number) as temporary:
+                        make(number, prepared, temporary, progress.update)
         parallel.wait_for_everyone()
 
     @contextmanager

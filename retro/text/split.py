@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from retro import cluster
 from retro.errors import InvalidOption
 from retro.storage.manifests import sha256_of_json
 from retro.text.copies import N_ORDERS, SCHEME, by_processes, groups_of, signature, signatures_of
@@ -111,7 +112,7 @@ def _signatures(documents: Sequence[Document], found: Found, numbers: list[int],
         signatures[numbers] = signatures_of(documents[number].text for number in numbers)
         return signatures
     made = InShards(folder / SIGNATURES_FOLDER, {"scheme": SCHEME}, found, numbers)
-    made.compute("Compare", documents, _signed, by_processes)
+    made.compute("Compare", documents, _signed, cluster.mapped if cluster.is_there() else by_processes)
     for batch, (of_batch,) in made.arrays(1):
         signatures[batch] = of_batch
     return signatures
