@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from retro.cli import main
+from retro.storage import shards
+from retro.storage.shards import Shards
 from retro.text import build, in_shards, split
 from retro.text.build import build_corpus
 from retro.text.copies import signatures_of
@@ -68,10 +70,10 @@ def test_shards_of_other_tokenizers_and_texts_and_damaged_ones_are_made_again(te
         patched.setattr(build, "replace_table", lambda *_: (_ for _ in ()).throw(Interrupted))
         with pytest.raises(Interrupted):  # when all shards are there
             build_corpus([texts], tmp_path / "corpus", "char")
-    shards = sorted((tmp_path / "corpus" / build.TOKENS_FOLDER).glob("*.npy"))
-    damaged = bytearray(shards[3].read_bytes())
+    files = sorted((tmp_path / "corpus" / build.TOKENS_FOLDER).glob("*.npy"))
+    damaged = bytearray(files[3].read_bytes())
     damaged[-1] ^= 1
-    shards[3].write_bytes(damaged)
+    files[3].write_bytes(damaged)
     (texts / "05.txt").write_text((texts / "05.txt").read_text().replace("world", "wordl"))
     with monkeypatch.context() as patched:
         again = counted(patched, *PARTS["tokens"])
@@ -96,6 +98,28 @@ def test_shards_of_other_tokenizers_and_texts_and_damaged_ones_are_made_again(te
 def test_near_duplicates_follow_each_other_in_the_file_of_tokens(texts, tmp_path):
     corpus = build_corpus([texts], tmp_path / "corpus", "char", valid_fraction=0)
     assert [document.name for document in corpus.documents][:3] == ["00.txt", "39.txt", "01.txt"]
+
+
+def test_shards_behind_the_first_thousand_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "PER_FOLDER", 3)
+
+    def made(n):
+        of = Shards(tmp_path / "shards", {"of": "this"}, [""] * n, ".npy")
+        of.make_missing("Try", "shard", [1] * n, lambda number, _, path, done: path.write_bytes(b"%d" % number))
+        return of
+
+    made(3)
+    (tmp_path / "shards/001").mkdir()
+    left = [tmp_path / "shards/001" / name for name in ("000005-0123456789abcdef.npy", ".000004.part.9.tmp", "x.npy")]
+    for file in left:
+        file.write_bytes(b"left")
+    eight = made(8)  # those that are there already stay where they are
+    assert [eight.path(number).read_bytes() for number in range(8)] == [b"%d" % number for number in range(8)]
+    assert [len(list((tmp_path / "shards" / folder).glob("*.npy"))) for folder in ("", "001", "002")] == [3, 3, 2]
+    assert not any(file.exists() for file in left)
+    again = Shards(tmp_path / "shards", {"of": "this"}, [""] * 8, ".npy")
+    again.open()
+    assert not again.missing() and again.path(7) == eight.path(7)
 
 
 def test_what_a_finished_build_left_is_removed_by_the_next_command(texts, tmp_path):

@@ -31,6 +31,7 @@ from retro.storage.known import known
 from retro.storage.manifests import FORMAT_VERSION, read_manifest, sha256_of_json, write_manifest
 
 TOKENS_PER_SHARD = 1 << 19  # of text: the work that an interruption can lose, and that shares its duplicates
+PER_FOLDER = 1000  # shards; those behind the first thousand are in folders of their own, as keys/51f9a2c7/001
 HASH_LENGTH = 16  # hexadecimal digits of it in a name: enough to tell damage
 
 
@@ -66,9 +67,9 @@ class Shards:
             if self.folder.exists():
                 shutil.rmtree(self.folder)
             write_manifest(manifest, self.manifest)
-        for file in self.folder.iterdir():
-            number = file.name.partition("-")[0]
-            if file != manifest and not (number.isdigit() and int(number) < len(self) and file.suffix == self.suffix):
+        ours = {file for files in self._files().values() for file in files}
+        for file in self.folder.rglob("*"):
+            if file.is_file() and file != manifest and file not in ours:
                 file.unlink()
 
     def missing(self, all_processes: bool = False) -> list[int]:
@@ -127,10 +128,10 @@ class Shards:
     @contextmanager
     def written(self, number: int) -> Iterator[Path]:
         """Give a temporary path for a shard; on success it becomes the shard."""
-        part = self.folder / f"{number:06d}.part"
+        part = self._folder_of(number) / f"{number:06d}.part"
         with atomic_write(part) as temporary:
             yield temporary
-        self._verified[number] = part.rename(self.folder / self._name(number, part))
+        self._verified[number] = part.rename(part.with_name(self._name(number, part)))
 
     def path(self, number: int) -> Path:
         """The file of a finished shard. Raises `MissingArtifact` if it is missing, or damaged."""
@@ -147,10 +148,14 @@ class Shards:
     def _files(self) -> dict[int, list[Path]]:
         """The files of the folder that have a shard's number."""
         files: dict[int, list[Path]] = {}
-        for file in self.folder.glob(f"*-*{self.suffix}"):
-            if (number := file.name.partition("-")[0]).isdigit():
+        for file in self.folder.rglob(f"*-*{self.suffix}"):
+            number = file.name.partition("-")[0]
+            if number.isdigit() and int(number) < len(self) and file.parent == self._folder_of(int(number)):
                 files.setdefault(int(number), []).append(file)
         return files
+
+    def _folder_of(self, number: int) -> Path:
+        return self.folder / f"{number // PER_FOLDER:03d}" if number >= PER_FOLDER else self.folder
 
     def remove(self) -> None:
         """Delete the folder: what the shards were for is written."""
