@@ -29,7 +29,6 @@ from typing import Any
 
 import faiss
 import numpy as np
-from ingest import write as write_lines
 
 from retro import cli
 from retro.cli import stages
@@ -198,6 +197,8 @@ def build(texts: str, data: str, tokenizer: str, chunk_len: str, retriever: str)
 
 
 def check_gigabyte(folder: Path, n_bytes: int) -> Iterator[dict[str, Any]]:
+    from ingest import write as write_lines
+
     lines, model, data = folder / "lines.jsonl", folder / "static", folder / "data"
     write_lines(lines, n_bytes)
     child("_distil", str(model))
