@@ -36,6 +36,7 @@ from retro.search.factory import (
 from retro.search.filling import KEYS_PER_SHARD, ON_DISK_ABOVE, memory_of_machine
 from retro.search.recall import N_RECALL_QUERIES
 from retro.storage.shards import TOKENS_PER_SHARD
+from retro.text.build import LEARNT_FROM
 from retro.text.copies import N_ORDERS
 
 LEAST_TOKENS, MOST_TOKENS = 1e5, 1e13
@@ -197,7 +198,8 @@ class Plan:
     def seconds(self) -> dict[str, float]:
         """Seconds of each stage."""
         r, n, lists = self.rates, self.n_chunks, n_lists_of(self.index)
-        corpus = self.files["text"] * r.corpus_seconds
+        text = self.files["text"]
+        corpus = text * r.corpus_seconds + min(text, LEARNT_FROM) * r.learn_seconds
         lexical = n * r.lexical_seconds * self._share(self.n_key_shards)
         if not self.index:
             return {"start": START_SECONDS, "corpus": corpus, "bm25": lexical}

@@ -67,6 +67,7 @@ class Rates:
     base_memory: int  # of a process that has embedded
     start_seconds: float  # to load and hash what embeds
     corpus_seconds: float  # for a byte of text: read, tokenized, written, read again
+    learn_seconds: float  # for a byte of the text that the vocabulary is learnt from
     embed_seconds: float  # for a chunk; equal chunks of a shard count, though they are embedded once
     file_bytes: float  # written and hashed in a second
     kmeans_products: float
@@ -101,11 +102,12 @@ def measure(
         folder = Path(name)
         sample = _write_sample(texts, folder / "texts", columns)
 
-        def make_corpus() -> Corpus:  # as the command does it: build, load
-            build_corpus([sample], folder / "corpus", tokenizer, valid_fraction)
-            return Corpus.load(folder / "corpus")
+        def make_corpus(place: str, tokenizer: str) -> Corpus:  # as the command does it: build, load
+            build_corpus([sample], folder / place, tokenizer, valid_fraction)
+            return Corpus.load(folder / place)
 
-        corpus_seconds, corpus = _timed(make_corpus)
+        first, corpus = _timed(lambda: make_corpus("corpus", tokenizer))
+        again, _ = _timed(lambda: make_corpus("again", str(folder / "corpus")))  # nothing is learnt
         embeds, other = retriever_parts(retriever)
         of_keys: dict[str, Any] = dict.fromkeys(OF_KEYS, 0)
         if embeds is not None:
@@ -132,7 +134,8 @@ def measure(
             tokens_per_document=n_tokens / len(lengths),
             document_bytes=corpus.documents.file.stat().st_size / len(lengths),
             base_memory=base_memory,
-            corpus_seconds=corpus_seconds / n_bytes,
+            corpus_seconds=again / n_bytes,
+            learn_seconds=max(0.0, first - again) / n_bytes,
             file_bytes=_writing(folder / "shards"),
             lexical_seconds=lexical_seconds,
             lexical_bytes=lexical_bytes,
