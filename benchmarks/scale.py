@@ -21,7 +21,7 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -396,7 +396,38 @@ def _gigabyte_tables(results: list[dict[str, Any]]) -> list[str]:
         f"{found['opened_memory'] / 1e9:.2f} GB, mapped pages too.",
         f"Of {N_QUERIES:,} queries that are embedded already it answers {one:,.0f} a second with one thread, "
         f"{most:,.0f} with {n_threads}.",
+        *(["", *result["notes"]] if "notes" in result else []),
+        "",
+        *_reckoned(Rates(**result["rates"])),
     ]
+
+
+def _reckoned(rates: Rates) -> list[str]:
+    """What the planner says of much more of the same text."""
+    plans = [
+        plan(n * rates.tokens_per_chunk / (1 - rates.valid_fraction), rates, n_processes=n_processes, key_bits=16)
+        for n in (1e9, 1e10)
+        for n_processes in (1, 64)
+    ]
+    lines = [
+        "Reckoned by the planner from these rates, for more of such text, keys of 16 bits, and so many processes that",
+        "each have what this machine has:",
+        "",
+        "| chunks, processes | " + " | ".join(f"{p.n_chunks:,}, {p.n_processes}" for p in plans) + " |",
+        "|---|" + "---|" * len(plans),
+        "| index | " + " | ".join(p.index for p in plans) + " |",
+    ]
+
+    def row(label: str, values: Iterable[float]) -> None:
+        lines.append(f"| {label} | " + " | ".join(f"{v:,.0f}" if v >= 10 else f"{v:.2g}" for v in values) + " |")
+
+    for name in ("text", "tokens", "documents", "signatures", "keys", "index"):
+        row(f"{name}, TB", [p.files[name] / 1e12 for p in plans])
+    for name in ("building", "serving"):
+        row(f"memory {name}, GB", [p.memory[name] / 1e9 for p in plans])
+    for name in ("corpus", "embed", "train", "add", "merge", "recall"):
+        row(f"{name}, hours", [p.seconds[name] / 3600 for p in plans])
+    return lines
 
 
 def _foretold_and_real(results: list[dict[str, Any]]) -> list[str]:
@@ -417,7 +448,7 @@ def _foretold_and_real(results: list[dict[str, Any]]) -> list[str]:
         row(f"{name}, MB", lambda p, b: pair(p["files"][name], b["files"][name], 1e6, 2))  # noqa: B023
     row("memory while building, MB", lambda p, b: pair(p["memory"]["building"], b["memory"], 1e6, 0))
     row("**time, s**", lambda p, b: pair(sum(p["seconds"].values()), sum(b["seconds"].values()), 1, 1))
-    for stage in results[0]["planned"]["seconds"]:
+    for stage in (stage for stage in results[0]["planned"]["seconds"] if stage in results[0]["build"]["seconds"]):
         row(f"{stage}, s", lambda p, b: f"{p['seconds'][stage]:.1f}, {b['seconds'][stage]:.1f}")  # noqa: B023
     return lines
 

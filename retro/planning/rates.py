@@ -102,12 +102,15 @@ def measure(
         folder = Path(name)
         sample = _write_sample(texts, folder / "texts", columns)
 
-        def make_corpus(place: str, tokenizer: str) -> Corpus:  # as the command does it: build, load
-            build_corpus([sample], folder / place, tokenizer, valid_fraction)
+        def make_corpus(texts: Path, place: str, tokenizer: str) -> Corpus:  # as the command does it: build, load
+            build_corpus([texts], folder / place, tokenizer, valid_fraction)
             return Corpus.load(folder / place)
 
-        first, corpus = _timed(lambda: make_corpus("corpus", tokenizer))
-        again, _ = _timed(lambda: make_corpus("again", str(folder / "corpus")))  # nothing is learnt
+        first, corpus = _timed(lambda: make_corpus(sample, "corpus", tokenizer))
+        # Without learning anything, all of it and a part: what both take is no matter of bytes.
+        part = _write_sample([sample], folder / "part", PLAIN, SAMPLE_CHARS // 8)
+        of_part, few = _timed(lambda: make_corpus(part, "few", str(folder / "corpus")))
+        of_all, _ = _timed(lambda: make_corpus(sample, "again", str(folder / "corpus")))
         embeds, other = retriever_parts(retriever)
         of_keys: dict[str, Any] = dict.fromkeys(OF_KEYS, 0)
         if embeds is not None:
@@ -123,6 +126,8 @@ def measure(
         n_tokens, lengths = len(corpus.tokens), np.diff(corpus.starts)
         assert isinstance(corpus.documents, Documents)
         n_bytes = int(corpus.documents.n_bytes.sum())
+        more = n_bytes - sum(document.n_bytes for document in few.documents)
+        corpus_seconds = (of_all - of_part) / more if more and of_all > of_part else of_all / n_bytes
         base_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return Rates(
             chunk_len=chunk_len,
@@ -134,8 +139,8 @@ def measure(
             tokens_per_document=n_tokens / len(lengths),
             document_bytes=corpus.documents.file.stat().st_size / len(lengths),
             base_memory=base_memory,
-            corpus_seconds=again / n_bytes,
-            learn_seconds=max(0.0, first - again) / n_bytes,
+            corpus_seconds=corpus_seconds,
+            learn_seconds=max(0.0, first - of_all) / n_bytes,
             file_bytes=_writing(folder / "shards"),
             lexical_seconds=lexical_seconds,
             lexical_bytes=lexical_bytes,
@@ -154,16 +159,16 @@ def plannable_index(factory: str, d: int) -> faiss.Index:
     return index
 
 
-def _write_sample(texts: Sequence[str | Path], folder: Path, columns: Columns) -> Path:
-    """A folder with documents of randomly drawn files, `SAMPLE_CHARS` in all or what there is."""
+def _write_sample(texts: Sequence[str | Path], folder: Path, columns: Columns, most: int = SAMPLE_CHARS) -> Path:
+    """A folder with documents of randomly drawn files, as many characters in all or what there is."""
     found, n_chars = find_texts(texts), 0
     drawn = np.random.default_rng(0).permutation(len(found))
     folder.mkdir()
     for number, document in enumerate(read_documents((found[i] for i in drawn), columns)):
-        text = document.text[: SAMPLE_CHARS - n_chars]
+        text = document.text[: most - n_chars]
         (folder / f"{number:06d}.txt").write_text(text, encoding="utf-8")
         n_chars += len(text)
-        if n_chars >= SAMPLE_CHARS:
+        if n_chars >= most:
             break
     return folder
 
