@@ -1,5 +1,6 @@
 """A Ray cluster of two nodes, each a process of its own, makes what one process makes; one of them is killed midway."""
 
+import contextlib
 import os
 import pickle
 import shutil
@@ -126,16 +127,40 @@ def test_what_a_worker_raises_is_raised_and_items_come_in_their_order(nodes, mon
 
     # What a worker began and did not finish is not left.
     shards = Shards(tmp_path / "shards", {"n": 1}, [""] * 6, ".npy")
-    shards.open()
-    (tmp_path / "shards" / ".000003.part.1.tmp").write_bytes(b"half")
 
     def make(number, prepared, path, done):
+        path.with_name(f".{number:06d}.part.1.tmp").write_bytes(b"half")  # as if another had died at it
         with open(path, "wb") as file:
             np.save(file, np.full(3, prepared))
 
     shards.make_missing("Try", "shard", [1] * 6, make, lambda number: number + 1)
     assert [np.load(shards.path(n)).tolist() for n in range(6)] == [[n + 1] * 3 for n in range(6)]
     assert len([*(tmp_path / "shards").iterdir()]) == 7
+
+
+@pytest.mark.slow
+def test_what_a_node_was_at_when_it_died_is_computed_by_another(nodes, monkeypatch, tmp_path):
+    import ray
+
+    made, (_, second) = nodes
+    third, seen, found, killed = made.add_node(num_cpus=1), set(), [], False
+    monkeypatch.setenv("RAY_ADDRESS", made.address)
+    monkeypatch.chdir(tmp_path)
+
+    def work(n: int) -> tuple[int, str]:
+        time.sleep(3)  # a worker ends some time after its node
+        return n, ray.get_runtime_context().get_node_id()
+
+    for number, node in cluster.mapped(work, range(8)):
+        found.append(number)
+        seen.add(node)
+        if len(seen) == 2 and not killed:  # both are at the next
+            for lost in (third, second):
+                with contextlib.suppress(ValueError):  # this process is connected to it
+                    made.remove_node(lost, allow_graceful=False)
+                    killed = True
+                    break
+    assert killed and found == list(range(8))
 
 
 def test_without_ray_or_under_torchrun_there_is_no_cluster(monkeypatch):
