@@ -139,7 +139,7 @@ class Keys:
 
         def embed(number: int, tokens: Sequence[Any], path: Path, done: Callable[[int], Any]) -> None:
             keys = bert.of_tokens(tokens, batch_size, done).cpu().numpy()
-            if len(keys) and (largest := np.abs(keys).max()) > np.finfo(self.dtype).max:
+            if self.dtype == np.float16 and (largest := np.abs(keys).max(initial=0)) > np.finfo(self.dtype).max:
                 raise InvalidOption("key_bits", 16, f"cannot hold features of up to {largest:.0f}; use 32")
             with open(path, "wb") as file:
                 np.save(file, keys.astype(self.dtype), allow_pickle=False)
