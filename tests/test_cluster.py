@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from retro import cluster
+from retro.database import RetroIndex
 from retro.storage.shards import Shards
 
 # Shards of a few hundred tokens, so that there are many. Of keys and of the index of tokens they are so small in the
@@ -25,6 +26,9 @@ from retro.text import in_shards
 in_shards.BYTES_PER_SHARD = 1 << 11
 for module in {"database": (bm25, keys), "dataset": (sample_file,)}[sys.argv[1]]:
     module.TOKENS_PER_SHARD = 1 << 9
+from retro import cluster
+mapped = cluster.mapped
+cluster.mapped = lambda *arguments: print("by the cluster", flush=True) or mapped(*arguments)
 from retro.cli import main
 raise SystemExit(main(sys.argv[1:]))
 """
@@ -76,6 +80,7 @@ def test_a_cluster_makes_what_one_process_makes_and_loses_nothing_with_a_node(no
     made.remove_node(first, allow_graceful=False)
     said, _ = process.communicate()
     assert process.returncode == 0, said
+    assert said.count("by the cluster") == 3  # near-duplicates, the index of tokens, embedding
     with_it, without = files_of(tmp_path / "data"), files_of(tmp_path / "alone")
     assert with_it == without
     assert 5 <= n_keys < sum(name.startswith("keys/") for name in without) - 5, "the node was killed too late"
@@ -93,13 +98,16 @@ def test_a_dataset_by_a_cluster_is_that_of_one_process(nodes, data, tmp_path):
         process = started(tmp_path, address, *command, name)
         said, _ = process.communicate()
         assert process.returncode == 0, said
+        assert said.count("by the cluster") == (2 if address else 0)  # samples to train on, and to validate
     with_it, without = files_of(tmp_path / "data"), files_of(tmp_path / "alone")
     assert with_it == without and "retro_train_dataset.jsonl" in without
 
 
-def test_an_index_that_is_sent_is_opened_again_and_finds_the_same(index):
-    sent = pickle.loads(pickle.dumps(index))
-    assert sent.keys is not index.keys and len(pickle.dumps(sent.keys)) < 1e6
+def test_an_index_that_is_sent_is_opened_again_and_finds_the_same(index, data):
+    message = pickle.dumps(RetroIndex(data_path=data))
+    assert len(message) < 1e5, "neither BERT nor what is mapped is sent"
+    sent = pickle.loads(message)
+    assert sent.keys.is_whole() and len(pickle.dumps(sent.keys)) < 1e5
     queries = index.embed(["To be, or not to be", "Exeunt"])
     for ours, theirs in zip(index.search(queries, 3), sent.search(queries, 3), strict=True):
         assert np.array_equal(ours, theirs)
