@@ -17,6 +17,7 @@ from retro.planning import plan as planner
 from retro.planning import rates
 from retro.planning.plan import describe, index_bytes, plan
 from retro.planning.rates import Rates, measure
+from retro.search import bm25
 from retro.search.factory import new_index, prepare_training
 from retro.search.index_file import read_database_manifest
 from retro.search.recall import N_RECALL_QUERIES
@@ -132,6 +133,8 @@ def test_seconds_are_products_over_their_rates():
 
 def test_the_bytes_of_an_index_of_tokens_are_those_of_a_build(data, plays, tmp_path, monkeypatch):
     monkeypatch.setattr(planner, "LEAST_TOKENS", 1)
+    for module in (planner, bm25):  # shards whose pointers are a third of them
+        monkeypatch.setattr(module, "TOKENS_PER_SHARD", 1 << 9)
     shutil.copytree(data / "corpus", tmp_path / "corpus")
     corpus = Corpus.load(tmp_path / "corpus")
     build_database(CHUNK_LEN, data_path=tmp_path, config=DatabaseConfig(retriever="bm25"))
