@@ -344,6 +344,30 @@ def test_a_run_goes_back_to_the_checkpoint_before_a_damaged_one(copy, monkeypatc
     assert newest_whole_checkpoint(run) is None
 
 
+def test_a_run_that_was_killed_at_its_end_removes_the_checkpoints_that_it_would_have(copy, monkeypatch):
+    from retro.runs import checkpoints
+    from retro.train import TrainConfig, train
+
+    monkeypatch.chdir(copy.parent)
+    shape = {"d_model": 16, "n_layers": 2, "ca_layers": (1,), "n_heads": 2, "d_k": 8, "d_ff": 32, "n_encoder_layers": 1}
+    config = TrainConfig(batch_size=2, steps=6, interval=2)
+    remove = checkpoints.remove_earlier
+
+    def killed(run, step, interval):
+        if step == 6:
+            raise KeyboardInterrupt
+        remove(run, step, interval)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoints, "remove_earlier", killed)
+        train(config=config, model_shape=shape | {"encoder_ca_layers": (0,)}, device="cpu")
+    (run,) = (copy.parent / "logs").glob("*/*")
+    names = [f"{step:08d}" for step in (2, 4, 6)]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == names
+    train(resume=run, device="cpu")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == names[1:]
+
+
 def test_what_cannot_be_read_while_something_is_written_is_what_is_named(copy, tmp_path):
     with pytest.raises(MissingArtifact, match="no shard 3"), atomic_write(tmp_path / "x"):
         raise MissingArtifact(copy / "keys" / "51f9a2c7", "no shard 3")

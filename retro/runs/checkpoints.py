@@ -125,7 +125,12 @@ def save_checkpoint(
         if not isinstance(error, Exception):
             raise
         raise CannotWrite(folder, f"cannot write {folder}: {error}. Earlier checkpoints are intact") from error
-    earlier = [p for p in checkpoints_of(run) if int(p.name) < progress.step]
+    remove_earlier(run, progress.step, interval)
+
+
+def remove_earlier(run: Path, step: int, interval: int) -> None:
+    """Remove the checkpoints before `step`, which is whole, but for the last that ended an interval."""
+    earlier = [p for p in checkpoints_of(run) if int(p.name) < step]
     at_interval = [p for p in earlier if int(p.name) % interval == 0]
     for other in set(earlier) - set(at_interval[-1:]):
         shutil.rmtree(other)

@@ -24,6 +24,7 @@ from retro.runs.checkpoints import (
     load_optimizer,
     load_weights,
     newest_whole_checkpoint,
+    remove_earlier,
     set_aside_after,
 )
 from retro.runs.models import seeded_model
@@ -97,6 +98,9 @@ def _checkpoint_to_go_on_from(run: Run) -> Path | None:
     """The newest whole checkpoint of a run, else that of the run which it goes on from; None where it begins."""
     found = newest_whole_checkpoint(run.folder)
     set_aside_after(run.folder, -1 if found is None else int(found.name))
+    if found is not None:  # who wrote it may have been killed before it removed others
+        step = int(found.name)
+        parallel.on_rank_zero(lambda: remove_earlier(run.folder, step, run.interval))
     if found is None and run.continues and run.origin:
         found = copy_checkpoint(run.origin / "checkpoints" / f"{run.continues.step:08d}", run.folder)
     return found
