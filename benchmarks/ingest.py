@@ -75,8 +75,10 @@ def child(*arguments: str) -> dict[str, Any]:
 def cost_of(work: Callable[[], Any]) -> tuple[dict[str, float], Any]:
     """Seconds, seconds of all cores, and how far memory rose, in bytes; and what the work gave.
 
-    Memory is the process's own, looked at 20 times a second; not the pages of files that are mapped.
+    Processes that it starts count. Memory is their own, looked at 20 times a second; not the pages of files that are
+    mapped.
     """
+    from loky import get_reusable_executor
 
     def look() -> None:
         while not done.wait(0.05):
@@ -85,17 +87,31 @@ def cost_of(work: Callable[[], Any]) -> tuple[dict[str, float], Any]:
     most, done = [anonymous()], threading.Event()
     first, looking = most[0], threading.Thread(target=look)
     looking.start()
-    before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    before, start = core_seconds(), time.perf_counter()
     result = work()
-    after, seconds = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter() - start
-    cores = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    seconds = time.perf_counter() - start
     done.set()
     looking.join()
-    return {"seconds": seconds, "core_seconds": cores, "memory": most[0] - first}, result
+    get_reusable_executor().shutdown(wait=True)  # those that have ended are counted
+    return {"seconds": seconds, "core_seconds": core_seconds() - before, "memory": most[0] - first}, result
+
+
+def core_seconds() -> float:
+    """What this process and those of its own that have ended have taken."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(of.ru_utime + of.ru_stime for of in used)
 
 
 def anonymous() -> int:
-    return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+    """Bytes that this process and those below it hold."""
+    n_bytes, processes = 0, [str(os.getpid())]
+    for process in processes:
+        try:
+            processes += Path(f"/proc/{process}/task/{process}/children").read_text().split()
+            n_bytes += 1024 * int(Path(f"/proc/{process}/status").read_text().split("RssAnon:")[1].split()[0])
+        except (OSError, IndexError):  # it has ended
+            continue
+    return n_bytes
 
 
 def look(texts: str) -> dict[str, Any]:

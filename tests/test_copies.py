@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from conftest import CHUNK_LEN, CHUNKS_PER_SAMPLE
+from datasketch import MinHash
 
 from retro.cli import main
 from retro.config import DatabaseConfig, DatasetConfig
@@ -49,6 +50,24 @@ def test_the_similarity_of_two_texts_is_that_of_their_sets_of_13_words_in_a_row(
     for at in range(13):
         changed = [*first[:at], "other", *first[at + 1 : 13]]
         assert not set(grams_of(" ".join(first[:13]))) & set(grams_of(" ".join(changed)))
+
+
+def test_a_signature_is_that_of_datasketch():
+    for text in ("one text", "à " * 40, " ".join(words(100)), " ".join([*words(9000), *words(30) * 5])):
+        minhash = MinHash(128, hashfunc=int, scheme="affine32")
+        minhash.update_batch(grams_of(text))
+        assert signature(text).tolist() == minhash.hashvalues.tolist()
+        assert signature(text).dtype == np.uint32
+
+
+def test_words_are_found_alike_in_texts_of_few_and_of_many_letters(monkeypatch):
+    letters = [*"aB_1 .\n\x1c\x85", *"äßİ²½٣", "e\u0301", "–", "“", "\u00a0", "\u2003", "ก", "日", "の", "🙂", "\ud800"]
+    texts = ["".join(RNG.choice(letters, size=200)) for _ in range(200)] + ["?!", "–", " ", "Ünd 日本"]
+    few = [grams_of(text).tolist() for text in texts]
+    monkeypatch.setattr(copies, "_FEW", -1)
+    assert few == [grams_of(text).tolist() for text in texts]
+    words_of = [word.encode("utf-8", "surrogatepass") for word in copies.WORD.findall(texts[0].lower())]
+    assert len(words_of) > 40 and copies._words_of(texts[0]) == words_of
 
 
 def test_what_is_near_is_a_group_and_what_is_near_to_that_belongs_to_it():

@@ -36,39 +36,54 @@ GRAM = 13  # words
 N_ORDERS = 128  # numbers of a signature
 BANDS = (20, 6)  # bands, numbers of each
 SCHEME = "affine32"  # of datasketch's orders: what signatures on disk are made with
-GRAMS_AT_ONCE, PAIRS_AT_ONCE = 1 << 10, 1 << 16  # what stays in the processor's cache, and what bounds memory
+GRAMS_AT_ONCE, PAIRS_AT_ONCE = 1 << 12, 1 << 16  # what stays in the processor's cache, and what bounds memory
 # Scripts without blanks: Thai and Lao, Burmese, Khmer, Japanese and Chinese. Each letter is taken for a word.
 _UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
-WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
-# The bytes of ASCII, those that are in no word as blanks.
-_ASCII_WORDS = bytes(byte if chr(byte).isalnum() or byte == ord("_") else ord(" ") for byte in range(128)) + bytes(128)
-_ORDERS = MinHash(N_ORDERS, scheme=SCHEME).permutations
+_PART_OF_A_WORD = re.compile(rf"[^\W{_UNSPACED}]")
+WORD = re.compile(rf"[{_UNSPACED}]|{_PART_OF_A_WORD.pattern}+")
+# The bytes of UTF-8, those of ASCII that are in no word as blanks.
+_WORDS = bytes(byte if byte >= 128 or chr(byte).isalnum() or chr(byte) == "_" else ord(" ") for byte in range(256))
+_FEW = 100  # different letters beyond ASCII, up to which it pays to look at each of them
+# An order is that of a h + b modulo 2**32, by a mixed hash h.
+_FACTORS, _SUMMANDS = (numbers[:, None] for numbers in MinHash(N_ORDERS, scheme=SCHEME).permutations)
 
 
 def signature(text: str) -> np.ndarray:
-    """The signature of a text: uint32, of shape `[128]`."""
-    minhash = MinHash(N_ORDERS, hashfunc=int, permutations=_ORDERS, scheme=SCHEME)
-    grams = grams_of(text)
-    for start in range(0, len(grams), GRAMS_AT_ONCE):
-        minhash.update_batch(grams[start : start + GRAMS_AT_ONCE])
-    return minhash.hashvalues.astype(np.uint32)
+    """The signature of a text: uint32, of shape `[128]`, as datasketch computes it."""
+    grams = _mixed(grams_of(text))
+    parts = (grams[start : start + GRAMS_AT_ONCE] for start in range(0, len(grams), GRAMS_AT_ONCE))
+    return np.min([(part * _FACTORS + _SUMMANDS).min(axis=1) for part in parts], axis=0)
+
+
+def _mixed(hashes: np.ndarray) -> np.ndarray:
+    """Hashes of 32 bits, mixed by the end of MurmurHash3, in place."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        hashes ^= hashes >> shift
+        hashes *= np.uint32(factor)
+    return hashes
 
 
 def grams_of(text: str) -> np.ndarray:
-    """Hashes of the different grams of a text: of 32 bits, ascending."""
+    """Hashes of the grams of a text, in their order: uint32."""
     words = _words_of(text)
     hashes = np.fromiter(map(zlib.crc32, words), np.uint64, len(words))
     n = max(1, len(words) - GRAM + 1)
     grams = np.zeros(n, dtype=np.uint64)
     for k in range(min(GRAM, len(words))):  # a polynomial of the words' hashes, modulo 2**64
-        grams = (grams + hashes[k : k + n]) * np.uint64(0x9E3779B97F4A7C15)
-    return np.unique(grams >> np.uint64(32))
+        grams += hashes[k : k + n]
+        grams *= np.uint64(0x9E3779B97F4A7C15)
+    return (grams >> np.uint64(32)).astype(np.uint32)
 
 
 def _words_of(text: str) -> list[bytes]:
+    """What `WORD` finds in a text, in lower case, as UTF-8; the text itself where it finds nothing."""
     lower = text.lower()
-    if lower.isascii():  # as below, in a fifth of the time
-        words = lower.encode().translate(_ASCII_WORDS).split()
+    others = [] if lower.isascii() else [letter for letter in set(lower) if not letter.isascii()]
+    if len(others) <= _FEW:  # as below, in a fifth of the time
+        for letter in others:
+            if not _PART_OF_A_WORD.match(letter):
+                lower = lower.replace(letter, f" {letter} " if WORD.match(letter) else " ")
+        words = lower.encode("utf-8", "surrogatepass").translate(_WORDS).split()
     else:
         words = [word.encode("utf-8", "surrogatepass") for word in WORD.findall(lower)]
     return words or [text.strip().encode("utf-8", "surrogatepass")]

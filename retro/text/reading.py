@@ -40,4 +40,4 @@ def decoded(data: bytes, place: str, begins: bool = True) -> str:
 
 def with_plain_newlines(text: str) -> str:
     """A text whose lines end as they do on Unix."""
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text

@@ -37,6 +37,8 @@ from retro.text.base_model import find_base
 # end may be bytes of a character that is not all there.
 CONTEXT = 8
 
+N_CODE_POINTS = 0x110000  # of Unicode
+
 N_SHOWN = 12  # characters of a text that a tokenizer loses
 
 N_THREADS = os.cpu_count() or 1
@@ -124,7 +126,7 @@ class CharTokenizer:
     @cached_property
     def _table(self) -> np.ndarray:
         """Token of each code point, -1 where there is none."""
-        table = np.full(0x110000, -1, dtype=np.int32)
+        table = np.full(N_CODE_POINTS, -1, dtype=np.int32)
         for text, i in self.stoi.items():
             table[ord(text)] = i
         return table
@@ -136,7 +138,7 @@ class CharTokenizer:
         return [self._ids(text) for text in texts]
 
     def _ids(self, text: str) -> np.ndarray:
-        ids = self._table[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)]
+        ids = self._table[_code_points(text)]
         if len(unknown := np.flatnonzero(ids < 0)):
             at = int(unknown[0])
             raise ValueError(
@@ -288,6 +290,10 @@ class SubwordTokenizer:
         self.backend.save(str(path))
 
 
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+
+
 def _has_long_words(text: str) -> bool:
     return max(map(len, text.split()), default=0) >= LONG or BLANKS.search(text) is not None
 
@@ -307,10 +313,10 @@ def train_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
     be a corpus, whose tokenizer is then used again.
     """
     if name == "char":
-        characters: set[str] = set()
+        is_there = np.zeros(N_CODE_POINTS, dtype=bool)
         for text in each(texts, "Learn the tokenizer", "document"):
-            characters.update(text)
-        return CharTokenizer(sorted(characters))
+            is_there[_code_points(text)] = True
+        return CharTokenizer([chr(point) for point in np.flatnonzero(is_there)])
     if name.startswith("bpe:"):
         return _train_bpe(name, texts)
     from tokenizers import Tokenizer as Backend
