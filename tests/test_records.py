@@ -28,7 +28,7 @@ from retro.text.corpus import Corpus
 from retro.text.documents import find_texts, read_documents, search_texts
 from retro.text.records import Columns, read_records
 from retro.text.spool import Spool
-from retro.text.tokenizer import SubwordTokenizer, train_tokenizer
+from retro.text.tokenizer import SubwordTokenizer, _has_long_words, train_tokenizer
 
 ROWS = [{"id": i, "title": f"text {i}", "body": f"Of text {i}: {'ä😀 and more. ' * (i + 3)}"} for i in range(12)]
 COLUMNS = Columns("body", "title")
@@ -308,6 +308,17 @@ def test_tokens_of_many_texts_are_those_of_each(learnt, texts):
 def test_a_word_of_any_length_takes_no_time_in_the_square_of_it(learnt, long):
     texts = ["the", long, "theme"]
     assert [ids.tolist() for ids in learnt[420].encode_batch(texts)] == [learnt[420].encode(text) for text in texts]
+
+
+@pytest.mark.parametrize("letter", ["a", " ", "\n", "é"])
+@pytest.mark.parametrize("length", [999, 1000, 1001, 1499])
+def test_a_word_is_long_from_a_thousand_characters_on_wherever_it_stands(letter, length):
+    border = "." if letter.isspace() else " "
+    for before in (0, 1, 2, 250, 499, 500, 501, 998, 999, 1000):
+        for behind in ("", border, border + "ab " * 300):
+            text = ("ab" * 3 + " ") * (before // 7) + "." * (before % 7) + border + letter * length + behind
+            assert _has_long_words(text) == (length >= 1000), (before, behind)
+    assert not _has_long_words("") and not _has_long_words(("a" * 600 + "\t") * 9)
 
 
 def test_a_tokenizer_that_tiktoken_cannot_be_keeps_its_own_way():

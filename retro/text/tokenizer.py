@@ -295,7 +295,12 @@ def _code_points(text: str) -> np.ndarray:
 
 
 def _has_long_words(text: str) -> bool:
-    return max(map(len, text.split()), default=0) >= LONG or BLANKS.search(text) is not None
+    """Whether `LONG` characters in a row are no blanks, or nothing but blanks."""
+    half = LONG // 2  # of any such row, one of these parts has nothing else
+    parts = (text[start : start + half] for start in range(0, len(text) - half + 1, half))
+    return any(part.split(None, 1) in ([], [part]) for part in parts) and (
+        max(map(len, text.split()), default=0) >= LONG or BLANKS.search(text) is not None
+    )
 
 
 def lost_text(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> str | None:
