@@ -43,7 +43,7 @@ N_SHOWN = 12  # characters of a text that a tokenizer loses
 
 N_THREADS = os.cpu_count() or 1
 # How byte-level BPE cuts a text into words (GPT-2's pattern; what does not look ahead stands together, as one part is
-# quicker than five), and the letter that it writes each byte with: itself, if it is printed, else the next one from 256.
+# quicker than five), and the letter that it writes each byte with: itself if it is printed, else the next one from 256.
 WORDS = r"(?:'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\s+(?!\S)|\s+"
 LONG = 1000  # characters of a word, from which on it is not for tiktoken, which takes time in the square of them
 BLANKS = re.compile(rf"\s{{{LONG}}}")
