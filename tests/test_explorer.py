@@ -325,7 +325,7 @@ def test_the_page_is_served_to_this_machine_alone_and_to_others_with_a_password(
         port = address.rstrip("/").rpartition(":")[2]
         with pytest.raises(HTTPError, match="401"):
             urlopen(f"http://127.0.0.1:{port}/config")
-    assert re.search(r"with the user retro and the password \S{20,};", capsys.readouterr().out)
+    assert re.search(r"open http://\S+/ with the user retro and the password \S{20,} \(Ctrl-C", capsys.readouterr().out)
 
 
 def test_without_gradio_the_command_says_how_to_get_it(run, monkeypatch, capsys):

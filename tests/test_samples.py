@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import shutil
 
 import numpy as np
@@ -10,12 +11,16 @@ import torch
 from conftest import CHUNK_LEN
 
 from retro.bert_embeddings import BERTChunkEmbeddings
+from retro.cli import main
+from retro.cli.repair import repair_of
 from retro.config import DatabaseConfig, DatasetConfig, RetroConfig
 from retro.database import RetroIndex, build_database
 from retro.dataset import DATASET_FILE, Dataset, build_dataset, sample_offsets, stretch_lengths
+from retro.errors import DamagedFile, MissingArtifact
 from retro.model import RetroModel
 from retro.runs.data import split_stretches
 from retro.search.chunks import Chunks
+from retro.storage import sample_arrays, sample_file
 from retro.text.build import build_corpus
 from retro.text.corpus import Corpus, DocumentEntry
 from retro.text.tokenizer import CharTokenizer
@@ -256,3 +261,100 @@ def test_an_index_of_whole_keys_serves_without_the_keys_on_disk(data, bert, tmp_
     embedded.clear()
     assert index.nearest_at(offsets, 1)[1][:, 0].tolist() == offsets.tolist()
     assert embedded == index.corpus.texts(offsets, CHUNK_LEN)
+
+
+@pytest.fixture
+def many(records, monkeypatch, tmp_path):
+    """The data folder of the records, without samples; now these are too many for lines, and a few make a shard."""
+    monkeypatch.setattr(sample_file, "MOST_LINES", 8)
+    monkeypatch.setattr(sample_arrays, "TOKENS_PER_SHARD", 5 * C * CHUNK_LEN)
+    for path in records[2]["train"].path.parent.iterdir():
+        if path.name not in DATASET_FILE.values():
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    return tmp_path
+
+
+def samples_in(folder, bert) -> dict[str, Dataset]:
+    """Samples of the text in a folder, made if they are not there."""
+    corpus = Corpus.load(folder / "corpus")
+    index = RetroIndex(data_path=folder, corpus=corpus, bert=bert)
+    build_dataset(config=DatasetConfig(C, 1, K), corpus=corpus, data_path=folder, index=index)
+    return {split: Dataset(folder / name, corpus) for split, name in DATASET_FILE.items()}
+
+
+def test_samples_that_are_too_many_for_lines_are_the_same_as_arrays(many, bert, monkeypatch):
+    with monkeypatch.context() as few:
+        few.setattr(sample_file, "MOST_LINES", 1 << 20)
+        of_lines = samples_in(many, bert)
+    for file in many.glob("*.jsonl"):
+        file.rename(file.with_suffix(".lines"))
+    for split, dataset in samples_in(many, bert).items():
+        lines, n = of_lines[split], len(of_lines[split])
+        assert dataset.path.read_bytes().count(b"\n") == 1 and len(dataset) == n > 2
+        assert [dataset.line(i) for i in range(n)] == [lines.line(i) for i in range(n)]
+        for i in (0, n // 2, n - 1):
+            assert all(torch.equal(a, b) for a, b in zip(dataset[i], lines[i], strict=True))
+        shards = [*(many / f"retro_{split}_dataset.arrays").glob("*/*.npy")]
+        assert len(shards) == -(n // -5) and {np.load(shard).dtype.itemsize for shard in shards} == {
+            8 + 8 * C + 12 * C * K
+        }
+        # Sent to another process, it maps what is there.
+        assert len(message := pickle.dumps(dataset.samples)) < 1e5 and pickle.loads(message)[0] == lines.line(0)
+        # And as lines again it is the file that would have been written.
+        sample_file.write_lines(dataset.samples, many / "lines.jsonl")
+        assert (many / "lines.jsonl").read_bytes() == dataset.path.with_suffix(".lines").read_bytes()
+    assert len(shards) < len(samples_in(many, bert)["train"].samples.samples.shards) > 2
+
+
+def test_arrays_that_were_interrupted_go_on_and_lines_stay_until_they_are_whole(many, records, bert, monkeypatch):
+    before = records[2]["train"].path.read_bytes()
+    path, made, pack = many / DATASET_FILE["train"], [], sample_file.packed
+    path.write_bytes(before)
+    path.with_suffix(".shards").mkdir()
+
+    def stopped(samples, record):
+        made.append(len(samples))
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return pack(samples, record)
+
+    monkeypatch.setattr(sample_file, "packed", stopped)
+    monkeypatch.setattr(sample_file, "is_whole", lambda *_: False)  # as if the lines were of something else
+    with pytest.raises(KeyboardInterrupt):
+        samples_in(many, bert)
+    assert path.read_bytes() == before and len([*many.glob("retro_train_dataset.arrays/*/*.npy")]) == 2
+    found = samples_in(many, bert)
+    n_shards = -(len(found["train"]) // -5)
+    assert len(made) == 3 + n_shards - 2 - (len(found["valid"]) // -5) and path.read_bytes() != before
+    assert not path.with_suffix(".shards").exists()
+    assert found["train"].line(7)["neighbors"] == records[2]["train"].line(7)["neighbors"]
+    # Fewer are lines again, and no arrays are left.
+    monkeypatch.undo()
+    monkeypatch.setattr(sample_file, "is_whole", lambda *_: False)
+    samples_in(many, bert)
+    assert path.read_bytes() == before and not [*many.glob("*.arrays")]
+
+
+def test_an_array_that_is_missing_or_altered_is_named_with_what_makes_it_and_made_again(
+    many, bert, capsys, monkeypatch
+):
+    corpus, dataset = Corpus.load(many / "corpus"), samples_in(many, bert)["train"]
+    first, second, *_ = sorted(many.glob("retro_train_dataset.arrays/*/*.npy"))
+    whole, when = second.read_bytes(), first.stat().st_mtime_ns
+    for damage in (whole[:-1] + bytes([whole[-1] ^ 1]), None, whole[:100]):
+        second.unlink() if damage is None else second.write_bytes(damage)
+        with pytest.raises(MissingArtifact, match="no shard 1, or a damaged one") as error:
+            Dataset(dataset.path, corpus)
+        assert repair_of(error.value) == f"Make it: retro dataset --data-path {many}"
+        assert main(["verify", "--data-path", str(many)]) == 1
+        assert f"retro dataset --data-path {many}" in capsys.readouterr().out
+        assert len(samples_in(many, bert)["train"]) == len(dataset)
+        assert second.read_bytes() == whole and first.stat().st_mtime_ns == when
+    assert main(["verify", "--data-path", str(many)]) == 0
+    # Another folder's arrays, of names that fit to no header.
+    other = json.loads(dataset.path.read_text())
+    for name, value in {"sha256": "0" * 64, "n_samples": 9}.items():
+        body = sample_file.with_checksum({k: v for k, v in other.items() if k != "checksum"} | {name: value})
+        dataset.path.write_text(json.dumps(body) + "\n")
+        with pytest.raises(DamagedFile, match="speaks of arrays"):
+            Dataset(dataset.path, corpus)

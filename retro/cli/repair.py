@@ -110,6 +110,8 @@ def _command_for(path: Path, wanted: Mapping[str, Any]) -> str:
     for folder in path.parents[:2]:
         if folder.name == "retriever" and (folder.parent / "retro.index.json").exists():  # what is no FAISS index
             return _same_database(folder.parent)
+        if folder.suffix == ".arrays":  # of samples
+            return f"retro dataset{_options(wanted, 'dataset')}{_data(folder.parent)}"
     if path.suffix == ".npy" or path.parent.name == "keys":  # a shard of keys, or their folder
         return _same_database(path.parents[2] if path.suffix == ".npy" else path.parents[1])
     if path.name in ("retro.index", "retro.ivfdata", "index.shards"):

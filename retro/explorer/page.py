@@ -187,7 +187,7 @@ def serve(page: Any, host: str | None = None, port: int | None = None, wait: boo
         css=(HERE / "explorer.css").read_text(encoding="utf-8"),
         theme=gr.themes.Default(**fonts),
     )
-    note(f"open {address}" + (f" with the user {USER} and the password {token}" if token else "") + "; Ctrl-C ends it")
+    note(f"open {address}" + (f" with the user {USER} and the password {token}" if token else "") + " (Ctrl-C ends it)")
     if wait:
         page.block_thread()
     return str(address)
