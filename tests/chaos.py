@@ -1,9 +1,9 @@
 """Kill the pipeline anywhere, start it again, compare every byte: `make chaos`.
 
-Each trial takes one stage (corpus and database, dataset, training, adding and removing documents), starts it in a
-process of its own, kills that with a real signal, starts it again, and lets the last one finish. Kills come at a
-random moment, or between two changes of files: at a random one of the calls that open a file for writing, rename,
-or delete. The folder must then hold what an uninterrupted run leaves, byte for byte, and nothing else.
+Each trial takes one stage (corpus and database, dataset, another as arrays, training, adding and removing documents),
+starts it in a process of its own, kills that with a real signal, starts it again, and lets the last one finish. Kills
+come at a random moment, or between two changes of files: at a random one of the calls that open a file for writing,
+rename, or delete. The folder must then hold what an uninterrupted run leaves, byte for byte, and nothing else.
 
 Processes are forked from one that has imported everything, so that a trial takes seconds.
 """
@@ -53,6 +53,15 @@ def dataset() -> int:
     return main(["dataset", "--chunks-per-sample", "4", "--device", "cpu"])
 
 
+def arrays() -> int:
+    """Samples of another seed take the place of those, as arrays in place of lines."""
+    from retro.cli import main
+    from retro.storage import sample_file
+
+    sample_file.MOST_LINES = 0
+    return main(["dataset", "--chunks-per-sample", "4", "--seed", "1", "--device", "cpu"])
+
+
 def train() -> int:
     from retro.train import TrainConfig, train
 
@@ -78,7 +87,9 @@ def change() -> int:
     return main(["add", "more"]) or main(["remove", "macbeth.md"])
 
 
-STAGES: dict[str, Callable[[], int]] = {"database": database, "dataset": dataset, "train": train, "change": change}
+STAGES: dict[str, Callable[[], int]] = {
+    "database": database, "dataset": dataset, "arrays": arrays, "train": train, "change": change,
+}  # fmt: skip
 
 
 def prepare(folder: Path) -> None:
@@ -101,10 +112,10 @@ def warm_up() -> None:
     import retro.search.filling
     import retro.search.keys
     import retro.search.updates
-    import retro.storage.sample_file
+    import retro.storage.sample_arrays
     import retro.train
 
-    retro.search.keys.TOKENS_PER_SHARD, retro.storage.sample_file.TOKENS_PER_SHARD = 16 * 64, 4 * 16 * 8
+    retro.search.keys.TOKENS_PER_SHARD, retro.storage.sample_arrays.TOKENS_PER_SHARD = 16 * 64, 4 * 16 * 8
     retro.search.filling.KEYS_PER_SHARD = 128
 
 
@@ -114,7 +125,10 @@ def start(stage: str, folder: Path, kill_at: int | None = None, count: Path | No
     * `kill_at` is the number of a change of files at which it kills itself
     * `count` is where it writes how many such changes it made
     """
+    # A signal waits until the child can end by it: else it would end what the parent was at, folders and all.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     if child := os.fork():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return child
     changes = 0
 
@@ -131,6 +145,7 @@ def start(stage: str, folder: Path, kill_at: int | None = None, count: Path | No
     status = 1
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it starts with &
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         os.chdir(folder)
         log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)

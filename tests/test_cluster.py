@@ -21,10 +21,10 @@ from retro.storage.shards import Shards
 COMMANDS = """
 import sys
 from retro.search import bm25, keys
-from retro.storage import sample_file
+from retro.storage import sample_arrays
 from retro.text import in_shards
 in_shards.BYTES_PER_SHARD = 1 << 11
-for module in {"database": (bm25, keys), "dataset": (sample_file,)}[sys.argv[1]]:
+for module in {"database": (bm25, keys), "dataset": (sample_arrays,)}[sys.argv[1]]:
     module.TOKENS_PER_SHARD = 1 << 9
 from retro import cluster
 mapped = cluster.mapped

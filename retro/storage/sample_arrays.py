@@ -10,18 +10,20 @@ not there.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from retro.errors import DamagedFile
+from retro.errors import DamagedFile, MissingArtifact
 from retro.storage.files import mapped_array
 from retro.storage.manifests import sha256_of_json
 from retro.storage.shards import TOKENS_PER_SHARD, Shards
 
 MOST_OPEN = 256  # shards mapped at one time: each takes one of the files that a process may have open
+OF_SHARDS = ("n_samples", "samples_per_shard")  # in a header, what tells how many there are
 
 
 def record_of(header: Mapping[str, Any]) -> np.dtype:
@@ -70,11 +72,17 @@ class SampleArrays:
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        C, K, n_samples, per_shard = (header[name] for name in ("chunks_per_sample", "n_neighbors", *OF_SHARDS))
+        if not re.fullmatch("[0-9a-f]{64}", header["arrays"]) or 8 + C * (8 + 12 * K) >= 1 << 31:
+            raise DamagedFile(path, f"speaks of arrays {header['arrays']!r:.80} of {C} chunks with {K} neighbors")
+        folder, n_shards = folder_of_arrays(path) / header["arrays"][:8], -(n_samples // -per_shard)
+        if (found := sum(1 for _ in folder.rglob("*.npy"))) < n_shards:
+            raise MissingArtifact(folder, f"{folder} has {found} shards, but {path} speaks of {n_shards}")
         self.header, self.record = header, record_of(header)
-        self.shards = shards_of_arrays(path, header["arrays"], header["n_samples"], header["samples_per_shard"])
+        self.shards = shards_of_arrays(path, header["arrays"], n_samples, per_shard)
         self._opened: dict[int, np.ndarray] = {}  # the last ones to be read, the very last at the end
-        if (found := sha256_of_arrays(self.shards)) != header["sha256"]:
-            raise DamagedFile(path, f"speaks of arrays {header['sha256']}, but {self.shards.folder} has {found}")
+        if (sha256 := sha256_of_arrays(self.shards)) != header["sha256"]:
+            raise DamagedFile(path, f"speaks of arrays {header['sha256']}, but {folder} has {sha256}")
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process is sent: no shards that are mapped here."""

@@ -75,7 +75,6 @@ class SampleFile:
         self.path, self.corpus, self.n_tokens = path, corpus, (n_tokens := len(corpus.tokens))
         self.header = read_header(path)
         require_match(path, self.header, {"corpus_sha256": corpus.sha256})
-        self.samples = (SampleArrays if self.header["arrays"] else SampleLines)(path, self.header)
         length, K = self.header["chunk_len"] * self.header["chunks_per_sample"], self.header["n_neighbors"]
         if length > n_tokens or length * K > MAX_SAMPLE:
             raise DamagedFile(
@@ -83,6 +82,7 @@ class SampleFile:
                 f"has samples of {length} tokens with {K} neighbors a chunk, but the corpus has {n_tokens} tokens, and "
                 f"{MAX_SAMPLE} is the most of both",
             )
+        self.samples = (SampleArrays if self.header["arrays"] else SampleLines)(path, self.header)
 
     def __len__(self) -> int:
         """Number of samples."""
