@@ -282,7 +282,7 @@ def test_an_index_whose_writer_was_killed_at_the_end_is_put_in_its_place_by_the_
 
 
 def test_keys_are_found_by_number_across_shards_few_of_them_open(small_shards, bert, monkeypatch):
-    monkeypatch.setattr(keys_module, "MOST_OPEN", 2)
+    monkeypatch.setattr("retro.storage.shards.MOST_OPEN", 2)
     keys = Keys(small_shards, Corpus.load(small_shards / "corpus"), CHUNK_LEN, bert.manifest)
     blocks = np.concatenate([block for _, block in keys.each_shard()])
     numbers = np.array([0, 63, 64, 65, 200, len(blocks) - 1, 5])

@@ -213,7 +213,7 @@ def prepare_dataset(
     """Counts of the training dataset, found or built."""
     from retro.dataset import DATASET_FILE, Dataset, build_dataset, what_to_exclude
     from retro.evaluation.audit import audit
-    from retro.storage.sample_file import dataset_cache_key, read_header, unfinished
+    from retro.storage.sample_file import dataset_cache_key, read_header, remove_others
 
     cache_key = dataset_cache_key(database, corpus, config, what_to_exclude(corpus, config))
     paths = [data_path / name for name in DATASET_FILE.values()]
@@ -225,8 +225,7 @@ def prepare_dataset(
     if not parallel.broadcast_from_rank_zero(found):
         build_dataset(config=config, corpus=corpus, data_path=data_path, device=device)
     else:
-        left = [folder for path in paths for folder in unfinished(path)]
-        parallel.on_rank_zero(lambda: remove_unfinished(data_path, *left))
+        parallel.on_rank_zero(lambda: [*map(remove_others, paths)])
     dataset = Dataset(paths[0], corpus)
     counts, n_tokens = audit(dataset), corpus.n_train_tokens
     note(

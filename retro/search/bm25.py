@@ -29,9 +29,8 @@ from retro import parallel
 from retro.config import LEXICAL
 from retro.errors import DamagedFile
 from retro.search.chunks import NO_DISTANCE, Chunks, is_barred, nothing
-from retro.search.keys import MOST_OPEN
 from retro.storage.files import mapped_array
-from retro.storage.shards import TOKENS_PER_SHARD, Shards
+from retro.storage.shards import MOST_OPEN, TOKENS_PER_SHARD, Shards
 
 K1, B = 1.5, 0.75  # of the formula: the defaults of Lucene are 1.2 and 0.75, of most others these
 SCORES_AT_ONCE = 1 << 21  # of a query and a chunk, in each thread

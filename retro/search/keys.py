@@ -21,13 +21,12 @@ import numpy as np
 from retro.errors import ArtifactError, DamagedFile, InvalidOption, require_match
 from retro.search.index_file import INDEX_FILE
 from retro.search.sentences import Embedder
-from retro.storage.files import exclusive_lock, mapped_array
+from retro.storage.files import exclusive_lock
 from retro.storage.manifests import sha256_of_json
 from retro.storage.shards import TOKENS_PER_SHARD, Shards
 from retro.text.corpus import Corpus
 
 KEYS_FOLDER = "keys"
-MOST_OPEN = 256  # shards mapped at one time: each takes one of the files that a process may have open
 
 
 def chunk_offsets(corpus: Corpus, chunk_len: int) -> np.ndarray:
@@ -110,11 +109,6 @@ class Keys:
         if self.dtype != np.float32:
             manifest["dtype"] = str(self.dtype)
         self.shards = Shards(data_path / KEYS_FOLDER / sha256_of_json(manifest)[:8], manifest, inputs, ".npy")
-        self._opened: dict[int, np.ndarray] = {}  # the last ones to be read, the very last at the end
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What another process is sent: no shards that are mapped here."""
-        return self.__dict__ | {"_opened": {}}
 
     @cached_property
     def in_database(self) -> np.ndarray:
@@ -164,18 +158,10 @@ class Keys:
         return True
 
     def _shard(self, number: int) -> np.ndarray:
-        """A shard, mapped from its file; the first time it is read whole, to see that it is what its name says."""
-        shard = self._opened.pop(number) if number in self._opened else self._open(number)
-        self._opened[number] = shard
-        if len(self._opened) > MOST_OPEN:
-            self._opened.pop(next(iter(self._opened)))
-        return shard
-
-    def _open(self, number: int) -> np.ndarray:
-        file, expected = self.shards.path(number), (int(self.firsts[number + 1] - self.firsts[number]), self.d_emb)
-        shard = mapped_array(file)
+        shard, expected = self.shards.mapped(number), (int(self.firsts[number + 1] - self.firsts[number]), self.d_emb)
         if shard.shape != expected or shard.dtype != self.dtype:
-            raise DamagedFile(file, f"holds {shard.dtype} {shard.shape}, but {self.dtype} {expected} is wanted")
+            found, wanted = f"{shard.dtype} {shard.shape}", f"{self.dtype} {expected}"
+            raise DamagedFile(self.shards.path(number), f"holds {found}, but {wanted} is wanted")
         return shard
 
     def each_shard(self) -> Iterator[tuple[int, np.ndarray]]:

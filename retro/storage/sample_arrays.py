@@ -18,11 +18,9 @@ from typing import Any
 import numpy as np
 
 from retro.errors import DamagedFile, MissingArtifact
-from retro.storage.files import mapped_array
 from retro.storage.manifests import sha256_of_json
 from retro.storage.shards import TOKENS_PER_SHARD, Shards
 
-MOST_OPEN = 256  # shards mapped at one time: each takes one of the files that a process may have open
 OF_SHARDS = ("n_samples", "samples_per_shard")  # in a header, what tells how many there are
 
 
@@ -80,13 +78,8 @@ class SampleArrays:
             raise MissingArtifact(folder, f"{folder} has {found} shards, but {path} speaks of {n_shards}")
         self.header, self.record = header, record_of(header)
         self.shards = shards_of_arrays(path, header["arrays"], n_samples, per_shard)
-        self._opened: dict[int, np.ndarray] = {}  # the last ones to be read, the very last at the end
         if (sha256 := sha256_of_arrays(self.shards)) != header["sha256"]:
             raise DamagedFile(path, f"speaks of arrays {header['sha256']}, but {folder} has {sha256}")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What another process is sent: no shards that are mapped here."""
-        return self.__dict__ | {"_opened": {}}
 
     def __len__(self) -> int:
         return int(self.header["n_samples"])
@@ -98,15 +91,10 @@ class SampleArrays:
 
     def of_shard(self, number: int) -> np.ndarray:
         """The samples of shard `number`, of shape `[n]`, mapped. Raises `DamagedFile` if it holds anything else."""
-        shard = self._opened.pop(number, None)
-        if shard is None:
-            per_shard, file = self.header["samples_per_shard"], self.shards.path(number)
-            expected, shard = (min(per_shard, len(self) - number * per_shard),), mapped_array(file)
-            if shard.shape != expected or shard.dtype != self.record:
-                raise DamagedFile(file, f"holds {shard.dtype} {shard.shape}, but {self.record} {expected} is wanted")
-        self._opened[number] = shard
-        if len(self._opened) > MOST_OPEN:
-            self._opened.pop(next(iter(self._opened)))
+        per_shard, shard = self.header["samples_per_shard"], self.shards.mapped(number)
+        if shard.shape != (n := (min(per_shard, len(self) - number * per_shard),)) or shard.dtype != self.record:
+            found, wanted = f"{shard.dtype} {shard.shape}", f"{self.record} {n}"
+            raise DamagedFile(self.shards.path(number), f"holds {found}, but {wanted} is wanted")
         return shard
 
     def shown(self, idx: int) -> str:

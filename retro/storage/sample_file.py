@@ -205,7 +205,7 @@ def write_samples(
     """
     header = {**header, "versions": package_versions()}
     if parallel.broadcast_from_rank_zero(partial(is_whole, path, header)):
-        parallel.on_rank_zero(partial(remove_unfinished, path.parent, *unfinished(path)))
+        parallel.on_rank_zero(partial(remove_others, path))
         return read_header(path)
     per_shard = samples_per_shard(header)
     groups = [offsets[i : i + per_shard] for i in range(0, len(offsets), per_shard)]
@@ -227,7 +227,7 @@ def write_samples(
         shards.make_missing(f"Neighbors ({header['split']})", "sample", [len(group) for group in groups], make)
         finish = partial(_name, samples_per_shard=per_shard) if as_arrays else _join
         parallel.on_rank_zero(partial(finish, path, header, shards))
-    parallel.on_rank_zero(partial(remove_unfinished, path.parent, *unfinished(path)))
+    parallel.on_rank_zero(partial(remove_others, path))
     return read_header(path)
 
 
@@ -288,18 +288,19 @@ def is_whole(path: Path, header: dict[str, Any]) -> bool:
         found = read_header(path)
         if differences(found, header):
             return False
-        return bool(found["arrays"] and SampleArrays(path, found)) or found["sha256"] == sha256_of_file(
-            path, skip_line=True
-        )
+        if found["arrays"]:
+            SampleArrays(path, found)
+            return True
+        return found["sha256"] == sha256_of_file(path, skip_line=True)
     except ArtifactError:
         return False
 
 
-def unfinished(path: Path) -> list[Path]:
-    """What is beside a file of samples that it does not speak of: shards of another, or that it was made of."""
+def remove_others(path: Path) -> None:
+    """Remove what is beside samples that they are not: shards that they were made of, other arrays."""
     arrays = read_header(path)["arrays"]
-    others = [folder for folder in folder_of_arrays(path).glob("*") if not arrays or folder.name != arrays[:8]]
-    return [shards_folder(path), *(others if arrays else [folder_of_arrays(path)])]
+    others = [folder for folder in folder_of_arrays(path).glob("*") if folder.name != arrays[:8]]
+    remove_unfinished(path.parent, shards_folder(path), *(others if arrays else [folder_of_arrays(path)]))
 
 
 def shards_folder(path: Path) -> Path:

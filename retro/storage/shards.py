@@ -23,15 +23,18 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from retro import cluster, parallel
 from retro.errors import ArtifactError, MissingArtifact, differences
 from retro.progress import bar, note
-from retro.storage.files import BLOCK, atomic_write
+from retro.storage.files import BLOCK, atomic_write, mapped_array
 from retro.storage.known import known
 from retro.storage.manifests import FORMAT_VERSION, read_manifest, sha256_of_json, write_manifest
 
 TOKENS_PER_SHARD = 1 << 19  # of text: the work that an interruption can lose, and that shares its duplicates
 PER_FOLDER = 1000  # shards; those behind the first thousand are in folders of their own, as keys/51f9a2c7/001
+MOST_OPEN = 256  # shards mapped at one time: each takes one of the files that a process may have open
 HASH_LENGTH = 16  # hexadecimal digits of it in a name: enough to tell damage
 
 
@@ -51,6 +54,11 @@ class Shards:
         self.suffix = suffix
         self._verified: dict[int, Path] = {}
         self._listed: dict[int, list[Path]] = {}
+        self._mapped: dict[int, np.ndarray] = {}  # the last ones to be read, the very last at the end
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process is sent: nothing that is mapped here."""
+        return self.__dict__ | {"_mapped": {}}
 
     def __len__(self) -> int:
         """Number of shards, finished or not."""
@@ -144,6 +152,17 @@ class Shards:
                 raise MissingArtifact(self.folder, f"{self.folder} has no shard {number}, or a damaged one")
             self._verified[number] = found[0]
         return self._verified[number]
+
+    def mapped(self, number: int) -> np.ndarray:
+        """The array of a finished shard, mapped; the first time it is read whole, to see that it is what its name says.
+
+        Raises `MissingArtifact` if it is missing, or damaged, and `DamagedFile` if it holds no array.
+        """
+        shard = self._mapped.pop(number) if number in self._mapped else mapped_array(self.path(number))
+        self._mapped[number] = shard
+        if len(self._mapped) > MOST_OPEN:
+            self._mapped.pop(next(iter(self._mapped)))
+        return shard
 
     def _files(self) -> dict[int, list[Path]]:
         """The files of the folder that have a shard's number."""
