@@ -35,13 +35,16 @@ BY_SEARCH = {
     "bm25": ["--retriever", "bm25"],
 }
 NEIGHBORS = (1, 2, 4, 8)
-# How else the base can be made used to a text. The learning rates were chosen for them after 40 steps on the held-out
-# modeling files themselves: LoRA 0.603, 0.561, 0.569 at 1e-3, 3e-3, 1e-2; all weights, which take a hundredth of it,
-# 0.607, 0.554, 0.529, 0.592 at 3e-3, 1e-2, 3e-2, 1e-1.
-TUNED: dict[str, dict[str, Any]] = {
-    "lora": {"trains": "lora", "lr": 3e-3},
-    "all": {"trains": "all", "lr": 3e-2},
+# What learns, beside a base that reads. How else it can be made used to a text: the learning rates were chosen for them
+# after 40 steps on the held-out modeling files themselves: LoRA 0.603, 0.561, 0.569 at 1e-3, 3e-3, 1e-2; all weights,
+# which take a hundredth of it, 0.607, 0.554, 0.529, 0.592 at 3e-3, 1e-2, 3e-2, 1e-1.
+KINDS: dict[str, dict[str, Any]] = {
+    "memory": {},
+    "lora": {"ca_layers": (), "trains": "lora"},
+    "all": {"ca_layers": (), "trains": "all"},
+    "both": {"trains": "lora"},
 }
+RATES = {"lora": 3e-3, "all": 3e-2, "both": 3e-3}
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,14 @@ class Size:
     n_windows: int  # the most of each held-out document
     tuned: tuple[str, ...] = ("lora",)
     rivals: tuple[str, ...] = ("in-context",)
+    both: tuple[int, ...] = (0,)  # seeds with which it also learns to read while LoRA learns
     sweeps: bool = False
     a_pass: bool = False  # the first way to fine-tune also learns from all of the text once, with the first seed
 
     def rounds(self) -> tuple[Size, ...]:
         """What is measured first, second and at last, each with what came before."""
         alone = replace(self, sweeps=False, a_pass=False)
-        return replace(alone, seeds=self.seeds[:1]), alone, self
+        return replace(alone, seeds=self.seeds[:1], both=self.both[:1]), alone, self
 
 
 def build(*words: str) -> None:
@@ -84,8 +88,8 @@ def config(steps: int, seed: int, **given: Any) -> Any:
 
 
 def shape(kind: str) -> dict[str, Any]:
-    """The shape of a model of some kind: `memory` reads neighbors, the others are fine-tuned."""
-    return {"base": BASE} | ({"ca_layers": (), "trains": TUNED[kind]["trains"]} if kind in TUNED else {})
+    """The shape of a model of some kind: `memory` reads neighbors, `both` too while LoRA learns, others do not."""
+    return {"base": BASE} | KINDS[kind]
 
 
 def new_model(kind: str) -> Any:
@@ -100,7 +104,7 @@ def new_model(kind: str) -> Any:
 
 def training(measured: Measured, name: str, kind: str, steps: int, seed: int) -> Training:
     """The training of a model of some kind."""
-    given = {"lr": TUNED[kind]["lr"]} if kind in TUNED else {}
+    given = {"lr": RATES[kind]} if kind in RATES else {}
     return Training(measured, name, shape(kind), config(steps, seed, **given))
 
 
@@ -191,14 +195,17 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
 
     texts, how = drawn(source.read(), source.share, source.hold_out), [source.valid_fraction, CHUNK_LEN, LEXICAL]
     measured = Measured(folder, place, texts, how, partial(prepare, source))
-    kinds = {kind: partial(new_model, kind) for kind in ("memory", *size.tuned)}
-    ratios = time_ratios(measured, kinds, config(100, 0), n_steps=1, n_rounds=5)
+    ratios: dict[str, float] = {}
+    for kinds in (("memory", *size.tuned), *([("memory", "both")] if size.both else [])):
+        models = {kind: partial(new_model, kind) for kind in kinds}
+        ratios = time_ratios(measured, models, config(100, 0), n_steps=1, n_rounds=5) | ratios
     about_it = measured.figure("about", None, lambda: about(source, source.share, Path("data")))
     runs = {
         name: [
-            training(measured, name, name, max(2, round(size.steps / ratios[name])), seed) for seed in size.seeds
+            training(measured, name, name, max(2, round(size.steps / ratios[name])), seed)
+            for seed in (size.both if name == "both" else size.seeds)
         ]
-        for name in kinds
+        for name in ratios
     }  # fmt: skip
     first = runs["memory"][0]
     options = {"window": WINDOW, "stride": STRIDE, "n_windows": size.n_windows, "n_shuffles": 1}
@@ -212,6 +219,11 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
         found[name] = joined([
             evaluated(measured, f"{name} {seed}", on, baseline=tuned, others=others, **options)
             for seed, on, tuned in zip(size.seeds, runs["memory"], runs[name], strict=True)
+        ])  # fmt: skip
+    if size.both:
+        found["both"] = joined([
+            evaluated(measured, f"both {seed}", on, baseline=tuned, others=("random",), **options)
+            for seed, on, tuned in zip(size.both, runs["both"], runs["lora"], strict=False)
         ])  # fmt: skip
     summaries = {name: [made.summary() for made in of_seeds] for name, of_seeds in runs.items()}
     if size.sweeps:

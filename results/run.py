@@ -29,7 +29,7 @@ FULL: dict[str, dict[str, Any]] = {
     "memory": {
         name: memory.Size(60, SEEDS, 1)
         if name != "models"
-        else memory.Size(100, SEEDS, 2, tuned=("lora", "all"), rivals=ALL_RIVALS, sweeps=True, a_pass=True)
+        else memory.Size(100, SEEDS, 2, tuned=("lora", "all"), rivals=ALL_RIVALS, both=SEEDS, sweeps=True, a_pass=True)
         for name in SOURCES
     },
     "nothing": {
@@ -38,7 +38,7 @@ FULL: dict[str, dict[str, Any]] = {
     },
 }
 QUICK: dict[str, dict[str, Any]] = {
-    "memory": {"models": memory.Size(20, (0,), 1)},
+    "memory": {"models": memory.Size(20, (0,), 1, both=())},
     "nothing": {name: nothing.Size(60, (0,), n_windows=4) for name in ("models", "plays")},
 }
 OWN: dict[str, dict[str, Any]] = {

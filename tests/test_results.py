@@ -63,6 +63,7 @@ def test_published_figures_are_of_held_out_documents_and_of_the_seeds_that_were_
         for name, part in parts.items():
             n_seeds = len(record["measured"][kind][name]["seeds"])
             of_all = {run: len(summaries) for run, summaries in part["runs"].items() if run != "a pass"}
+            assert of_all.pop("both", 0) == len(record["measured"][kind][name].get("both", ()))
             assert set(of_all.values()) == {n_seeds}
             evaluated = {tuple(e["documents"]) for e in part["evaluations"].values()}
             assert evaluated == {tuple(part["held_out"])} and len(part["held_out"]) == part["documents"]["held out"] > 1
@@ -145,7 +146,9 @@ def measured(data, tmp_path_factory):
     texts = [(name, text[:6000]) for name, text in corpora.stdlib() if len(text) > 6000]
     of = {"models": texts[:24], "python": texts[24:30], "plays": texts[30:34]}
     sources = {n: corpora.Source(n, lambda some=some: some, share=0.5, valid_fraction=0.3) for n, some in of.items()}
-    sizes = memory.Size(2, (0, 1), 1, tuned=("lora", "all"), rivals=run.ALL_RIVALS, sweeps=True, a_pass=True)
+    sizes = memory.Size(
+        2, (0, 1), 1, tuned=("lora", "all"), rivals=run.ALL_RIVALS, both=(0, 1), sweeps=True, a_pass=True
+    )
     with pytest.MonkeyPatch.context() as patch:
         for module in (memory, nothing):
             patch.setattr(module, "CHUNK_LEN", CHUNK_LEN)
@@ -192,11 +195,12 @@ def test_a_fine_tuned_model_has_the_time_and_a_plain_one_the_steps_or_the_time_o
     part, nothing_part = record["memory"]["models"], record["nothing"]["models"]
     (folder,) = (place / "memory").glob("*/*/data")
     n_samples = len(Dataset(folder / DATASET_FILE["train"], Corpus.load(folder / "corpus")))
-    (file,) = (place.parent / "measured" / "memory").glob("*/time-ratios-*.json")
-    ratios = json.loads(file.read_text())["value"]["ratios"]
+    files = (place.parent / "measured" / "memory").glob("*/time-ratios-*.json")
+    ratios = {kind: n for file in files for kind, n in json.loads(file.read_text())["value"]["ratios"].items()}
+    assert set(ratios) == {"memory", "lora", "all", "both"}
     assert part["ratios"] == ratios | {"a pass": ratios["lora"]} and ratios["memory"] == 1
     assert [s["steps"] for s in part["runs"]["a pass"]] == [n_samples]
-    for name in ("lora", "all"):
+    for name in ("lora", "all", "both"):
         assert {summary["steps"] for summary in part["runs"][name]} == {max(2, round(2 / ratios[name]))}
     steps = {name: {s["steps"] for s in made} for name, made in nothing_part["runs"].items()}
     assert steps == {"retro": {4}, "equal-steps": {4}, "equal-time": {round(4 * nothing_part["time_ratio"])}}
