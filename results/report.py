@@ -68,7 +68,7 @@ class Claim(NamedTuple):
         (a, without), (b, having) = self.worse, self.better
         of, by = (evaluations[name]["filtered"][0] if self.low else evaluations[name] for name in (a, b))
         bits = np.array(of["by_document"][without]), np.array(by["by_document"][having])
-        if bits[0].shape != bits[1].shape:
+        if bits[0].ndim == bits[1].ndim and len(bits[0]) != len(bits[1]):
             raise KeyError(self.text)  # measured with fewer seeds
         return *bits, np.array(by["by_document"]["bytes"])
 

@@ -281,8 +281,13 @@ def test_each_claim_is_about_the_figures_that_it_names():
         "what it finds put before its text": bits("memory", "rivals", "in-context") - memory_on,
         "the time that its steps take": bits("nothing", "equal-time", "baseline") - bits("nothing", "equal-time", "on"),
         f"A memory beats random neighbors {report.LOW}": bits("memory", "lora", "random", True) - low,
-        f"LoRA trained for as long {report.LOW}": bits("memory", "lora", "baseline", True) - low,
-        "all weights trained for as long": bits("memory", "all", "baseline") - memory_on,
+        f"It beats LoRA trained for as long {report.LOW}": bits("memory", "lora", "baseline", True) - low,
+        "It beats all weights trained for as long": bits("memory", "all", "baseline") - memory_on,
+        "LoRA learns beats LoRA trained for as long": bits("memory", "both", "baseline") - bits("memory", "both", "on"),
+        "LoRA learns beats all weights": bits("memory", "all", "baseline") - bits("memory", "both", "on"),
+        "to read alone": memory_on - bits("memory", "both", "on"),
+        f"LoRA learns beats LoRA {report.LOW}": bits("memory", "both", "baseline", True)
+        - bits("memory", "both", "on", True),
         "all of the text once": bits("memory", "a pass", "baseline") - bits("memory", "a pass", "on"),
         "a longer context": bits("memory", "rivals", "longer-context") - memory_on,
         "kNN-LM": bits("memory", "rivals", "knn-lm") - memory_on,
@@ -390,7 +395,7 @@ def test_what_is_not_measured_yet_is_left_out_of_the_page(measured, tmp_path):
     record["measured"]["memory"]["models"] = asdict(first)
     record["sizes"]["memory"]["models"] = asdict(run.FULL["memory"]["models"])
     assert [*report.not_measured(record)] == ["memory of models with seeds 1, 2", "nothing of models"]
-    record["measured"]["memory"]["models"] = asdict(replace(first, seeds=run.SEEDS))
+    record["measured"]["memory"]["models"] = asdict(replace(first, seeds=run.SEEDS, both=run.SEEDS))
     assert [*report.not_measured(record)] == ["memory of models: sweeps, a pass", "nothing of models"]
 
 
