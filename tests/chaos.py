@@ -251,7 +251,7 @@ def trial(
 
 
 def run(n_points: int, seed: int, kills_in_a_row: int = 2) -> Report:
-    """Kill at `n_points` points, over all stages in turn."""
+    """Kill at `n_points` points, or more until each stage was killed, over all stages in turn."""
     warm_up()
     rng, report = random.Random(seed), Report()
     with tempfile.TemporaryDirectory() as name:
@@ -260,10 +260,10 @@ def run(n_points: int, seed: int, kills_in_a_row: int = 2) -> Report:
         order = list(STAGES)
         after = {stage: contents(root / stage) for stage in STAGES}
         number = 0
-        while sum(report.kills.values()) < n_points:
+        while sum(report.kills.values()) < n_points or not all(report.kills.values()):
             stage = order[number % len(order)]
             left = n_points - sum(report.kills.values())
-            n_kills = min(left, kills_in_a_row)
+            n_kills = max(1, min(left, kills_in_a_row))
             trial(stage, folders[stage], after[stage], root / f"trial{number}", n_kills, seconds[stage],
                   changes[stage], rng, report)  # fmt: skip
             number += 1
