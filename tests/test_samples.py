@@ -335,9 +335,7 @@ def test_arrays_that_were_interrupted_go_on_and_lines_stay_until_they_are_whole(
     assert path.read_bytes() == before and not [*many.glob("*.arrays")]
 
 
-def test_an_array_that_is_missing_or_altered_is_named_with_what_makes_it_and_made_again(
-    many, bert, capsys, monkeypatch
-):
+def test_an_array_that_is_missing_or_altered_is_named_with_what_makes_it_and_made_again(many, bert, capsys):
     corpus, dataset = Corpus.load(many / "corpus"), samples_in(many, bert)["train"]
     first, second, *_ = sorted(many.glob("retro_train_dataset.arrays/*/*.npy"))
     whole, when = second.read_bytes(), first.stat().st_mtime_ns

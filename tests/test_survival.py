@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.slow
 def test_killed_anywhere_it_ends_with_the_same_bytes():
-    """Each stage twice, in the midst of its work, once by a signal from outside; `make chaos` has other points."""
+    """Each stage at least once, ten kills in all; `make chaos` has other points."""
     result = subprocess.run(
         [sys.executable, HERE / "chaos.py", "--points", "10", "--seed", "11"], capture_output=True, text=True
     )
