@@ -31,7 +31,8 @@ def step(variant: str) -> dict[str, float]:
     import torch.nn.functional as F
 
     from retro.config import PACKAGED_BASE, RetrofitConfig
-    from retro.retrofit import Retrofit
+    from retro.device import bf16_is_faster
+    from retro.runs.models import new_model
     from retro.text.base_model import load_base
 
     torch.manual_seed(0)
@@ -40,7 +41,7 @@ def step(variant: str) -> dict[str, float]:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     else:
         config = RetrofitConfig(PACKAGED_BASE, CHUNK_LEN, encoder=variant.removeprefix("encoder "))
-        model = Retrofit(load_base(PACKAGED_BASE), config).train()
+        model = new_model(config).train()
         groups = [{"params": group["params"]} for group in model.parameter_groups()]
         optimizer = torch.optim.Adam(groups, lr=1e-4, fused=True)
     x, y = torch.randint(0, 49_152, (2, 1, N_TOKENS))
@@ -49,7 +50,7 @@ def step(variant: str) -> dict[str, float]:
     def loss() -> torch.Tensor:
         """Of the base as transformers computes it; of ours as `retro.train` does."""
         if variant == "all of the base":
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_faster(torch.device("cpu"))):
                 logits = model(input_ids=x, use_cache=False).logits
             return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
         neighbors = ret.masked_fill(torch.rand(ret.shape[:3])[..., None] < 0.5, -1)

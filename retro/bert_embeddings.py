@@ -6,9 +6,9 @@ a frozen, pre-trained BERT (section 2.2 of arXiv:2112.04426):
 $$\text{BERT}(N) = \frac{1}{n} \sum_{i=1}^{n} h_i$$
 
 Because BERT never changes, the embeddings of a corpus, and with them all nearest neighbors, are
-computed once, before training. In `bf16`, which processors with instructions for it compute twice
-as fast, an embedding has a cosine of at least 0.9996 to that in `fp32`. The distance of two chunks
-is the squared L2 distance $\lVert \text{BERT}(N) - \text{BERT}(N') \rVert_2^2$.
+computed once, before training. In `bf16`, which some processors compute twice as fast, an embedding
+has a cosine of at least 0.9996 to that in `fp32`. The distance of two chunks is the squared L2 distance
+$\lVert \text{BERT}(N) - \text{BERT}(N') \rVert_2^2$.
 
 As in the tutorial a chunk is read as text, without `[CLS]` and `[SEP]`, and the words that the ends of a
 chunk of characters cut in two are left out. Different is the way to the same mean. The tutorial pads the
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from retro.config import PACKAGED
-from retro.device import has_bf16
+from retro.device import bf16_is_faster
 from retro.text.pretrained import embedder_manifest, load_bert
 
 TOKENS_PER_BATCH = 4096  # BERT tokens in one call; more take more memory, and on two cores no less time
@@ -43,7 +43,7 @@ class BERTChunkEmbeddings:
     * `embedder` is the BERT: the packaged one, a folder, or a name on the hub such as
       `bert-base-uncased` (the tutorial's)
     * `trim` strips partial words from the ends of each chunk, which chunks of characters have
-    * `precision` is `fp32`, `bf16`, or `auto`: `bf16` where `device` has instructions for it
+    * `precision` is `fp32`, `bf16`, or `auto`: `bf16` where `device` computes faster so
 
     Raises `ValueError` when there is no such BERT.
     """
@@ -56,7 +56,7 @@ class BERTChunkEmbeddings:
         self.device = torch.device(device)
         self.embedder = embedder
         self.trim = trim
-        self.precision = ("bf16" if has_bf16(self.device) else "fp32") if precision == "auto" else precision
+        self.precision = ("bf16" if bf16_is_faster(self.device) else "fp32") if precision == "auto" else precision
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         self.tokenizer, self.model = load_bert(embedder, self.device, dtype)
         self.tokens_per_batch = TOKENS_PER_BATCH * (1 if self.device.type == "cpu" else MORE_ON_A_GPU)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -29,9 +30,14 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16; elsewhere it works, slowly."""
+def bf16_is_faster(device: torch.device) -> bool:
+    """Whether the device computes faster in bfloat16 than in float32.
+
+    Of processors, those with AMX do, and AMD's with the instructions of AVX-512 for it. Intel's that have only these
+    multiply matrices in bfloat16 at 0.6 times the speed of float32; others have to convert every number.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version
-    return device.type == "cpu" and any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    processor: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version
+    by_avx512 = processor.get("avx512_bf16", False) and "Intel" not in processor.get("cpu_name", "")
+    return device.type == "cpu" and (processor.get("amx_bf16", False) or by_avx512)

@@ -37,7 +37,7 @@ from retro.runs.models import require_tokenizer
 from retro.runs.run import read_run
 from retro.search.index_file import read_database_manifest
 from retro.storage.sample_file import read_header
-from retro.text.base_model import load_base
+from retro.text.base_model import load_base, widened
 from retro.text.corpus import Corpus, open_corpus
 
 
@@ -314,7 +314,7 @@ def base_in_context(base: str, data_path: Path, device: torch.device | str) -> I
     Raises `InvalidOption` for a base that is not there, or has another tokenizer than the database.
     """
     corpus, m = open_corpus(data_path), read_database_manifest(data_path)["chunk_len"]
-    model = InContext(load_base(base, device=device), m)
+    model = InContext(widened(load_base(base, device=device), device), m)
     require_tokenizer(base, model.n_vocab, corpus, m)
     return model
 

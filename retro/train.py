@@ -213,7 +213,7 @@ def train(
     """
     device = pick_device(str(device or "auto"))
     found = data.TrainingData(Path(data_path))
-    run = find_run(found, name, config, model_shape or {}, Path(resume) if resume else None)
+    run = find_run(found, name, config, model_shape or {}, Path(resume) if resume else None, device)
     if (finished := run.summary()) is not None:
         return run.folder, finished
     beginning = prompt or saved_prompt(run) or found.corpus.beginning_of_held_out(2 * found.chunk_len)

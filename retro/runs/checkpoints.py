@@ -67,7 +67,7 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu", base: str
         shape = model_config(values)
     except (TypeError, ValueError) as error:
         raise DamagedFile(path, f"describes no model ({error})") from None
-    return filled(moved(shape, base), load_tensors(folder, "model"), folder).to(device)
+    return filled(moved(shape, base), load_tensors(folder, "model"), folder, device).to(device)
 
 
 def load_weights(folder: Path, model: Model) -> None:

@@ -63,7 +63,7 @@ def start_engine(run: Run, device: torch.device, fsdp: bool) -> Engine:
     config = run.config
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-    model = run.model if run.model is not None else seeded_model(run.shape, config.seed)
+    model = run.model if run.model is not None else seeded_model(run.shape, config.seed, device)
     if isinstance(model, Retrofit) and (fsdp or config.compile or config.recompute):
         reason = "is read through hooks, which fsdp, compile and recompute do not take"
         raise InvalidOption("base", model.config.base, reason)

@@ -13,19 +13,21 @@ from retro.config import ModelConfig, RetroConfig, RetrofitConfig
 from retro.errors import DamagedFile, InvalidOption
 from retro.model import RetroModel
 from retro.retrofit import Model, Retrofit
-from retro.text.base_model import base_sha256, load_base
+from retro.text.base_model import base_sha256, load_base, widened
 from retro.text.corpus import Corpus
 from retro.text.tokenizer import train_tokenizer
 
 
-def new_model(config: ModelConfig) -> Model:
+def new_model(config: ModelConfig, device: torch.device | str = "cpu") -> Model:
     """A model of this shape, with new weights, on the CPU.
+
+    * `device` is where it will be: a base has the precision that is fast there
 
     Raises `InvalidOption` for a base that is not there, or has other weights than the config says.
     """
     if isinstance(config, RetroConfig):
         return RetroModel.from_config(config)
-    base = load_base(config.base)
+    base = widened(load_base(config.base), device)
     found = base_sha256(base)
     if config.base_sha256 not in (None, found):
         raise InvalidOption(
@@ -47,22 +49,24 @@ def moved(config: ModelConfig, base: str | None) -> ModelConfig:
     return replace(config, base=base)
 
 
-def seeded_model(config: ModelConfig, seed: int) -> Model:
-    """A model of this shape, whose new weights are those that a run with this seed begins with."""
+def seeded_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Model:
+    """`new_model`, whose new weights are those that a run with this seed begins with."""
     torch.manual_seed(seed)
-    return new_model(config)
+    return new_model(config, device)
 
 
-def retrofit_for(corpus: Corpus, chunk_len: int, shape: dict[str, Any], seed: int) -> Retrofit:
+def retrofit_for(
+    corpus: Corpus, chunk_len: int, shape: dict[str, Any], seed: int, device: torch.device | str = "cpu"
+) -> Retrofit:
     """A base that is to learn to read a corpus; its config has all that is chosen for it.
 
     * `shape` are values of `RetrofitConfig`
-    * `seed` is as in `seeded_model`
+    * `seed` and `device` are as in `seeded_model`
 
     Raises `InvalidOption` if the corpus has another tokenizer than the base.
     """
     config = RetrofitConfig(**{**shape, "chunk_len": chunk_len})
-    model = seeded_model(config, seed)
+    model = seeded_model(config, seed, device)
     assert isinstance(model, Retrofit)
     require_tokenizer(config.base, model.n_vocab, corpus, chunk_len)
     return model
@@ -79,12 +83,14 @@ def require_tokenizer(base: str, n_vocab: int, corpus: Corpus, chunk_len: int) -
         raise InvalidOption("base", base, f"has {n_vocab} tokens, but its tokenizer has {corpus.n_tokens}")
 
 
-def filled(config: ModelConfig, tensors: dict[str, torch.Tensor], folder: Path) -> Model:
-    """A model of this shape with the weights of a checkpoint in `folder`. Raises `DamagedFile` if they do not fit."""
+def filled(
+    config: ModelConfig, tensors: dict[str, torch.Tensor], folder: Path, device: torch.device | str = "cpu"
+) -> Model:
+    """`new_model`, with the weights of a checkpoint in `folder`. Raises `DamagedFile` if they do not fit."""
     if isinstance(config, RetroConfig):
         with torch.device("meta"):  # takes no memory, whatever size the config claims
             require_shapes(RetroModel.from_config(config).state_dict(), tensors, folder)
-    model = new_model(config)
+    model = new_model(config, device)
     require_shapes(model.state_dict(), tensors, folder)
     model.load_state_dict(tensors)
     return model

