@@ -30,10 +30,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from retro.config import PACKAGED_BASE
+from retro.config import PACKAGED_BASE, RetrofitConfig
+from retro.device import bf16_is_faster
 from retro.errors import CannotWrite, InvalidOption
+from retro.runs.checkpoints import load_model, save_model
+from retro.runs.models import new_model
 from retro.text import base_model
-from retro.text.base_model import base_sha256, find_base, load_base
+from retro.text.base_model import base_sha256, find_base, load_base, widened
 from retro.text.build import build_corpus
 from retro.text.tokenizer import lost_text, train_tokenizer
 
@@ -137,6 +140,39 @@ def test_a_name_of_nothing_is_refused_in_a_sentence(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "of_tomorrow"}')
     with refused(InvalidOption, r"^--base \S+ is no causal language model: .*of_tomorrow") as _:
         load_base(str(tmp_path))
+
+
+PROCESSORS = {  # what torch says of each, and whether it is faster in 16 bits
+    "Intel with AMX": ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, True),
+    "Intel without": ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, False),
+    "AMD": ({"cpu_name": "AMD Zen 4", "avx512_bf16": True}, True),
+    "older AMD": ({"cpu_name": "AMD Zen 3", "avx512_bf16": False}, False),
+    "unknown": ({}, False),
+}
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_a_base_of_16_bits_gets_32_where_the_processor_is_faster_so(kind, tmp_path, monkeypatch):
+    said, is_faster = PROCESSORS[kind]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: said, raising=False)
+    assert bf16_is_faster(torch.device("cpu")) == is_faster
+    saved(tmp_path / "base", *DECODERS["llama"]).bfloat16().save_pretrained(tmp_path / "base")
+    as_saved, config = load_base(str(tmp_path / "base")), RetrofitConfig(str(tmp_path / "base"), 4)
+    exact = load_base(str(tmp_path / "base"), torch.float32)
+    assert as_saved.dtype == torch.bfloat16
+    save_model(tmp_path / "run", made := new_model(config), made.config)
+    x = torch.randint(40, (1, 12))
+    for model in (made, load_model(tmp_path / "run")):
+        assert model.base.dtype == (torch.bfloat16 if is_faster else torch.float32)
+        assert base_sha256(model.base) == made.config.base_sha256 == base_sha256(as_saved), "it is the same base"
+        with torch.no_grad():
+            error = (model(x) - exact(x).logits).abs().max()
+        assert error < 1e-2 if is_faster else error == 0
+    elsewhere = load_model(tmp_path / "run", "meta").base  # a device that every machine has
+    for left in (elsewhere, new_model(config, "cuda").base, widened(load_base(str(tmp_path / "base")), "cuda:1")):
+        assert left.dtype == torch.bfloat16, "on a GPU it stays as it is"
+    monkeypatch.setattr(base_model, "MOST_WIDENED", 2000)
+    assert new_model(config).base.dtype == torch.bfloat16, "too large to double"
 
 
 def test_the_hash_of_a_base_is_of_its_weights_whatever_it_is_rounded_to(tmp_path):
