@@ -169,10 +169,12 @@ def mutations(draw):
 
 
 def mutate_json(data, path, hostile, drop):
-    """Put a hostile value somewhere into JSON, or drop something from it; other bytes get it at their end."""
+    """Put a hostile value somewhere into JSON, or drop something from it; all else gets it at its end."""
     try:
         value = json.loads(data)
     except ValueError:
+        value = None
+    if not isinstance(value, dict | list):
         return data + json.dumps(hostile).encode()
     node = value
     for i, step in enumerate(path):

@@ -356,3 +356,17 @@ def test_an_array_that_is_missing_or_altered_is_named_with_what_makes_it_and_mad
         dataset.path.write_text(json.dumps(body) + "\n")
         with pytest.raises(DamagedFile, match="speaks of arrays"):
             Dataset(dataset.path, corpus)
+
+
+@pytest.mark.parametrize("count", ["n_stretches", "n_chunks"])
+@pytest.mark.parametrize("value", [-1, C + 1, 1 << 30])
+def test_a_record_of_more_than_it_has_room_for_is_no_sample(many, bert, count, value):
+    dataset = samples_in(many, bert)["train"]
+    shards, sound = dataset.samples.samples.shards, dataset.line(1)
+    records = np.load(shards.path(0))
+    records[1][count] = value
+    shards.mapped = lambda number: records  # as someone forged it, with hashes that fit
+    with pytest.raises(DamagedFile, match=r"no sample .* in row 1 of \S+000000-\w+\.npy"):
+        dataset.line(1)
+    records[1][count] = len(sound["offsets" if count == "n_stretches" else "neighbors"])
+    assert dataset.line(1) == sound

@@ -46,8 +46,13 @@ def packed(samples: Sequence[Mapping[str, Any]], record: np.dtype) -> np.ndarray
 
 
 def unpacked(record: np.void) -> dict[str, Any]:
-    """A sample as it would be a line of JSON. Distances have at most 4 digits behind the point, as they had there."""
-    n, rows = record["n_stretches"], range(record["n_chunks"])
+    """A sample as it would be a line of JSON. Distances have at most 4 digits behind the point, as they had there.
+
+    Raises `ValueError` for more stretches or chunks than there is room for.
+    """
+    n, rows, most = record["n_stretches"], range(record["n_chunks"]), len(record["offsets"])
+    if not (0 <= n <= most and 0 <= record["n_chunks"] <= most):
+        raise ValueError(f"{n} stretches and {record['n_chunks']} chunks, where {most} have room")
     lengths = (record["neighbors"] >= 0).sum(axis=1)
     return {
         "offsets": record["offsets"][:n].tolist(),
