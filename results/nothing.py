@@ -114,7 +114,8 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
     texts = drawn(source.read(), share, source.hold_out)
     measured = Measured(folder, place, texts, [valid_fraction, CHUNK_LEN], partial(prepare, source, valid_fraction))
     kinds = {kind: partial(new_model, kind) for kind in SHAPES}
-    ratio = 1 / time_ratios(measured, kinds, config(1000, 0), n_steps=10, n_rounds=8)["plain"]
+    timed = time_ratios(measured, kinds, config(1000, 0), n_steps=10, n_rounds=8)
+    ratio = 1 / timed["ratios"]["plain"]
     about_it = measured.figure("about", None, lambda: about(source, share, Path("data")))
 
     def training(kind: str, steps: int, seed: int) -> Training:
@@ -140,5 +141,5 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
     for steps in [size.steps << n for n in range(size.doublings + 1)] if size.doublings else []:
         on, plain = (training(kind, steps, size.seeds[0]) for kind in SHAPES)
         longer[steps] = evaluated(measured, f"{steps} steps", on, baseline=plain, others=(), **options)
-    of_it = {"longer": longer, "time_ratio": ratio, "runs": summaries, "evaluations": found}
+    of_it = {"longer": longer, "time_ratio": ratio, "timed": timed, "runs": summaries, "evaluations": found}
     return about_it | of_it, measured.machines

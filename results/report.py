@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,9 +30,9 @@ class Way(NamedTuple):
 
 MEMORY = (
     Way("the base alone", "lora", "off", ("rivals", "off")),
-    Way("a longer context", "rivals", "longer-context", ("rivals", "longer-context")),
+    Way("256 more tokens of context", "rivals", "longer-context", ("rivals", "longer-context")),
     Way("kNN-LM", "rivals", "knn-lm", ("rivals", "knn-lm")),
-    Way("what it finds, before its text", "rivals", "in-context", ("rivals", "in-context")),
+    Way("what it finds, before its text, untrained", "rivals", "in-context", ("rivals", "in-context")),
     Way("LoRA, trained for as long", "lora", "baseline", ("rivals", "off")),
     Way("LoRA, trained on all of the text once", "a pass", "baseline", ("rivals", "off")),
     Way("all weights, trained for as long", "all", "baseline", ("rivals", "off")),
@@ -50,7 +49,33 @@ NOTHING = (
     Way("the same, random neighbors", "equal-steps", "random"),
 )
 WAYS = {"memory": MEMORY, "nothing": NOTHING}
-HEADS = {"memory": "*SmolLM2-135M, pretrained*", "nothing": "*1.8 million weights, from nothing*"}
+HEADS = {
+    "memory": "*SmolLM2-135M, pretrained*",
+    "nothing": "*1.3 million weights, 1.8 with those that read, from nothing*",
+}
+# What is trained by each name, where that is another one.
+KIND_OF = {"a pass": "lora", "equal-steps": "plain", "equal-time": "plain"}
+ABOUT_TABLE = """\
+Bits per byte of held-out documents, and what a generated token costs on the first corpus: operations of the networks,
+and time, in which neighbors are searched too. The base is measured on windows in the middle of parts of each document,
+models from nothing on all of it, and on other shares of the corpora. *For as long* counts steps of training, and not
+what finds neighbors."""
+CONDITIONS = """\
+* The base is SmolLM2-135M-Instruct with the weights of its package, which had 4 bits. What it was pretrained on may
+  have had some of these texts, the older ones above all; held out is what is not trained on *here*.
+* Neighbors are found by {retriever}, in a database of the documents that are trained on.
+* What is put before the text, more context and kNN-LM are measured on the base as it is; what reads was trained on
+  the corpus, and so were LoRA and all weights. *Reads random neighbors* tells what that training alone is worth. In
+  its context the base has the neighbors of the last whole chunk; what reads them has seen those of all before too.
+* Learning rates of LoRA and of all weights were chosen on held-out modeling files, on which the first claims are made;
+  those of what reads, and its layers, on other modeling files (docs/a_memory.md); nothing on the other corpora.
+* kNN-LM searches exactly, which its authors do not, with the states before the head as keys and the 64 nearest of
+  them; its search is in the time, and not among the operations."""
+TESTED = """\
+Bits per byte that are saved, with 95% intervals of the difference in pairs, over documents, and over seeds where there
+are several; with one seed they are about that one training (`retro/evaluation/intervals.py`). Intervals are not
+corrected, p-values and verdicts are, for the number of claims in this table (Holm): with nothing gained anywhere, any
+would say yes or no in some 5% of such tables, or more often where a few documents gain far more than the others."""
 LOW = "on chunks with r(C) up to 12.5%"
 
 
@@ -86,7 +111,7 @@ def between(worse: str, better: str, text: str) -> Claim:
 BASE = over("memory", "lora", "off", "A base that reads a memory needs fewer bits than the base alone")
 RANDOM = over("memory", "lora", "random", "It is what it finds: fewer than with random neighbors")
 TUNED = over("memory", "lora", "baseline", "To read beats to learn for as long: fewer than with LoRA")
-IN_CONTEXT = over("memory", "rivals", "in-context", "Fewer than with what it finds put before its text")
+IN_CONTEXT = over("memory", "rivals", "in-context", "Fewer than with what it finds put before its text, untrained")
 EQUAL_TIME = over(
     "nothing", "equal-time", "baseline", "Trained from nothing, retrieval pays for the time that its steps take"
 )
@@ -97,7 +122,7 @@ EQUAL_STEPS = over(
     "nothing",
     "equal-steps",
     "baseline",
-    "Trained from nothing, retrieval beats none at equal steps (with the weights that read besides)",
+    "Trained from nothing, retrieval beats none at equal steps (by a recipe chosen on held-out modeling files)",
 )
 BOTH = Claim("memory", "To read while LoRA learns beats LoRA trained for as long", ("both", "baseline"), ("both", "on"))
 BOTH_ALL = Claim(
@@ -114,8 +139,8 @@ FURTHER = (
     Claim(
         "memory", "It beats LoRA trained on all of the text once, first seed", ("a pass", "baseline"), ("a pass", "on")
     ),
-    over("memory", "rivals", "longer-context", "It beats a longer context"),
-    over("memory", "rivals", "knn-lm", "It beats kNN-LM"),
+    over("memory", "rivals", "longer-context", "It beats 256 more tokens of context, untrained"),
+    over("memory", "rivals", "knn-lm", "It beats kNN-LM, untrained"),
     Claim(
         "memory",
         "It beats LoRA with what it finds before its text, first seed",
@@ -123,10 +148,16 @@ FURTHER = (
         ("tuned, in-context", "on"),
     ),
     EQUAL_STEPS,
-    over("nothing", "equal-steps", "random", "Trained from nothing, it beats random neighbors"),
-    over("nothing", "equal-steps", "random", f"Trained from nothing, it beats random neighbors {LOW}", low=True),
+    over(
+        "nothing",
+        "equal-steps",
+        "random",
+        "Trained from nothing, it beats random neighbors, which it was not trained with",
+    ),
     between("database a tenth", "neighbors 2", "A database of all documents beats one of a tenth"),
-    between("neighbors 2", "database ten times", "A database of ten times as much beats it"),
+    between(
+        "neighbors 2", "database ten times", "A database of all other modeling files, some ten times as much, beats it"
+    ),
     between(
         "database right removed",
         "neighbors 2",
@@ -178,7 +209,7 @@ def share_saved(part: Part, claim: Claim) -> float:
 
 def first_page(record: dict[str, Any], gains: dict[tuple[Claim, str], Gain]) -> Iterator[str]:
     """Five sentences, one table, one plot."""
-    names = list({**record["memory"], **record["nothing"]})
+    names, first = list({**record["memory"], **record["nothing"]}), next(iter(record["memory"].values()))
     titles = [(record["memory"].get(name) or record["nothing"][name])["title"] for name in names]
     yield "# What retrieval brings, and beside what else could be done"
     yield ""
@@ -186,7 +217,8 @@ def first_page(record: dict[str, Any], gains: dict[tuple[Claim, str], Gain]) -> 
     for m in record["machines"]:
         days = m["date"] if m["date"] == m["last"] else f"{m['date']} to {m['last']}"
         versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
-        yield f"{days} on {m['processor']}, {m['cores']} cores, no GPU, Python {m['python']}, {versions};"
+        bases = f", bases in {m['bases']}" if "bases" in m else ""
+        yield f"{days} on {m['processor']}, {m['cores']} cores, no GPU, Python {m['python']}, {versions}{bases};"
     left = [*not_measured(record)]
     yield f"Not measured yet: {', '.join(left)}." if left else ""
     yield ""
@@ -202,14 +234,11 @@ def first_page(record: dict[str, Any], gains: dict[tuple[Claim, str], Gain]) -> 
     yield "*Yes* and *no* are decided by p-values that are corrected for all claims of this page and the next section;"
     yield "in parentheses are the bits that are saved, of those that there are without."
     yield ""
-    yield "Bits per byte of held-out documents, and what a generated token costs on the first corpus: operations of the"
-    yield "networks, and time, in which neighbors are searched too. The base is measured on windows spread over each"
-    yield "document, models from nothing on all of it, and on other shares of the corpora. kNN-LM"
-    yield "searches exactly, which its authors do not."
+    yield ABOUT_TABLE
     yield ""
     yield f"| | {' | '.join(titles)} | operations | time |"
     yield "|---|" + "---|" * (len(titles) + 2)
-    costs = costs_of(next(iter(record["memory"].values())))
+    costs = costs_of(first)
     for kind, ways in WAYS.items() if record["nothing"] else [("memory", MEMORY)]:
         yield f"| {HEADS[kind]} |" + " |" * (len(titles) + 2)
         for way in ways:
@@ -223,6 +252,8 @@ def first_page(record: dict[str, Any], gains: dict[tuple[Claim, str], Gain]) -> 
                 yield f"| {way.text} | {' | '.join(shown)} |"
     yield ""
     yield "![Bits per byte against what a generated token costs](costs.png)"
+    yield ""
+    yield CONDITIONS.format(retriever=retriever_of(first["evaluations"]["lora"]["database"]))
 
 
 def not_measured(record: dict[str, Any]) -> Iterator[str]:
@@ -232,33 +263,33 @@ def not_measured(record: dict[str, Any]) -> Iterator[str]:
             measured = record["measured"][kind].get(name)
             if not measured:
                 yield f"{kind} of {name}"
-            elif seeds := sorted(set(planned["seeds"]) - set(measured["seeds"])):
+                continue
+            if seeds := sorted(set(planned["seeds"]) - set(measured["seeds"])):
                 yield f"{kind} of {name} with seeds {', '.join(map(str, seeds))}"
-            elif measured != planned:
-                differing = (field.replace("_", " ") for field, of in planned.items() if measured[field] != of)
-                yield f"{kind} of {name}: {', '.join(differing)}"
+            others = [of for of in planned if of not in ("seeds", "both") and measured[of] != planned[of]]
+            if others:
+                yield f"{kind} of {name}: {', '.join(of.replace('_', ' ') for of in others)}"
 
 
 def all_claims(record: dict[str, Any], gains: dict[tuple[Claim, str], Gain]) -> Iterator[str]:
     """Every claim with its figures."""
     yield "## The claims, tested"
     yield ""
-    yield "Bits per byte that are saved, with 95% intervals over documents and seeds, of the difference in pairs"
-    yield "(`retro/evaluation/intervals.py`); the p-values are corrected for the number of claims in this table (Holm):"
-    yield "with nothing gained anywhere, any of them would say yes or no in at most 5% of such tables."
+    yield TESTED
     yield ""
-    names = list({**record["memory"], **record["nothing"]})
+    names, most = list({**record["memory"], **record["nothing"]}), max(gain["n_seeds"] for gain in gains.values())
     yield f"| claim | {' | '.join(names)} |"
     yield "|---|" + "---|" * len(names)
     for claim in FIRST + FURTHER:
-        cells = [of_claim(gains[claim, name]) if (claim, name) in gains else "" for name in names]
+        cells = [of_claim(gains[claim, name], most) if (claim, name) in gains else "" for name in names]
         if any(cells):
             yield f"| {claim.text} | {' | '.join(cells)} |"
 
 
-def of_claim(gain: Gain) -> str:
-    """A claim's cell: what the corrected p-value says of it, and its figure."""
-    return f"**{gain['verdict']}**: {format_interval(gain, '+.3f')}, p {format_p(gain['p'])}"
+def of_claim(gain: Gain, most: int) -> str:
+    """A claim's cell: what the corrected p-value says of it, its figure, and its seeds where others have `most`."""
+    fewer = f", {counted(gain['n_seeds'], 'seed')}" if gain["n_seeds"] < most else ""
+    return f"**{gain['verdict']}**: {format_interval(gain, '+.3f')}, p {format_p(gain['p'])}{fewer}"
 
 
 def goals(record: dict[str, Any], gains: dict[tuple[Claim, str], Gain]) -> Iterator[str]:
@@ -270,10 +301,12 @@ def goals(record: dict[str, Any], gains: dict[tuple[Claim, str], Gain]) -> Itera
     beaten = {"LoRA": BOTH, "all weights": BOTH_ALL} if "both" in memory["evaluations"] else {}
     with_lora = {what: share_saved(memory, claim) for what, claim in beaten.items()}
     e, costs = memory["evaluations"], {way.text: cost for way, cost in costs_of(memory).items()}
-    reads, before = costs["**reads what it finds**"], costs["what it finds, before its text"]
+    reads, before = costs["**reads what it finds**"], costs["what it finds, before its text, untrained"]
     bits = {way.text: cell["value"] for way in MEMORY if (cell := figure(memory, way))}
     alone = bits["the base alone"]
-    of_in_context = (alone - bits["**reads what it finds**"]) / (alone - bits["what it finds, before its text"])
+    of_in_context = (alone - bits["**reads what it finds**"]) / (
+        alone - bits["what it finds, before its text, untrained"]
+    )
     without, having, n_bytes = LOW_RANDOM.bits(e)
     low = ratio_of_sums(without - having, n_bytes)
     steps, times = (
@@ -329,18 +362,21 @@ def of_memory(name: str, part: Part) -> Iterator[str]:
     yield ""
     yield from sizes(part, main)
     yield ""
-    yield "| | bits per byte | steps | of a pass over the text | a step takes, of one that learns to read |"
-    yield "|---|---|---|---|---|"
+    yield "| | bits per byte | steps | of a pass over the text | time of a step, of one that reads (rounds) | seeds |"
+    yield "|---|---|---|---|---|---|"
     run_of = {"on": "memory", "random": "memory", "baseline": None}
     for way in MEMORY:
         if cell := figure(part, way):
             run = run_of.get(way.variant, "") if way.evaluation in part["runs"] else ""
             run = "both" if way.evaluation == "both" else run
             run = way.evaluation if run is None else run
-            trained = [""] * 3
+            trained = [""] * 4
             if run:
-                steps = part["runs"][run][0]["steps"]
-                trained = [f"{steps:,}", f"{1024 * steps / part['tokens']['train']:.0%}", f"{part['ratios'][run]:.2f}"]
+                steps, kind = part["runs"][run][0]["steps"], KIND_OF.get(run, run)
+                ratios = [of[kind] / of["memory"] for of in part["timed"]["rounds"]]
+                shown = f"{part['ratios'][run]:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+                of_a_pass = f"{1024 * steps / part['tokens']['train']:.0%}"
+                trained = [f"{steps:,}", of_a_pass, shown if kind != "memory" else "1", str(len(part["runs"][run]))]
             yield f"| {way.text} | {format_interval(cell, '.4f')} | {' | '.join(trained)} |"
     yield ""
     yield f"Copyable: of the chunks that read neighbors, {shares(copyable)} or more in a row with them. {FILTERED}"
@@ -421,7 +457,7 @@ FILTERED = "r(C) is the longest run of tokens that a chunk shares with its ten n
 def sizes(part: Part, main: dict[str, Any]) -> Iterator[str]:
     """How much text trains and is held out."""
     d, n, tokens = main["database"], main["n_windows"], part["tokens"]["valid"]
-    of_each = f", at most {counted(n, 'window')} of each, spread over it" if n else ""
+    of_each = f", at most {counted(n, 'window')} of each, in the middle of as many parts" if n else ""
     yield (
         f"{part['share']:.1%} of it: {part['documents']['train']:,} documents train and fill the database "
         f"({part['bytes']['train'] / 1e6:.1f} MB, "
@@ -451,15 +487,16 @@ def spent(record: dict[str, Any]) -> Iterator[str]:
     """What building and training took."""
     yield "## What it takes"
     yield ""
-    yield "Seconds on the machine above, with whatever else ran there; of a training the mean over seeds."
+    yield "Seconds: of what is built, on the machine above with whatever else ran there; of a training, its steps times"
+    yield "what one takes in turns with the others."
     yield ""
     yield "| | database and neighbors | training |"
     yield "|---|---|---|"
-    for kind, n_tokens in (("memory", 1024), ("nothing", 2048)):  # of a step
+    for kind in ("memory", "nothing"):
         for name, part in record[kind].items():
             building = sum(seconds for command, seconds in part["seconds"].items() if "database-" not in command)
             training = (
-                f"{run} {statistics.fmean(n_tokens * s['steps'] / s['tokens_per_second'] for s in made):,.0f}"
+                f"{run} {made[0]['steps'] * part['timed']['seconds'][KIND_OF.get(run, run)]:,.0f}"
                 for run, made in part["runs"].items()
             )
             yield f"| {kind}: {name} | {building:,.0f} | {', '.join(training)} |"

@@ -38,7 +38,7 @@ FULL: dict[str, dict[str, Any]] = {
     },
 }
 QUICK: dict[str, dict[str, Any]] = {
-    "memory": {"models": memory.Size(20, (0,), 1, both=())},
+    "memory": {"models": memory.Size(20, (0,), 1, both=(), n_timed=2)},
     "nothing": {name: nothing.Size(60, (0,), n_windows=4) for name in ("models", "plays")},
 }
 OWN: dict[str, dict[str, Any]] = {

@@ -27,7 +27,7 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
     return found
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/at_scale.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/at_scale.md", "docs/your_text.md"])
 def test_each_option_in_a_command_of_a_page_is_one_of_that_command(page, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "500")
     found = commands((ROOT / page).read_text())
