@@ -171,6 +171,9 @@ def test_a_base_of_16_bits_gets_32_where_the_processor_is_faster_so(kind, tmp_pa
     elsewhere = load_model(tmp_path / "run", "meta").base  # a device that every machine has
     for left in (elsewhere, new_model(config, "cuda").base, widened(load_base(str(tmp_path / "base")), "cuda:1")):
         assert left.dtype == torch.bfloat16, "on a GPU it stays as it is"
+    quantized, exact = load_base(str(tmp_path / "base")), exact.double()
+    quantized.is_quantized = True
+    assert widened(quantized, "cpu").dtype == torch.bfloat16 and widened(exact, "cpu").dtype == torch.float64
     monkeypatch.setattr(base_model, "MOST_WIDENED", 2000)
     assert new_model(config).base.dtype == torch.bfloat16, "too large to double"
 
