@@ -147,8 +147,8 @@ def build(texts: str, folder: str, tokenizer: str) -> dict[str, Any]:
     }
 
 
-def make_up(folder: str, n: str) -> dict[str, Any]:
-    """A corpus of so many documents of twenty tokens each, drawn at random, as `build_corpus` would write it."""
+def make_up(folder: str, n: str, tokens: str = "20") -> dict[str, Any]:
+    """A corpus of so many documents of so many tokens each, drawn at random, as `build_corpus` would write it."""
     import hashlib
 
     import numpy as np
@@ -159,17 +159,17 @@ def make_up(folder: str, n: str) -> dict[str, Any]:
     from retro.text.build import build_corpus, remove_other_tables, replace_table
     from retro.text.table import DocumentEntry
 
-    n_documents, place, drawn = int(n), Path(folder), np.random.default_rng(0)
+    n_documents, length, place, drawn = int(n), int(tokens), Path(folder), np.random.default_rng(0)
     (place.parent / "few").mkdir(exist_ok=True)
     for number in range(3):
         (place.parent / "few" / f"{number}.txt").write_text(f"some text, number {number}, of the usual kind" * 9)
     corpus = build_corpus([place.parent / "few"], place)
-    drawn.integers(corpus.n_tokens, size=20 * n_documents, dtype=np.uint16).tofile(place / files.TOKENS_FILE)
+    drawn.integers(corpus.n_tokens, size=length * n_documents, dtype=np.uint16).tofile(place / files.TOKENS_FILE)
     with open(place / files.SIGNATURES_FILE, "wb") as out:
-        for _ in range(0, n_documents, 10_000):
-            drawn.integers(1 << 32, size=(10_000, files.N_ORDERS), dtype=np.uint32).tofile(out)
+        for _ in range(n_documents):
+            drawn.integers(1 << 32, size=files.N_ORDERS, dtype=np.uint32).tofile(out)
     hashes = (hashlib.sha256(number.to_bytes(8, "little")).hexdigest() for number in range(n_documents))
-    entries = [DocumentEntry(f"text.jsonl:{i}", sha256, 20, 20) for i, sha256 in enumerate(hashes, start=1)]
+    entries = [DocumentEntry(f"text.jsonl:{i}", sha256, length, length) for i, sha256 in enumerate(hashes, start=1)]
     n_train = n_documents - n_documents // 10
     manifest = read_manifest(place / files.MANIFEST_FILE) | {"n_train": n_train, "n_documents": n_documents}
     manifest |= {"sha256": files.sha256_of_corpus(entries, n_train, corpus.tokenizer)}

@@ -18,8 +18,9 @@ from retro.evaluation.held_out import require_held_out
 from retro.model import RetroConfig, RetroModel
 from retro.sample import Sampler
 from retro.search import filling, updates
+from retro.search.index_file import read_database_manifest
 from retro.search.keys import ChunkOffsets
-from retro.search.recall import N_RECALL_QUERIES
+from retro.search.recall import N_RECALL_QUERIES, ExactNeighbors
 from retro.search.updates import add_documents, remove_documents
 from retro.text.build import build_corpus
 from retro.text.corpus import Corpus
@@ -84,6 +85,21 @@ def test_what_is_added_is_found_and_nothing_else_is_embedded(copy, bert, pericle
     files = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
     assert add_documents([pericles], copy, bert=bert) == manifest
     assert files == {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+
+
+def test_recall_is_measured_again_after_a_large_change_and_not_after_a_small_one(copy, bert, pericles, monkeypatch):
+    measured, recall = [], ExactNeighbors.recall
+    monkeypatch.setattr(ExactNeighbors, "recall", lambda *args: measured.append(args) or recall(*args))
+    before = read_database_manifest(copy)
+    monkeypatch.setattr(updates, "LARGE_CHANGE", 1.0)
+    added = add_documents([pericles], copy, bert=bert)
+    n_added = added["n_chunks"] - before["n_chunks"]
+    assert n_added > 2 and not measured and added["recall"] == before["recall"]
+    monkeypatch.setattr(updates, "LARGE_CHANGE", n_added / before["n_chunks"])
+    removed = remove_documents(["glass.txt", "pericles.md"], copy, bert=bert)
+    assert removed["n_chunks"] == before["n_chunks"] and len(measured) == 1
+    monkeypatch.setattr(updates, "LARGE_CHANGE", (n_added + 0.5) / added["n_chunks"])
+    assert add_documents([pericles], copy, bert=bert)["n_chunks"] == added["n_chunks"] and len(measured) == 1
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF8,PQ16", "HNSW16", "on disk"])

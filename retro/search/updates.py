@@ -64,7 +64,9 @@ from retro.text.records import Columns
 from retro.text.split import entry_of
 from retro.text.table import Documents
 
-MEASURE_UP_TO = 4_000_000  # keys; above, recall stays as it was measured when the index was built
+# Recall is measured again, which takes seconds with a million keys, after a change of so large a share of them, and up
+# to so many; else it stays as it was measured.
+LARGE_CHANGE, MEASURE_UP_TO = 0.01, 4_000_000
 
 
 def add_documents(
@@ -295,6 +297,7 @@ def _update_keys(
     if to_remove and manifest["lists_sha256"]:
         return None  # FAISS takes a list on disk that shrinks to be free, and writes over others: 1.15.1
     index = _writable_index(data_path, manifest)
+    n_before = index.ntotal
     set_n_probe(index, manifest["n_probe"])
     if to_remove:
         try:
@@ -302,10 +305,11 @@ def _update_keys(
         except RuntimeError:  # as an HNSW graph
             return None
     numbers = keys.offsets.of_documents(to_add)
+    n_changed = n_before - index.ntotal + len(numbers)
     if len(numbers):
         add_rows(index, keys.rows(numbers), keys.offsets[numbers])
     manifest |= documents_in_database(corpus) | {"n_chunks": index.ntotal}
-    if len(keys.offsets) <= MEASURE_UP_TO:
+    if len(keys.offsets) <= MEASURE_UP_TO and n_changed >= LARGE_CHANGE * index.ntotal:
         manifest["recall"] = ExactNeighbors.of(keys, bert, manifest["seed"]).recall(index, keys)
     manifest = write_database(index, data_path, manifest)
     shutil.rmtree(data_path / SHARDS_FOLDER, ignore_errors=True)
