@@ -86,8 +86,9 @@ def widened(base: PreTrainedModel, device: torch.device | str) -> PreTrainedMode
     ones, and those with more than `MOST_WIDENED` weights, stay as they are.
     """
     device, is_half = torch.device(device), base.dtype in (torch.bfloat16, torch.float16)
-    if device.type == "cpu" and not bf16_is_faster(device) and is_half and not getattr(base, "is_quantized", False):
-        return base.float() if base.num_parameters() <= MOST_WIDENED else base
+    is_slow = device.type == "cpu" and is_half and not bf16_is_faster(device)
+    if is_slow and not getattr(base, "is_quantized", False) and base.num_parameters() <= MOST_WIDENED:
+        base.float()
     return base
 
 
