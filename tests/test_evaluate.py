@@ -140,7 +140,8 @@ def test_random_neighbors_come_from_another_document_or_else_from_earlier_text()
     assert shuffled_neighbors(neighbors[3:4], documents[:1], rng).tolist() == [[-1, -1]]
 
 
-def test_the_longest_common_run_is_that_of_a_brute_force_search():
+def test_the_longest_common_run_is_that_of_a_brute_force_search(monkeypatch):
+    monkeypatch.setattr("retro.search.chunks.PAIRS_OF_TOKENS", 7 * 4 * 12)  # seven chunks at once, and one at last
     rng = np.random.default_rng(0)
     chunks, values = rng.integers(0, 3, (50, 6)), rng.integers(0, 3, (50, 4, 12))
     chunks[rng.random(chunks.shape) < 0.05] = -1
@@ -159,6 +160,8 @@ def test_the_longest_common_run_is_that_of_a_brute_force_search():
     expected = [brute_force(chunk, rows) for chunk, rows in zip(chunks, values, strict=True)]
     assert longest_common_run(chunks, values).tolist() == expected
     assert len(set(expected)) > 3, "the cases are all alike"
+    long = np.arange(300)
+    assert longest_common_run(long[None], long[None, None, 1:]).tolist() == [299], "longer than a byte can count"
 
 
 def test_leakage_and_copyable_tokens_of_text_that_was_planted(plays, index):

@@ -11,6 +11,7 @@ import numpy as np
 from retro.text.corpus import NO_TOKEN, Corpus
 
 NO_DISTANCE = np.finfo(np.float32).max  # of a neighbor that is missing
+PAIRS_OF_TOKENS = 1 << 17  # of chunks and of values, that are compared at once: few enough for a cache
 AT_ONCE = 4096  # chunks whose comparisons with something are in memory together
 
 
@@ -99,10 +100,16 @@ def common_runs(chunks: np.ndarray, values: np.ndarray) -> np.ndarray:
     At step i, `run` is the length of the common run that ends at token i of the chunk and at each token of a value:
     one more than it was a token earlier in both.
     """
-    run = np.zeros((*values.shape[:2], values.shape[2] + 1), dtype=np.int16)
-    longest = np.zeros(values.shape[:2], dtype=np.int16)
-    for i in range(chunks.shape[1]):
-        token = chunks[:, i, None, None]
-        run[..., 1:] = np.where((values == token) & (token >= 0), run[..., :-1] + 1, 0)
-        longest = np.maximum(longest, run.max(axis=2))
-    return longest.astype(np.int64)
+    (n, K, R), m = values.shape, chunks.shape[1]
+    tokens, longest = np.where(chunks < 0, NO_TOKEN - 1, chunks).astype(np.int32), np.zeros((n, K), dtype=np.int64)
+    at_once = max(1, PAIRS_OF_TOKENS // max(1, K * R))
+    for rows in (slice(start, start + at_once) for start in range(0, n, at_once)):
+        # Chunks go along the last axis, where numpy is quick, in numbers as small as runs can be.
+        of_values = np.ascontiguousarray(values[rows].transpose(2, 1, 0), dtype=np.int32)  # (R, K, N)
+        run = np.zeros((R + 1, *of_values.shape[1:]), dtype=np.min_scalar_type(m))
+        most = run[1:].copy()
+        for token in tokens[rows].T:
+            run[1:] = (run[:-1] + 1) * (of_values == token)
+            np.maximum(most, run[1:], out=most)
+        longest[rows] = most.max(axis=0, initial=0).T
+    return longest
