@@ -32,7 +32,9 @@ from retro.database import RetroIndex, build_database
 from retro.dataset import DATASET_FILE, Dataset, build_dataset
 from retro.model import RetroConfig, RetroModel
 from retro.sample import Sampler
-from retro.search.keys import Keys
+from retro.search.bm25 import BM25, K1, B
+from retro.search.chunks import Chunks
+from retro.search.keys import Keys, chunk_offsets
 from retro.storage.manifests import CHECKSUM, with_checksum
 from retro.text.build import build_corpus
 from retro.text.corpus import Corpus
@@ -149,6 +151,30 @@ def dataset(variant: str, folder: Path) -> Result:
     labml.BERTChunkEmbeddings(torch.device("cpu"))(["warm up", "warm up"])
     seconds, _ = timed(labml.build_dataset)
     return {"seconds": seconds, "units": 1}
+
+
+def bm25(variant: str, folder: Path) -> Result:
+    """The fifty chunks of subwords that share most with each of 2,048."""
+    corpus = build_corpus([folder / TEXT], folder / "subwords", "bpe:2048")
+    chunks = Chunks(corpus, chunk_offsets(corpus, 16), 16)
+    queries = chunks[slice(2048)]
+    if variant == "retro":
+        finds = BM25()
+        finds.build(chunks, folder / "tokens")
+        finds.open(chunks, folder / "tokens")
+        finds.nearest(queries[slice(64)], 50, None)
+        seconds, _ = timed(lambda: finds.nearest(queries, 50, None))
+    else:
+        import bm25s
+
+        words, asked = ([[str(token) for token in row] for row in some.tokens.tolist()] for some in (chunks, queries))
+        theirs = bm25s.BM25(method="lucene", k1=K1, b=B)
+        theirs.index(words, show_progress=False)
+        theirs.activate_numba_scorer()
+        how = {"k": 50, "show_progress": False, "n_threads": os.cpu_count()}
+        theirs.retrieve(asked[:64], **how)
+        seconds, _ = timed(lambda: theirs.retrieve(asked, **how))
+    return {"seconds": seconds, "units": len(queries)}
 
 
 def _published_model(module: Any) -> Any:
@@ -417,6 +443,7 @@ STAGES: dict[str, Callable[[str, Path], Result]] = {
     "embed256": lambda variant, folder: embed(variant, folder, 256),
     "database": database,
     "dataset": dataset,
+    "bm25": bm25,
     "train": train,
     "paper": paper,
     "sample128": lambda variant, folder: sample(variant, folder, 128),
