@@ -10,6 +10,7 @@ from conftest import CHUNK_LEN, CHUNKS_PER_SAMPLE, refused
 
 from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.cli import main
+from retro.cli.stages import describe
 from retro.config import DatabaseConfig
 from retro.database import RetroIndex, build_database, chunk_offsets
 from retro.dataset import DATASET_FILE, Dataset, build_dataset
@@ -95,11 +96,16 @@ def test_recall_is_measured_again_after_a_large_change_and_not_after_a_small_one
     added = add_documents([pericles], copy, bert=bert)
     n_added = added["n_chunks"] - before["n_chunks"]
     assert n_added > 2 and not measured and added["recall"] == before["recall"]
+    assert describe(added).endswith(f"{describe(before).partition('recall ')[2]} before {n_added} chunks came or went")
     monkeypatch.setattr(updates, "LARGE_CHANGE", n_added / before["n_chunks"])
     removed = remove_documents(["glass.txt", "pericles.md"], copy, bert=bert)
-    assert removed["n_chunks"] == before["n_chunks"] and len(measured) == 1
+    assert removed["n_chunks"] == before["n_chunks"] and len(measured) == 1 and not removed["n_changed"]
+    # However small each change is: together they are large.
     monkeypatch.setattr(updates, "LARGE_CHANGE", (n_added + 0.5) / added["n_chunks"])
-    assert add_documents([pericles], copy, bert=bert)["n_chunks"] == added["n_chunks"] and len(measured) == 1
+    again = add_documents([pericles], copy, bert=bert)
+    assert again["n_chunks"] == added["n_chunks"] and len(measured) == 1 and again["n_changed"] == n_added
+    removed = remove_documents(["glass.txt"], copy, bert=bert)
+    assert len(measured) == 2 and not removed["n_changed"] and "came or went" not in describe(removed)
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF8,PQ16", "HNSW16", "on disk"])

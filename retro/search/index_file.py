@@ -52,8 +52,8 @@ MANIFEST_FIELDS: Fields = {
     "additions": list,
     "removed": dict,
 }
-# Fields that came later, and what databases from before are made with.
-SINCE = {"retriever": "bert", "rerank": 0, "rerank_by": "overlap", "rerank_sha256": "", "key_bits": 32}
+# Fields that came later, and what older databases have: `n_changed` chunks came or went since recall was measured.
+SINCE = {"retriever": "bert", "rerank": 0, "rerank_by": "overlap", "rerank_sha256": "", "key_bits": 32, "n_changed": 0}
 
 
 def read_database_manifest(data_path: str | Path) -> dict[str, Any]:

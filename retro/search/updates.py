@@ -64,7 +64,7 @@ from retro.text.records import Columns
 from retro.text.split import entry_of
 from retro.text.table import Documents
 
-# Recall is measured again, which takes seconds with a million keys, after a change of so large a share of them, and up
+# Recall is measured again, which takes seconds with a million keys, once so large a share of them has changed, and up
 # to so many; else it stays as it was measured.
 LARGE_CHANGE, MEASURE_UP_TO = 0.01, 4_000_000
 
@@ -305,12 +305,13 @@ def _update_keys(
         except RuntimeError:  # as an HNSW graph
             return None
     numbers = keys.offsets.of_documents(to_add)
-    n_changed = n_before - index.ntotal + len(numbers)
+    n_changed = manifest["n_changed"] + n_before - index.ntotal + len(numbers)
     if len(numbers):
         add_rows(index, keys.rows(numbers), keys.offsets[numbers])
-    manifest |= documents_in_database(corpus) | {"n_chunks": index.ntotal}
+    manifest |= documents_in_database(corpus) | {"n_chunks": index.ntotal, "n_changed": n_changed}
     if len(keys.offsets) <= MEASURE_UP_TO and n_changed >= LARGE_CHANGE * index.ntotal:
-        manifest["recall"] = ExactNeighbors.of(keys, bert, manifest["seed"]).recall(index, keys)
+        recall = ExactNeighbors.of(keys, bert, manifest["seed"]).recall(index, keys)
+        manifest |= {"recall": recall, "n_changed": 0}
     manifest = write_database(index, data_path, manifest)
     shutil.rmtree(data_path / SHARDS_FOLDER, ignore_errors=True)
     return manifest
