@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -41,10 +42,16 @@ def call(stage: str, *arguments: str) -> None:
     """
     command, file = " ".join(["retro", stage, *arguments]), Path("seconds.json")
     print(f"\n$ {command}", flush=True)
-    started = time.perf_counter()
+    before = processor_seconds()
     subprocess.run([sys.executable, "-m", "retro", stage, *arguments], check=True)
     seconds = json.loads(file.read_text()) if file.exists() else {}
-    write_json(file, {command: time.perf_counter() - started} | seconds)
+    write_json(file, {command: processor_seconds() - before} | seconds)
+
+
+def processor_seconds() -> float:
+    """What this process and those that it waited for have worked, on all cores: other work and pauses do not count."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(of.ru_utime + of.ru_stime for of in used)
 
 
 def machine() -> dict[str, Any]:
@@ -82,6 +89,7 @@ class Measured:
         self.folder, self.place = folder.resolve(), place.resolve() / sha256_of_json(self.of[:2])[:8]
         self.texts, self.prepare = texts, cache(prepare)
         self.machines: list[dict[str, Any]] = []  # of the figures that were asked for
+        self.seconds: dict[str, float | None] = {}  # of a processor, that each of their files says it took
 
     def figure(self, name: str, key: Any, measure: Callable[[], Any], of_any_text: bool = False) -> Any:
         """What `measure` gives, as it was when it was first called for such a `key`, which is JSON-safe.
@@ -92,14 +100,17 @@ class Measured:
         file = folder / f"{name.replace(' ', '-')}-{sha256_of_json([*of, key])[:8]}.json"
         if not file.exists():
             print(f"\n# {name}", flush=True)
+            before = processor_seconds()
             self.place.mkdir(parents=True, exist_ok=True)
             os.chdir(self.place)
             write_texts(Path("texts"), self.texts)
             self.prepare()
             value = measure()
-            write_json(file, {"machine": machine(), "value": value}, indent=None)
+            seconds = round(processor_seconds() - before, 1)
+            write_json(file, {"machine": machine(), "processor_seconds": seconds, "value": value}, indent=None)
         found = json.loads(file.read_text())
         self.machines.append(found["machine"])
+        self.seconds[file.name] = found.get("processor_seconds")
         return found["value"]
 
 

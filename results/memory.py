@@ -35,6 +35,7 @@ BY_SEARCH = {
     "bm25": ["--retriever", "bm25"],
 }
 NEIGHBORS = (1, 2, 4, 8)
+LONGER = 4
 # What learns, beside a base that reads. How else it can be made used to a text: the learning rates were chosen for them
 # after 40 steps on the held-out modeling files themselves: LoRA 0.603, 0.561, 0.569 at 1e-3, 3e-3, 1e-2; all weights,
 # which take a hundredth of it, 0.607, 0.554, 0.529, 0.592 at 3e-3, 1e-2, 3e-2, 1e-1.
@@ -59,11 +60,11 @@ class Size:
     both: tuple[int, ...] = (0,)  # seeds with which it also learns to read while LoRA learns
     n_timed: int = 12  # rounds in which the steps of all kinds are timed
     sweeps: bool = False
-    a_pass: bool = False  # the first way to fine-tune also learns from all of the text once, with the first seed
+    longer: bool = False  # the first way to fine-tune also learns for `LONGER` times as long, with the first seed
 
     def rounds(self) -> tuple[Size, ...]:
         """What is measured first, second and at last, each with what came before."""
-        alone = replace(self, sweeps=False, a_pass=False)
+        alone = replace(self, sweeps=False, longer=False)
         return replace(alone, seeds=self.seeds[:1], both=self.both[:1]), alone, self
 
 
@@ -105,13 +106,6 @@ def training(measured: Measured, name: str, kind: str, steps: int, seed: int) ->
     """The training of a model of some kind."""
     given = {"lr": RATES[kind]} if kind in RATES else {}
     return Training(measured, name, shape(kind), config(steps, seed, **given))
-
-
-def n_samples() -> int:
-    """How many samples the text has, of which a step takes one."""
-    from retro.runs.data import TrainingData
-
-    return len(TrainingData(Path("data")).datasets["train"])
 
 
 def database_of_texts(source: Source, name: str) -> Path:
@@ -233,10 +227,10 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
         tuned = runs[size.tuned[0]][0]
         found["tuned, in-context"] = evaluated(measured, "tuned in-context", first, baseline=tuned, **on_top, **options)
         found |= sweeps(measured, source, first, options)
-    if size.a_pass:
-        steps = measured.figure("samples", None, n_samples)
-        a_pass = training(measured, "a-pass", size.tuned[0], steps, size.seeds[0])
-        summaries["a pass"], ratios = [a_pass.summary()], ratios | {"a pass": ratios[size.tuned[0]]}
-        found["a pass"] = evaluated(measured, "a pass", first, baseline=a_pass, others=(), **options)
+    if size.longer:
+        tuned = runs[size.tuned[0]][0]
+        longer = training(measured, "longer", size.tuned[0], LONGER * tuned.config.steps, size.seeds[0])
+        summaries["longer"] = [longer.summary()]
+        found["longer"] = evaluated(measured, "longer", first, baseline=longer, others=(), **options)
     of_it = {"ratios": ratios, "timed": timed, "runs": summaries, "evaluations": found}
-    return about_it | of_it, measured.machines
+    return about_it | of_it | {"processor_seconds": measured.seconds}, measured.machines

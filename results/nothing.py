@@ -142,4 +142,4 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
         on, plain = (training(kind, steps, size.seeds[0]) for kind in SHAPES)
         longer[steps] = evaluated(measured, f"{steps} steps", on, baseline=plain, others=(), **options)
     of_it = {"longer": longer, "time_ratio": ratio, "timed": timed, "runs": summaries, "evaluations": found}
-    return about_it | of_it, measured.machines
+    return about_it | of_it | {"processor_seconds": measured.seconds}, measured.machines

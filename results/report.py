@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ MEMORY = (
     Way("kNN-LM", "rivals", "knn-lm", ("rivals", "knn-lm")),
     Way("what it finds, before its text, untrained", "rivals", "in-context", ("rivals", "in-context")),
     Way("LoRA, trained for as long", "lora", "baseline", ("rivals", "off")),
-    Way("LoRA, trained on all of the text once", "a pass", "baseline", ("rivals", "off")),
+    Way("LoRA, trained for four times as long", "longer", "baseline", ("rivals", "off")),
     Way("all weights, trained for as long", "all", "baseline", ("rivals", "off")),
     Way("that LoRA, what it finds before its text", "tuned, in-context", "in-context", ("rivals", "in-context")),
     Way("**reads what it finds**", "lora", "on", ("rivals", "on")),
@@ -54,12 +54,18 @@ HEADS = {
     "nothing": "*1.3 million weights, 1.8 with those that read, from nothing*",
 }
 # What is trained by each name, where that is another one.
-KIND_OF = {"a pass": "lora", "equal-steps": "plain", "equal-time": "plain"}
+KIND_OF = {"longer": "lora", "equal-steps": "plain", "equal-time": "plain"}
 ABOUT_TABLE = """\
-Bits per byte of held-out documents, and what a generated token costs on the first corpus: operations of the networks,
-and time, in which neighbors are searched too. The base is measured on windows in the middle of parts of each document,
-models from nothing on all of it, and on other shares of the corpora. *For as long* counts steps of training, and not
-what finds neighbors."""
+Bits per byte of held-out documents, and what a generated token costs on the first corpus: operations of the networks;
+time, in which neighbors are searched too; memory of all weights, and of what is kept of a text; and what is searched,
+on the disk or in memory. The base is measured on windows in the middle of parts of each document, models from nothing
+on all of it, and on other shares of the corpora. *For as long* counts steps of training, not what finds neighbors."""
+COSTS: dict[str, Callable[[dict[str, float]], str]] = {
+    "operations": lambda cost: f"{cost['operations'] / 1e9:.2f} billion",
+    "time": lambda cost: f"{1e3 * cost['seconds']:.0f} ms",
+    "memory": lambda cost: f"{(cost['weights'] + cost['kept']) / 1e6:,.0f} MB",
+    "searched": lambda cost: f"{cost['searched'] / 1e6:,.1f} MB" if cost["searched"] else "",
+}
 CONDITIONS = """\
 * The base is SmolLM2-135M-Instruct with the weights of its package, which had 4 bits. What it was pretrained on may
   have had some of these texts, the older ones above all; held out is what is not trained on *here*.
@@ -137,7 +143,7 @@ FURTHER = (
     over("memory", "lora", "baseline", f"It beats LoRA trained for as long {LOW}", low=True),
     ALL_TUNED,
     Claim(
-        "memory", "It beats LoRA trained on all of the text once, first seed", ("a pass", "baseline"), ("a pass", "on")
+        "memory", "It beats LoRA trained for four times as long, first seed", ("longer", "baseline"), ("longer", "on")
     ),
     over("memory", "rivals", "longer-context", "It beats 256 more tokens of context, untrained"),
     over("memory", "rivals", "knn-lm", "It beats kNN-LM, untrained"),
@@ -236,19 +242,16 @@ def first_page(record: dict[str, Any], gains: dict[tuple[Claim, str], Gain]) -> 
     yield ""
     yield ABOUT_TABLE
     yield ""
-    yield f"| | {' | '.join(titles)} | operations | time |"
-    yield "|---|" + "---|" * (len(titles) + 2)
+    yield f"| | {' | '.join(titles)} | {' | '.join(COSTS)} |"
+    yield "|---|" + "---|" * (len(titles) + len(COSTS))
     costs = costs_of(first)
     for kind, ways in WAYS.items() if record["nothing"] else [("memory", MEMORY)]:
-        yield f"| {HEADS[kind]} |" + " |" * (len(titles) + 2)
+        yield f"| {HEADS[kind]} |" + " |" * (len(titles) + len(COSTS))
         for way in ways:
             cells = [figure(record[kind].get(name), way) for name in names]
             if any(cells):
                 shown = [f"{cell['value']:.3f}" if cell else "" for cell in cells]
-                cost = costs.get(way)
-                shown += (
-                    [f"{cost['operations'] / 1e9:.2f} billion", f"{1e3 * cost['seconds']:.0f} ms"] if cost else ["", ""]
-                )
+                shown += [said(costs[way]) if way in costs else "" for said in COSTS.values()]
                 yield f"| {way.text} | {' | '.join(shown)} |"
     yield ""
     yield "![Bits per byte against what a generated token costs](costs.png)"
@@ -374,7 +377,7 @@ def of_memory(name: str, part: Part) -> Iterator[str]:
             if run:
                 steps, kind = part["runs"][run][0]["steps"], KIND_OF.get(run, run)
                 ratios = [of[kind] / of["memory"] for of in part["timed"]["rounds"]]
-                shown = f"{part['ratios'][run]:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+                shown = f"{part['ratios'][kind]:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
                 of_a_pass = f"{1024 * steps / part['tokens']['train']:.0%}"
                 trained = [f"{steps:,}", of_a_pass, shown if kind != "memory" else "1", str(len(part["runs"][run]))]
             yield f"| {way.text} | {format_interval(cell, '.4f')} | {' | '.join(trained)} |"
@@ -487,8 +490,12 @@ def spent(record: dict[str, Any]) -> Iterator[str]:
     """What building and training took."""
     yield "## What it takes"
     yield ""
-    yield "Seconds: of what is built, on the machine above with whatever else ran there; of a training, its steps times"
-    yield "what one takes in turns with the others."
+    parts = [part for kind in ("memory", "nothing") for part in record[kind].values()]
+    seconds = {file: of for part in parts for file, of in part.get("processor_seconds", {}).items()}
+    known = [of for of in seconds.values() if of is not None]
+    others = f", without {n} figures that do not say" if (n := len(seconds) - len(known)) else ""
+    yield "Seconds: of what is built, those of one core; of a training, its steps times what one takes in turns with"
+    yield f"others. All figures took {sum(known) / 3600:.1f} hours of one core{others}." if known else "others."
     yield ""
     yield "| | database and neighbors | training |"
     yield "|---|---|---|"

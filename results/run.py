@@ -29,7 +29,7 @@ FULL: dict[str, dict[str, Any]] = {
     "memory": {
         name: memory.Size(60, SEEDS, 1)
         if name != "models"
-        else memory.Size(100, SEEDS, 1, tuned=("lora", "all"), rivals=ALL_RIVALS, both=SEEDS, sweeps=True, a_pass=True)
+        else memory.Size(100, SEEDS, 1, tuned=("lora", "all"), rivals=ALL_RIVALS, both=SEEDS, sweeps=True, longer=True)
         for name in SOURCES
     },
     "nothing": {

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import time
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from test_retrofit_runs import write_base
 from retro.cli import main
 from retro.config import DatasetConfig
 from retro.database import RetroIndex
-from retro.dataset import DATASET_FILE, Dataset, build_dataset
+from retro.dataset import build_dataset
 from retro.evaluation.intervals import counted, judged
 from retro.storage.manifests import read_manifest
 from retro.text.corpus import Corpus
@@ -62,7 +63,7 @@ def test_published_figures_are_of_held_out_documents_and_of_the_seeds_that_were_
         assert set(parts) <= set(run.SOURCES) == set(corpora.SOURCES)
         for name, part in parts.items():
             n_seeds = len(record["measured"][kind][name]["seeds"])
-            of_all = {run: len(summaries) for run, summaries in part["runs"].items() if run != "a pass"}
+            of_all = {run: len(summaries) for run, summaries in part["runs"].items() if run != "longer"}
             assert of_all.pop("both", 0) == len(record["measured"][kind][name].get("both", ()))
             assert set(of_all.values()) == {n_seeds}
             evaluated = {tuple(e["documents"]) for e in part["evaluations"].values()}
@@ -152,7 +153,7 @@ def measured(data, tmp_path_factory):
     of = {"models": texts[:24], "python": texts[24:30], "plays": texts[30:34]}
     sources = {n: corpora.Source(n, lambda some=some: some, share=0.5, valid_fraction=0.3) for n, some in of.items()}
     sizes = memory.Size(
-        2, (0, 1), 1, tuned=("lora", "all"), rivals=run.ALL_RIVALS, both=(0, 1), sweeps=True, a_pass=True
+        2, (0, 1), 1, tuned=("lora", "all"), rivals=run.ALL_RIVALS, both=(0, 1), sweeps=True, longer=True
     )
     with pytest.MonkeyPatch.context() as patch:
         for module in (memory, nothing):
@@ -198,13 +199,12 @@ def test_everything_is_measured_on_the_same_bytes_with_the_same_samples(measured
 def test_a_fine_tuned_model_has_the_time_and_a_plain_one_the_steps_or_the_time_of_those_that_read(measured):
     record, place = measured
     part, nothing_part = record["memory"]["models"], record["nothing"]["models"]
-    (folder,) = (place / "memory").glob("*/*/data")
-    n_samples = len(Dataset(folder / DATASET_FILE["train"], Corpus.load(folder / "corpus")))
     (file,) = (place.parent / "measured" / "memory").glob("time-ratios-*.json")
     ratios = json.loads(file.read_text())["value"]["ratios"]
     assert set(ratios) == {"memory", "lora", "all", "both"}
-    assert part["ratios"] == ratios | {"a pass": ratios["lora"]} and ratios["memory"] == 1
-    assert [s["steps"] for s in part["runs"]["a pass"]] == [n_samples]
+    assert part["ratios"] == ratios and ratios["memory"] == 1
+    assert [s["steps"] for s in part["runs"]["longer"]] == [4 * part["runs"]["lora"][0]["steps"]]
+    assert memory.LONGER == 4 and "four times as long" in " ".join(way.text for way in report.MEMORY)
     for name in ("lora", "all", "both"):
         assert {summary["steps"] for summary in part["runs"][name]} == {max(2, round(2 / ratios[name]))}
     steps = {name: {s["steps"] for s in made} for name, made in nothing_part["runs"].items()}
@@ -245,6 +245,17 @@ def test_a_figure_is_measured_once_for_a_key_and_other_texts_have_their_own(tmp_
     assert figure(of([("a", "one")]), 1, "v")[0] == "v"
     (processor,) = {machine["processor"] for machine in measured.machines}
     assert len(measured.machines) == 3 and processor == common.machine()["processor"]
+    assert len(measured.seconds) == 2 and all(0 <= seconds < 60 for seconds in measured.seconds.values())
+
+
+def test_pauses_do_not_count_as_work_and_that_of_commands_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = common.processor_seconds()
+    time.sleep(0.5)
+    assert common.processor_seconds() - before < 0.4
+    common.call("--help")
+    (seconds,) = json.loads(Path("seconds.json").read_text()).values()
+    assert seconds > 0.05 and common.processor_seconds() - before > seconds
 
 
 def test_machines_are_told_once_with_their_first_and_last_date():
@@ -295,7 +306,7 @@ def test_each_claim_is_about_the_figures_that_it_names():
         "to read alone": memory_on - bits("memory", "both", "on"),
         f"LoRA learns beats LoRA {report.LOW}": bits("memory", "both", "baseline", True)
         - bits("memory", "both", "on", True),
-        "all of the text once": bits("memory", "a pass", "baseline") - bits("memory", "a pass", "on"),
+        "four times as long": bits("memory", "longer", "baseline") - bits("memory", "longer", "on"),
         "256 more tokens of context": bits("memory", "rivals", "longer-context") - memory_on,
         "kNN-LM": bits("memory", "rivals", "knn-lm") - memory_on,
         "LoRA with what it finds": bits("memory", "tuned, in-context", "in-context")
@@ -379,6 +390,8 @@ def test_a_page_is_made_of_everything_and_tells_what_was_reached(measured, tmp_p
     }
     cost = e["rivals"]["costs"]["knn-lm"]
     assert f"{cost['operations'] / 1e9:.2f} billion | {1e3 * cost['seconds']:.0f} ms" in row
+    megabytes = (cost["weights"] + cost["kept"]) / 1e6, cost["searched"] / 1e6
+    assert row.endswith(f"| {megabytes[0]:,.0f} MB | {megabytes[1]:,.1f} MB |") and megabytes[1] > 1
     assert f"{e['rivals']['bits_per_byte']['knn-lm']['value']:.3f}" in row
     for file in ("costs.png", "filtered-models.png"):
         assert (tmp_path / file).read_bytes().startswith(b"\x89PNG")
@@ -401,10 +414,10 @@ def test_what_is_not_measured_yet_is_left_out_of_the_page(measured, tmp_path):
     first = run.FULL["memory"]["models"].rounds()[0]
     record["measured"]["memory"]["models"] = asdict(first)
     record["sizes"]["memory"]["models"] = asdict(run.FULL["memory"]["models"])
-    left = ["memory of models with seeds 1, 2", "memory of models: sweeps, a pass", "nothing of models"]
+    left = ["memory of models with seeds 1, 2", "memory of models: sweeps, longer", "nothing of models"]
     assert [*report.not_measured(record)] == left
     record["measured"]["memory"]["models"] = asdict(replace(first, seeds=run.SEEDS, both=run.SEEDS))
-    assert [*report.not_measured(record)] == ["memory of models: sweeps, a pass", "nothing of models"]
+    assert [*report.not_measured(record)] == ["memory of models: sweeps, longer", "nothing of models"]
 
 
 # Ablations.
