@@ -121,6 +121,24 @@ def test_each_token_is_scored_once_with_the_context_that_the_stride_leaves_it(in
     assert (found.nats["on"][1:] > 0).all() and found.nats["on"][0] == 0
 
 
+def test_windows_are_as_many_at_once_as_a_vocabulary_allows_and_no_figure_changes(index, monkeypatch):
+    model, corpus, shapes = model_of(index), index.corpus, []
+    model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    cut = windows(corpus, WINDOW, WINDOW)
+
+    def measured(batch_size, at_once):
+        monkeypatch.setattr("retro.evaluation.windows.LOGITS_AT_ONCE", at_once * WINDOW * corpus.n_tokens)
+        shapes.clear()
+        return losses(model, corpus, index, None, cut, batch_size, "cpu", "off")
+
+    expected = measured(3, 100)
+    assert max(n for n, _ in shapes) == 3
+    np.testing.assert_allclose(measured(100, 2), expected, rtol=1e-5, atol=1e-5)
+    assert max(n for n, _ in shapes) == 2 and len(shapes) == -(len(cut) // -2)
+    np.testing.assert_allclose(measured(100, 0), expected, rtol=1e-5, atol=1e-5)
+    assert len(shapes) == len(cut), "one at least"
+
+
 def test_random_neighbors_come_from_another_document_or_else_from_earlier_text():
     rng = np.random.default_rng(0)
     numbers = np.array([0, 1, 2, -1, 4, 5, 6, 7])  # of chunks; each has its own number as a neighbor, one has none
