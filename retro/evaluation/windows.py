@@ -18,7 +18,7 @@ from retro.progress import each
 from retro.retrofit import Model
 from retro.text.corpus import Corpus
 
-LOGITS_AT_ONCE = 2**26  # on a CPU, which takes a third longer for eight times as many
+LOGITS_AT_ONCE = 2**26  # on a CPU: eight windows of 1,024 tokens of 49,152 kinds take 1.4 times as long as one by one
 Window = tuple[int, int, int]  # (start, end, scored): reads tokens `start:end`, scores tokens `scored` to `end`
 
 
