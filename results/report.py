@@ -321,21 +321,21 @@ def goals(record: dict[str, Any], gains: dict[tuple[Claim, str], Gain]) -> Itera
     yield "| on modeling files, or on the corpus that is named | asked | measured | reached |"
     yield "|---|---|---|---|"
     for text, asked, measured, reached in (
-        ("fewer bits than the base alone", "35%", f"{off:.0%}", off >= 0.35),
-        ("fewer than with random neighbors", "25%", f"{random:.0%}", random >= 0.25),
-        ("fewer than LoRA trained for as long", "15%", f"{lora:.0%}", lora >= 0.15),
-        ("fewer than all weights trained for as long", "15%", f"{tuned:.0%}", tuned >= 0.15),
+        ("fewer bits than the base alone", "35%", f"{off:.1%}", off >= 0.35),
+        ("fewer than with random neighbors", "25%", f"{random:.1%}", random >= 0.25),
+        ("fewer than LoRA trained for as long", "15%", f"{lora:.1%}", lora >= 0.15),
+        ("fewer than all weights trained for as long", "15%", f"{tuned:.1%}", tuned >= 0.15),
         *(
-            (f"fewer than {what} trained for as long, while LoRA learns too", "15%", f"{saved:.0%}", saved >= 0.15)
+            (f"fewer than {what} trained for as long, while LoRA learns too", "15%", f"{saved:.1%}", saved >= 0.15)
             for what, saved in with_lora.items()
         ),
         (f"fewer than with random neighbors {LOW}", "an interval above 0", format_interval(low), (low["low"] or 0) > 0),
-        ("of what in-context saves", "two thirds", f"{of_in_context:.0%}", of_in_context >= 2 / 3),
+        ("of what in-context saves", "two thirds", f"{of_in_context:.1%}", of_in_context >= 2 / 3),
         *(
             (
                 f"of the {what} of in-context",
                 "a quarter",
-                f"{reads[of] / before[of]:.0%}",
+                f"{reads[of] / before[of]:.1%}",
                 reads[of] / before[of] <= 0.25,
             )
             for of, what in (("operations", "operations"), ("seconds", "time"))
@@ -343,13 +343,13 @@ def goals(record: dict[str, Any], gains: dict[tuple[Claim, str], Gain]) -> Itera
         (
             f"from nothing, equal steps, the best of {len(steps)} ({best_steps})",
             "10%",
-            f"{steps[best_steps]:.0%}",
+            f"{steps[best_steps]:.1%}",
             steps[best_steps] >= 0.1,
         ),
         (
             f"from nothing, equal time, the best of {len(times)} ({best_time})",
             "above 0, decided",
-            f"{times[best_time]:.0%}, {gains[EQUAL_TIME, best_time]['verdict']}",
+            f"{times[best_time]:.1%}, {gains[EQUAL_TIME, best_time]['verdict']}",
             gains[EQUAL_TIME, best_time]["verdict"] == "yes",
         ),
     ):
