@@ -168,9 +168,8 @@ def bm25(variant: str, folder: Path) -> Result:
         import bm25s
 
         words, asked = ([[str(token) for token in row] for row in some.tokens.tolist()] for some in (chunks, queries))
-        theirs = bm25s.BM25(method="lucene", k1=K1, b=B)
+        theirs = bm25s.BM25(method="lucene", k1=K1, b=B, backend="numba" if variant.endswith("numba") else "numpy")
         theirs.index(words, show_progress=False)
-        theirs.activate_numba_scorer()
         how = {"k": 50, "show_progress": False, "n_threads": os.cpu_count()}
         theirs.retrieve(asked[:64], **how)
         seconds, _ = timed(lambda: theirs.retrieve(asked, **how))

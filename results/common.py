@@ -38,9 +38,9 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
 def call(stage: str, *arguments: str) -> None:
     """Run one of the library's own commands; each finds what is already there.
 
-    How long it takes is kept in `seconds.json`, of the first time.
+    How long it takes is kept in `processor_seconds.json`, of the first time.
     """
-    command, file = " ".join(["retro", stage, *arguments]), Path("seconds.json")
+    command, file = " ".join(["retro", stage, *arguments]), Path("processor_seconds.json")
     print(f"\n$ {command}", flush=True)
     before = processor_seconds()
     subprocess.run([sys.executable, "-m", "retro", stage, *arguments], check=True)
@@ -167,7 +167,7 @@ def about(source: Source, share: float, data: Path) -> dict[str, Any]:
         "held_out": [corpus.documents[i].name for i in corpus.split("valid")],
         "bytes": {s: sum(corpus.documents[i].n_bytes for i in corpus.split(s)) for s in ("train", "valid")},
         "tokens": {"train": corpus.n_train_tokens, "valid": corpus.end_of_valid - corpus.n_train_tokens},
-        "seconds": json.loads(Path("seconds.json").read_text()),
+        "seconds": json.loads(Path("processor_seconds.json").read_text()),
     }
 
 

@@ -197,14 +197,27 @@ def figure(part: Part | None, way: Way) -> Interval | None:
 
 
 def costs_of(part: Part) -> dict[Way, dict[str, float]]:
-    """What a generated token costs, by each way that was measured."""
-    evaluations, found = part["evaluations"], {}
+    """What a generated token costs, by each way that was measured; with the weights that the way has.
+
+    It was measured of a model that reads, also where it did not read.
+    """
+    evaluations, found, reads = part["evaluations"], {}, part["runs"]["memory"][0]
     for way in MEMORY:
         evaluation, variant = way.cost or ("", "")
         cost = evaluations.get(evaluation, {}).get("costs", {}).get(variant)
         if cost and figure(part, way):
-            found[way] = cost
+            run = run_of(part, way)
+            alone = reads["n_parameters"] - reads["n_trained_parameters"]
+            n = part["runs"][run][0]["n_parameters"] if run else alone
+            found[way] = cost | {"weights": cost["weights"] / reads["n_parameters"] * n}
     return found
+
+
+def run_of(part: Part, way: Way) -> str | None:
+    """What was trained for a way to use a base, if anything was."""
+    if way.evaluation not in part["runs"] or way.variant == "off":
+        return None
+    return way.evaluation if way.variant == "baseline" or way.evaluation == "both" else "memory"
 
 
 def share_saved(part: Part, claim: Claim) -> float:
@@ -367,14 +380,10 @@ def of_memory(name: str, part: Part) -> Iterator[str]:
     yield ""
     yield "| | bits per byte | steps | of a pass over the text | time of a step, of one that reads (rounds) | seeds |"
     yield "|---|---|---|---|---|---|"
-    run_of = {"on": "memory", "random": "memory", "baseline": None}
     for way in MEMORY:
         if cell := figure(part, way):
-            run = run_of.get(way.variant, "") if way.evaluation in part["runs"] else ""
-            run = "both" if way.evaluation == "both" else run
-            run = way.evaluation if run is None else run
             trained = [""] * 4
-            if run:
+            if run := run_of(part, way):
                 steps, kind = part["runs"][run][0]["steps"], KIND_OF.get(run, run)
                 ratios = [of[kind] / of["memory"] for of in part["timed"]["rounds"]]
                 shown = f"{part['ratios'][kind]:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
@@ -493,9 +502,11 @@ def spent(record: dict[str, Any]) -> Iterator[str]:
     parts = [part for kind in ("memory", "nothing") for part in record[kind].values()]
     seconds = {file: of for part in parts for file, of in part.get("processor_seconds", {}).items()}
     known = [of for of in seconds.values() if of is not None]
-    others = f", without {n} figures that do not say" if (n := len(seconds) - len(known)) else ""
     yield "Seconds: of what is built, those of one core; of a training, its steps times what one takes in turns with"
-    yield f"others. All figures took {sum(known) / 3600:.1f} hours of one core{others}." if known else "others."
+    yield "others."
+    if known:
+        yield f"{len(known)} of {len(seconds)} figures say what they took, {sum(known) / 3600:.1f} hours of one core"
+        yield "without what was done in sessions that were cut off."
     yield ""
     yield "| | database and neighbors | training |"
     yield "|---|---|---|"

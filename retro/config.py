@@ -281,7 +281,7 @@ class EvaluateConfig:
     stride: int | None = None  # tokens between windows; null for half a window
     n_windows: int | None = None  # the most windows of each document, spread over it; null for all
     n_shuffles: int = 3  # times that neighbors are drawn at random
-    batch_size: int = 8  # windows that are evaluated at once
+    batch_size: int = 8  # the most windows that are evaluated at once
 
     def __post_init__(self) -> None:
         require_numbers(self)

@@ -127,7 +127,7 @@ def test_windows_are_as_many_at_once_as_a_vocabulary_allows_and_no_figure_change
     cut = windows(corpus, WINDOW, WINDOW)
 
     def measured(batch_size, at_once):
-        monkeypatch.setattr("retro.evaluation.windows.LOGITS_AT_ONCE", at_once * WINDOW * corpus.n_tokens)
+        monkeypatch.setattr("retro.evaluation.windows.LOGITS_ON_A_CPU", at_once * WINDOW * corpus.n_tokens)
         shapes.clear()
         return losses(model, corpus, index, None, cut, batch_size, "cpu", "off")
 
@@ -159,7 +159,7 @@ def test_random_neighbors_come_from_another_document_or_else_from_earlier_text()
 
 
 def test_the_longest_common_run_is_that_of_a_brute_force_search(monkeypatch):
-    monkeypatch.setattr("retro.search.chunks.PAIRS_OF_TOKENS", 7 * 4 * 12)  # seven chunks at once, and one at last
+    monkeypatch.setattr("retro.search.chunks.TOKENS_AT_ONCE", 7 * 4 * 12)  # seven chunks at once, and one at last
     rng = np.random.default_rng(0)
     chunks, values = rng.integers(0, 3, (50, 6)), rng.integers(0, 3, (50, 4, 12))
     chunks[rng.random(chunks.shape) < 0.05] = -1

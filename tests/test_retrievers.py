@@ -188,6 +188,17 @@ def test_of_equal_chunks_the_earliest_is_found_whatever_is_asked_for(tmp_path):
     assert many[:40] == sorted(many[:40])
 
 
+def test_nothing_is_found_where_nothing_may_be_also_by_a_processor_that_takes_tiny_numbers_for_zero(data_of_chars):
+    index = RetroIndex(data_path=data_of_chars)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot")
+    try:
+        _, found = index.nearest_at(index.corpus.starts[:2], 3, np.array([[[0, len(index.corpus.tokens)]]] * 2))
+    finally:
+        torch.set_flush_denormal(False)
+    assert (found == -1).all()
+
+
 def test_characters_that_are_in_no_text_are_no_tokens(data_of_chars):
     index = RetroIndex(data_path=data_of_chars)
     for known, with_others in (("king storm", "king \u00df\u4e00storm"), ("", "\u4e00")):

@@ -201,7 +201,8 @@ def describe(database: dict[str, Any]) -> str:
     from retro.storage.sample_file import retriever_of
 
     recall = ", ".join(f"{share:.1%} {k}" for k, share in database["recall"].items()) or "not known"
-    recall += f" before {n:,} chunks came or went" if (n := database["n_changed"]) else ""
+    if database["recall"] and database["n_changed"]:
+        recall += f" before {database['n_changed']:,} of its chunks came or went"
     by = f", retrieved by {how}" if (how := retriever_of(database)) not in (BERT, database["index"]) else ""
     return (
         f"{database['n_chunks']:,} chunks of {database['chunk_len']} tokens in {database['index']}{by}; recall {recall}"

@@ -33,7 +33,7 @@ from retro.storage.files import mapped_array
 from retro.storage.shards import MOST_OPEN, TOKENS_PER_SHARD, Shards
 
 K1, B = 1.5, 0.75  # of the formula: the defaults of Lucene are 1.2 and 0.75, of most others these
-SCORES_AT_ONCE = 1 << 19  # of a query and a chunk, in each thread: they fit into its cache
+SCORES_AT_ONCE = 1 << 19  # of a query and a chunk, in each thread: 2 MB, which its cache may hold
 
 
 class BM25:
@@ -120,7 +120,7 @@ class BM25:
         wanted = csr_array(
             (counts.astype(np.float32), (rows, terms)), shape=(len(queries), self.chunks.corpus.n_tokens)
         )
-        at_once = max(1, SCORES_AT_ONCE // (self.parts[0].stop or 1))
+        at_once = max(1, SCORES_AT_ONCE // len(self.chunks[self.parts[0]]))
         with ThreadPoolExecutor(faiss.omp_get_max_threads()) as threads:  # scipy's products let others work
             for number, part in enumerate(self.parts):
                 scores, offsets = self._scores(number), self.chunks[part].offsets
@@ -128,10 +128,10 @@ class BM25:
 
                 def look(start: int, scores: csr_array = scores, offsets: np.ndarray = offsets) -> None:
                     some = slice(start, start + at_once)
-                    terms = np.unique(wanted[some].indices)
-                    # Queries are few and dense: four times as fast as a product of two sparse matrices, same sums.
-                    products = scores[terms].T @ wanted[some][:, terms].toarray().T
-                    of_some = np.ascontiguousarray(products.T)
+                    asked = wanted[some]
+                    kinds = np.unique(asked.indices)
+                    # With a dense matrix of the few queries, which is faster than with a sparse one; the same sums.
+                    of_some = np.ascontiguousarray((scores[kinds].T @ asked[:, kinds].toarray().T).T)
                     if excluded is not None:
                         of_some[is_barred(offsets, excluded[some])] = 0
                     best, columns = _best(of_some, k)
@@ -154,7 +154,7 @@ def _best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """
     least = max(0, scores.shape[1] - k)
     kth = np.partition(scores, least, axis=1)[:, least, None]
-    high = scores >= np.maximum(kth, np.finfo(np.float32).smallest_subnormal)
+    high = scores >= np.maximum(kth, np.finfo(np.float32).tiny)
     rows, columns = np.divmod(np.flatnonzero(high), scores.shape[1])
     order = np.lexsort((columns, -scores[rows, columns], rows))
     rows, columns = rows[order], columns[order]

@@ -11,7 +11,7 @@ import numpy as np
 from retro.text.corpus import NO_TOKEN, Corpus
 
 NO_DISTANCE = np.finfo(np.float32).max  # of a neighbor that is missing
-PAIRS_OF_TOKENS = 1 << 17  # of chunks and of values, that are compared at once: few enough for a cache
+TOKENS_AT_ONCE = 1 << 17  # of values that are compared with chunks: few enough for a processor's cache
 AT_ONCE = 4096  # chunks whose comparisons with something are in memory together
 
 
@@ -102,7 +102,7 @@ def common_runs(chunks: np.ndarray, values: np.ndarray) -> np.ndarray:
     """
     (n, K, R), m = values.shape, chunks.shape[1]
     tokens, longest = np.where(chunks < 0, NO_TOKEN - 1, chunks).astype(np.int32), np.zeros((n, K), dtype=np.int64)
-    at_once = max(1, PAIRS_OF_TOKENS // max(1, K * R))
+    at_once = max(1, TOKENS_AT_ONCE // max(1, K * R))
     for rows in (slice(start, start + at_once) for start in range(0, n, at_once)):
         # Chunks go along the last axis, where numpy is quick, in numbers as small as runs can be.
         of_values = np.ascontiguousarray(values[rows].transpose(2, 1, 0), dtype=np.int32)  # (R, K, N)

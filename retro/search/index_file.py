@@ -52,7 +52,8 @@ MANIFEST_FIELDS: Fields = {
     "additions": list,
     "removed": dict,
 }
-# Fields that came later, and what older databases have: `n_changed` chunks came or went since recall was measured.
+# Fields that came later, and what older databases are taken for. `n_changed` chunks came or went since recall was
+# measured.
 SINCE = {"retriever": "bert", "rerank": 0, "rerank_by": "overlap", "rerank_sha256": "", "key_bits": 32, "n_changed": 0}
 
 
