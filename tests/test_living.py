@@ -96,8 +96,8 @@ def test_recall_is_measured_again_after_a_large_change_and_not_after_a_small_one
     added = add_documents([pericles], copy, bert=bert)
     n_added = added["n_chunks"] - before["n_chunks"]
     assert n_added > 2 and not measured and added["recall"] == before["recall"]
-    recall = describe(before).partition("recall ")[2]
-    assert describe(added).endswith(f"recall {recall} before {n_added} of its chunks came or went")
+    said = describe(before).partition("recall ")[2]
+    assert describe(added).endswith(f"recall {said} before {n_added} of its chunks came or went")
     monkeypatch.setattr(updates, "LARGE_CHANGE", n_added / before["n_chunks"])
     removed = remove_documents(["glass.txt", "pericles.md"], copy, bert=bert)
     assert removed["n_chunks"] == before["n_chunks"] and len(measured) == 1 and not removed["n_changed"]
