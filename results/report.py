@@ -76,7 +76,8 @@ CONDITIONS = """\
 * Learning rates of LoRA and of all weights were chosen on held-out modeling files, on which the first claims are made;
   those of what reads, and its layers, on other modeling files (docs/a_memory.md); nothing on the other corpora.
 * kNN-LM searches exactly, which its authors do not, with the states before the head as keys and the 64 nearest of
-  them; its search is in the time, and not among the operations."""
+  them; its search is in the time, and not among the operations.
+* What LoRA adds to the operations of a token, 2% of the base's, is left out, and so is its time."""
 TESTED = """\
 Bits per byte that are saved, with 95% intervals of the difference in pairs, over documents, and over seeds where there
 are several; with one seed they are about that one training (`retro/evaluation/intervals.py`). Intervals are not
@@ -503,9 +504,9 @@ def spent(record: dict[str, Any]) -> Iterator[str]:
     seconds = {file: of for part in parts for file, of in part.get("processor_seconds", {}).items()}
     known = [of for of in seconds.values() if of is not None]
     yield "Seconds: of what is built, those of one core; of a training, its steps times what one takes in turns with"
-    yield "others."
+    yield "others, on all cores."
     if known:
-        yield f"{len(known)} of {len(seconds)} figures say what they took, {sum(known) / 3600:.1f} hours of one core"
+        yield f"{len(known)} of {len(seconds)} figures say what they took: {sum(known) / 3600:.1f} hours of one core,"
         yield "without what was done in sessions that were cut off."
     yield ""
     yield "| | database and neighbors | training |"
