@@ -203,7 +203,7 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
         ]
         for name in ratios
     }  # fmt: skip
-    first = runs["memory"][0]
+    first, first_tuned = runs["memory"][0], runs[size.tuned[0]][0]
     options = {"window": WINDOW, "stride": STRIDE, "n_windows": size.n_windows, "n_shuffles": 1}
     found: dict[str, Any] = {}
     # Rivals of the frozen base need no training, so they are the same for all seeds.
@@ -224,12 +224,12 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
     summaries = {name: [made.summary() for made in of_seeds] for name, of_seeds in runs.items()}
     if size.sweeps:
         on_top = {"others": ("off",), "against": ("in-context",)}
-        tuned = runs[size.tuned[0]][0]
-        found["tuned, in-context"] = evaluated(measured, "tuned in-context", first, baseline=tuned, **on_top, **options)
+        found["tuned, in-context"] = evaluated(
+            measured, "tuned in-context", first, baseline=first_tuned, **on_top, **options
+        )
         found |= sweeps(measured, source, first, options)
     if size.longer:
-        tuned = runs[size.tuned[0]][0]
-        longer = training(measured, "longer", size.tuned[0], LONGER * tuned.config.steps, size.seeds[0])
+        longer = training(measured, "longer", size.tuned[0], LONGER * first_tuned.config.steps, size.seeds[0])
         summaries["longer"] = [longer.summary()]
         found["longer"] = evaluated(measured, "longer", first, baseline=longer, others=(), **options)
     of_it = {"ratios": ratios, "timed": timed, "runs": summaries, "evaluations": found}

@@ -203,12 +203,12 @@ def costs_of(part: Part) -> dict[Way, dict[str, float]]:
     It was measured of a model that reads, also where it did not read.
     """
     evaluations, found, reads = part["evaluations"], {}, part["runs"]["memory"][0]
+    alone = reads["n_parameters"] - reads["n_trained_parameters"]
     for way in MEMORY:
         evaluation, variant = way.cost or ("", "")
         cost = evaluations.get(evaluation, {}).get("costs", {}).get(variant)
         if cost and figure(part, way):
             run = run_of(part, way)
-            alone = reads["n_parameters"] - reads["n_trained_parameters"]
             n = part["runs"][run][0]["n_parameters"] if run else alone
             found[way] = cost | {"weights": cost["weights"] / reads["n_parameters"] * n}
     return found
