@@ -128,7 +128,7 @@ def of_variant(batches: Iterable[Any], variant: Variant) -> Iterator[Any]:
 
 def config(variant: Variant, size: Size, seed: int) -> Any:
     """How a variant is trained."""
-    from retro.device import bf16_is_faster, pick_device
+    from retro.device import pick_device, pick_precision
     from retro.train import TrainConfig
 
     return TrainConfig(
@@ -140,7 +140,7 @@ def config(variant: Variant, size: Size, seed: int) -> Any:
         clip=1.0,
         beta2=0.95,
         weight_decay=0.1,
-        precision="bf16" if bf16_is_faster(pick_device("cpu")) else "fp32",
+        precision=pick_precision("auto", pick_device("cpu")),
         seed=seed,
         **variant.train,
     )

@@ -191,20 +191,18 @@ def evaluated(
     baseline: Training | None = None,
     others: Sequence[str] = ("off", "random"),
     against: Sequence[str] = (),
-    costs: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """The summary of an evaluation of a trained model on the held-out documents of the corpus.
 
     * `options` are those of `EvaluateConfig`
     """
-    key = [training.key, database.key, baseline and baseline.key, options, list(others), list(against), costs]
+    key = [training.key, database.key, baseline and baseline.key, options, list(others), list(against)]
 
     def evaluate() -> dict[str, Any]:
         from retro.config import EvaluateConfig
         from retro.database import RetroIndex
         from retro.evaluate import evaluate
-        from retro.evaluation.costs import costs as costs_of
         from retro.runs.checkpoints import load_model
         from retro.text.corpus import Corpus
 
@@ -214,9 +212,26 @@ def evaluated(
         evaluation = evaluate(
             model, corpus, index, config=EvaluateConfig(**options), baseline=plain, others=others, against=against
         )
-        return evaluation.summary() | ({"costs": costs_of(evaluation, model, plain)} if costs else {})
+        return evaluation.summary()
 
     return measured.figure(f"evaluation {name}", key, evaluate)  # type: ignore[no-any-return]
+
+
+def costs(measured: Measured, training: Training, variants: Sequence[str], window: int) -> dict[str, Any]:
+    """What a generated token costs by each way of using a trained model, with as many neighbors as it learned with."""
+
+    def measure() -> dict[str, Any]:
+        from retro.config import DatasetConfig
+        from retro.database import RetroIndex
+        from retro.evaluation.costs import costs
+        from retro.runs.checkpoints import load_model
+        from retro.text.corpus import Corpus
+
+        corpus, index, k = Corpus.load("data/corpus"), RetroIndex(data_path="data"), DatasetConfig.n_neighbors
+        model = load_model(training.make()[0])
+        return dict(costs(variants, model, corpus, index, n_neighbors=k, window=window))
+
+    return measured.figure("costs", [training.key, list(variants), window], measure)  # type: ignore[no-any-return]
 
 
 def time_ratios(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Database, Measured, Training, about, call, evaluated, time_ratios, write_texts
+from common import Database, Measured, Training, about, call, costs, evaluated, time_ratios, write_texts
 from corpora import SOURCES, Source, Texts, drawn
 
 from retro.config import PACKAGED_BASE
@@ -58,6 +58,7 @@ class Size:
     tuned: tuple[str, ...] = ("lora",)
     rivals: tuple[str, ...] = ("in-context",)
     both: tuple[int, ...] = (0,)  # seeds with which it also learns to read while LoRA learns
+    costs: bool = False  # of a generated token, by the base, by what reads, and by each rival
     n_timed: int = 12  # rounds in which the steps of all kinds are timed
     sweeps: bool = False
     longer: bool = False  # the first way to fine-tune also learns for `LONGER` times as long, with the first seed
@@ -207,9 +208,8 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
     options = {"window": WINDOW, "stride": STRIDE, "n_windows": size.n_windows, "n_shuffles": 1}
     found: dict[str, Any] = {}
     # Rivals of the frozen base need no training, so they are the same for all seeds.
-    found["rivals"] = evaluated(
-        measured, "rivals", first, others=("off",), against=size.rivals, costs=True, **options
-    )  # fmt: skip
+    found["rivals"] = evaluated(measured, "rivals", first, others=("off",), against=size.rivals, **options)
+    cost = costs(measured, first, ("on", "off", *size.rivals), WINDOW) if size.costs else {}
     for name in size.tuned:
         others = ("off", "random") if name == size.tuned[0] else ()
         found[name] = joined([
@@ -232,5 +232,5 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
         longer = training(measured, "longer", size.tuned[0], LONGER * first_tuned.config.steps, size.seeds[0])
         summaries["longer"] = [longer.summary()]
         found["longer"] = evaluated(measured, "longer", first, baseline=longer, others=(), **options)
-    of_it = {"ratios": ratios, "timed": timed, "runs": summaries, "evaluations": found}
+    of_it = {"ratios": ratios, "timed": timed, "runs": summaries, "evaluations": found, "costs": cost}
     return about_it | of_it | {"processor_seconds": measured.seconds}, measured.machines

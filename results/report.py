@@ -23,30 +23,30 @@ class Way(NamedTuple):
     text: str
     evaluation: str
     variant: str
-    # The evaluation and the variant that have its cost. What LoRA learns can be added to the weights, where it costs
-    # nothing.
-    cost: tuple[str, str] | None = None
+    run: str | None = None  # what was trained for it
+    # The variant that costs as much. What LoRA learns can be added to the weights, where it costs nothing.
+    cost: str | None = None
 
 
 MEMORY = (
-    Way("the base alone", "lora", "off", ("rivals", "off")),
-    Way("256 more tokens of context", "rivals", "longer-context", ("rivals", "longer-context")),
-    Way("kNN-LM", "rivals", "knn-lm", ("rivals", "knn-lm")),
-    Way("what it finds, before its text, untrained", "rivals", "in-context", ("rivals", "in-context")),
-    Way("LoRA, trained for as long", "lora", "baseline", ("rivals", "off")),
-    Way("LoRA, trained for four times as long", "longer", "baseline", ("rivals", "off")),
-    Way("all weights, trained for as long", "all", "baseline", ("rivals", "off")),
-    Way("that LoRA, what it finds before its text", "tuned, in-context", "in-context", ("rivals", "in-context")),
-    Way("**reads what it finds**", "lora", "on", ("rivals", "on")),
-    Way("**reads what it finds, while LoRA learns**", "both", "on", ("rivals", "on")),
-    Way("reads random neighbors", "lora", "random"),
+    Way("the base alone", "lora", "off", None, "off"),
+    Way("256 more tokens of context", "rivals", "longer-context", None, "longer-context"),
+    Way("kNN-LM", "rivals", "knn-lm", None, "knn-lm"),
+    Way("what it finds, before its text, untrained", "rivals", "in-context", None, "in-context"),
+    Way("LoRA, trained for as long", "lora", "baseline", "lora", "off"),
+    Way("LoRA, trained for four times as long", "longer", "baseline", "longer", "off"),
+    Way("all weights, trained for as long", "all", "baseline", "all", "off"),
+    Way("that LoRA, what it finds before its text", "tuned, in-context", "in-context", "lora", "in-context"),
+    Way("**reads what it finds**", "lora", "on", "memory", "on"),
+    Way("**reads what it finds, while LoRA learns**", "both", "on", "both", "on"),
+    Way("reads random neighbors", "lora", "random", "memory"),
 )
 NOTHING = (
-    Way("without retrieval, equal steps", "equal-steps", "baseline"),
-    Way("without retrieval, equal time", "equal-time", "baseline"),
-    Way("**with retrieval**", "equal-steps", "on"),
-    Way("the same, retrieval off", "equal-steps", "off"),
-    Way("the same, random neighbors", "equal-steps", "random"),
+    Way("without retrieval, equal steps", "equal-steps", "baseline", "equal-steps"),
+    Way("without retrieval, equal time", "equal-time", "baseline", "equal-time"),
+    Way("**with retrieval**", "equal-steps", "on", "retro"),
+    Way("the same, retrieval off", "equal-steps", "off", "retro"),
+    Way("the same, random neighbors", "equal-steps", "random", "retro"),
 )
 WAYS = {"memory": MEMORY, "nothing": NOTHING}
 HEADS = {
@@ -56,10 +56,11 @@ HEADS = {
 # What is trained by each name, where that is another one.
 KIND_OF = {"longer": "lora", "equal-steps": "plain", "equal-time": "plain"}
 ABOUT_TABLE = """\
-Bits per byte of held-out documents, and what a generated token costs on the first corpus: operations of the networks;
-time, in which neighbors are searched too; memory of all weights, and of what is kept of a text; and what is searched,
-on the disk or in memory. The base is measured on windows in the middle of parts of each document, models from nothing
-on all of it, and on other shares of the corpora. *For as long* counts steps of training, not what finds neighbors."""
+Bits per byte of held-out documents, and what a generated token costs on the first corpus: operations of the networks
+and of kNN-LM's search; time, in which neighbors are searched too; memory of all weights, and of what is kept of a text;
+and what is searched, on the disk or in memory. The base is measured on windows in the middle of parts of each document,
+models from nothing on all of it, and on other shares of the corpora. *For as long* counts steps of training, not what
+finds neighbors."""
 COSTS: dict[str, Callable[[dict[str, float]], str]] = {
     "operations": lambda cost: f"{cost['operations'] / 1e9:.2f} billion",
     "time": lambda cost: f"{1e3 * cost['seconds']:.0f} ms",
@@ -76,7 +77,7 @@ CONDITIONS = """\
 * Learning rates of LoRA and of all weights were chosen on held-out modeling files, on which the first claims are made;
   those of what reads, and its layers, on other modeling files (docs/a_memory.md); nothing on the other corpora.
 * kNN-LM searches exactly, which its authors do not, with the states before the head as keys and the 64 nearest of
-  them; its search is in the time, and not among the operations.
+  them, whose search is in its operations and its time.
 * What LoRA adds to the operations of a token, 2% of the base's, is left out, and so is its time."""
 TESTED = """\
 Bits per byte that are saved, with 95% intervals of the difference in pairs, over documents, and over seeds where there
@@ -202,23 +203,13 @@ def costs_of(part: Part) -> dict[Way, dict[str, float]]:
 
     It was measured of a model that reads, also where it did not read.
     """
-    evaluations, found, reads = part["evaluations"], {}, part["runs"]["memory"][0]
+    found, reads = {}, part["runs"]["memory"][0]
     alone = reads["n_parameters"] - reads["n_trained_parameters"]
     for way in MEMORY:
-        evaluation, variant = way.cost or ("", "")
-        cost = evaluations.get(evaluation, {}).get("costs", {}).get(variant)
-        if cost and figure(part, way):
-            run = run_of(part, way)
-            n = part["runs"][run][0]["n_parameters"] if run else alone
+        if way.cost in part["costs"] and figure(part, way):
+            cost, n = part["costs"][way.cost], part["runs"][way.run][0]["n_parameters"] if way.run else alone
             found[way] = cost | {"weights": cost["weights"] / reads["n_parameters"] * n}
     return found
-
-
-def run_of(part: Part, way: Way) -> str | None:
-    """What was trained for a way to use a base, if anything was."""
-    if way.evaluation not in part["runs"] or way.variant == "off":
-        return None
-    return way.evaluation if way.variant == "baseline" or way.evaluation == "both" else "memory"
 
 
 def share_saved(part: Part, claim: Claim) -> float:
@@ -384,7 +375,7 @@ def of_memory(name: str, part: Part) -> Iterator[str]:
     for way in MEMORY:
         if cell := figure(part, way):
             trained = [""] * 4
-            if run := run_of(part, way):
+            if run := way.run:
                 steps, kind = part["runs"][run][0]["steps"], KIND_OF.get(run, run)
                 ratios = [of[kind] / of["memory"] for of in part["timed"]["rounds"]]
                 shown = f"{part['ratios'][kind]:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
@@ -432,7 +423,7 @@ def of_nothing(part: Part) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for way in NOTHING:
         e = part["evaluations"][way.evaluation]
-        run = runs[way.evaluation if way.variant == "baseline" else "retro"][0]
+        run = runs[way.run][0]
         saved = "" if way.variant == "on" else format_interval(e["gain"][f"over {way.variant}"])
         cells = [format_interval(figure(part, way), ".4f"), f"{run['steps']:,}", f"{run['n_parameters']:,}", saved]
         yield f"| {way.text} | {' | '.join(cells)} |"

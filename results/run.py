@@ -29,7 +29,9 @@ FULL: dict[str, dict[str, Any]] = {
     "memory": {
         name: memory.Size(60, SEEDS, 1)
         if name != "models"
-        else memory.Size(100, SEEDS, 1, tuned=("lora", "all"), rivals=ALL_RIVALS, both=SEEDS, sweeps=True, longer=True)
+        else memory.Size(
+            100, SEEDS, 1, tuned=("lora", "all"), rivals=ALL_RIVALS, both=SEEDS, costs=True, sweeps=True, longer=True
+        )
         for name in SOURCES
     },
     "nothing": {
@@ -38,11 +40,11 @@ FULL: dict[str, dict[str, Any]] = {
     },
 }
 QUICK: dict[str, dict[str, Any]] = {
-    "memory": {"models": memory.Size(20, (0,), 1, both=(), n_timed=2)},
+    "memory": {"models": memory.Size(20, (0,), 1, both=(), costs=True, n_timed=2)},
     "nothing": {name: nothing.Size(60, (0,), n_windows=4) for name in ("models", "plays")},
 }
 OWN: dict[str, dict[str, Any]] = {
-    "memory": {"own": memory.Size(100, (0,), 2)},
+    "memory": {"own": memory.Size(100, (0,), 2, costs=True)},
     "nothing": {"own": nothing.Size(600, (0,))},
 }
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from retro.config import PACKAGED
-from retro.device import bf16_is_faster
+from retro.device import pick_precision
 from retro.text.pretrained import embedder_manifest, load_bert
 
 TOKENS_PER_BATCH = 4096  # BERT tokens in one call; more take more memory, and on two cores no less time
@@ -56,7 +56,7 @@ class BERTChunkEmbeddings:
         self.device = torch.device(device)
         self.embedder = embedder
         self.trim = trim
-        self.precision = ("bf16" if bf16_is_faster(self.device) else "fp32") if precision == "auto" else precision
+        self.precision = pick_precision(precision, self.device)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         self.tokenizer, self.model = load_bert(embedder, self.device, dtype)
         self.tokens_per_batch = TOKENS_PER_BATCH * (1 if self.device.type == "cpu" else MORE_ON_A_GPU)

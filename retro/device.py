@@ -30,6 +30,11 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def pick_precision(name: str, device: torch.device) -> str:
+    """`auto` is `bf16` where the device computes faster so, else `fp32`."""
+    return ("bf16" if bf16_is_faster(device) else "fp32") if name == "auto" else name
+
+
 def bf16_is_faster(device: torch.device) -> bool:
     """Whether the device computes faster in bfloat16 than in float32.
 

@@ -1,6 +1,5 @@
 """Costs of a generated token: counted operations are those of the products, worked out by hand."""
 
-import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -20,12 +19,14 @@ from retro.retrofit import Retrofit
 
 M, K, WINDOW = CHUNK_LEN, 2, 16 * CHUNK_LEN
 T = 12 * M  # three quarters of a window
-CONFIG = EvaluateConfig(n_neighbors=K, window=WINDOW, stride=WINDOW, n_windows=1, n_shuffles=1)
 
 
-@pytest.fixture(scope="module")
-def evaluation(index):
-    return evaluate(model_of(index), index.corpus, index, config=CONFIG, against=("in-context", "longer-context"))
+RIVALS = ("in-context", "longer-context")
+
+
+def costs_of(variants, model, index, **options):
+    """As `costs` of two neighbors and a window, of the index's own held-out text."""
+    return costs(variants, model, index.corpus, index, n_neighbors=K, window=WINDOW, n_rounds=1, **options)
 
 
 def products(model, n_tokens, n_read):
@@ -41,9 +42,9 @@ def one_by_one(model, n_tokens, n_before):
     return sum(products(model, 1, n_before + 1 + i) for i in range(n_tokens))
 
 
-def test_operations_of_a_model_alone_and_with_neighbors_before_its_text_are_its_products(index, evaluation):
+def test_operations_of_a_model_alone_and_with_neighbors_before_its_text_are_its_products(index):
     model = model_of(index)
-    found = costs(dataclasses.replace(evaluation, index=_that_finds_at_once(index)), model, n_rounds=1)
+    found = costs_of(("on", "off", "random", *RIVALS), model, _that_finds_at_once(index))
     assert set(found) == {"on", "off", "in-context", "longer-context"}, "random neighbors cost what others do"
     assert M * found["off"]["operations"] == 2 * one_by_one(model, M, T - 1)
     n_more = 2 * M * K
@@ -53,9 +54,9 @@ def test_operations_of_a_model_alone_and_with_neighbors_before_its_text_are_its_
     assert M * found["in-context"]["operations"] == 2 * (anew + one_by_one(model, M - 1, n_more + text))
 
 
-def test_reading_costs_what_reads_and_encodes_neighbors_more(index, evaluation):
+def test_reading_costs_what_reads_and_encodes_neighbors_more(index):
     model = model_of(index)
-    found = costs(evaluation, model, n_rounds=1)
+    found = costs_of(("on", "off"), model, index)
     cca, encoder = model.cca[0], model.encoder
     width, R, d = cca.n_heads * cca.d_k, 2 * M, encoder.d_model
     reading = M * (2 * model.d_model * width + 2 * width * K * R)  # queries, outputs; scores and values
@@ -64,10 +65,10 @@ def test_reading_costs_what_reads_and_encodes_neighbors_more(index, evaluation):
     encoding += K * R * (4 * d * width + 2 * d * ffw + 2 * width * R)
     encoding += K * R * (2 * d * width + 2 * width * M) + 2 * M * d * width  # they read the chunk
     assert len(model.cca) == len(encoder.attn) == len(encoder.ca) == 1
-    of_bert = costs(dataclasses.replace(evaluation, index=_that_finds_at_once(index)), model, n_rounds=1)
-    more = M * (of_bert["on"]["operations"] - found["off"]["operations"])
+    at_once = costs_of(("on",), model, _that_finds_at_once(index))
+    more = M * (at_once["on"]["operations"] - found["off"]["operations"])
     assert more == 2 * (reading + encoding)
-    assert found["on"]["operations"] > of_bert["on"]["operations"], "BERT embeds the chunk that looks for neighbors"
+    assert found["on"]["operations"] > at_once["on"]["operations"], "BERT embeds the chunk that looks for neighbors"
 
 
 def _that_finds_at_once(index):
@@ -77,13 +78,13 @@ def _that_finds_at_once(index):
     return SimpleNamespace(nearest=lambda texts, k: (None, offsets), **{name: getattr(index, name) for name in names})
 
 
-def test_operations_of_a_pretrained_base_are_its_products(index, evaluation):
+def test_operations_of_a_pretrained_base_are_its_products(index):
     wide = {"vocab_size": index.corpus.n_tokens, "max_position_embeddings": 2 * WINDOW}
     config = RetrofitConfig("tiny", chunk_len=M, ca_layers=(1,))
     model = Retrofit(LlamaForCausalLM(LlamaConfig(**SHAPE | wide)).eval(), config).eval()
     shape = model.base.config
     d, H, kv, d_k = shape.hidden_size, shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
-    found = costs(dataclasses.replace(evaluation, nats={"on": 0, "off": 0}), model, n_rounds=1)
+    found = costs_of(("on", "off"), model, index)
     of_layer = d * d_k * (2 * H + 2 * kv) + 3 * d * shape.intermediate_size
     alone = sum(shape.num_hidden_layers * (of_layer + 2 * H * d_k * (T + i)) + d * model.n_vocab for i in range(M))
     assert M * found["off"]["operations"] == 2 * alone
@@ -92,9 +93,8 @@ def test_operations_of_a_pretrained_base_are_its_products(index, evaluation):
 
 def test_bytes_are_those_of_weights_text_and_database(index, of_two):
     model = model_of(index)
-    against = ("in-context", "knn-lm")
-    evaluation = evaluate(model, of_two, index, config=CONFIG, against=against)
-    found = costs(evaluation, model, n_rounds=2)
+    variants = ("on", "off", "in-context", "knn-lm")
+    found = costs(variants, model, of_two, index, n_neighbors=K, window=WINDOW, n_rounds=2)
     width = 2 * model.attn[0].n_heads * model.attn[0].d_k * 4  # bytes of a key and a value
     assert found["off"]["kept"] == len(model.attn) * (T - 1 + M) * width
     assert found["on"]["kept"] == found["off"]["kept"] + len(model.cca) * K * 2 * M * width
@@ -105,6 +105,8 @@ def test_bytes_are_those_of_weights_text_and_database(index, of_two):
     assert found["knn-lm"]["searched"] == n_states * (4 * model.d_model + corpus.tokens.itemsize)
     assert found["on"]["searched"] > corpus.tokens.itemsize * index.manifest["n_chunks"] * M
     assert all(cost["seconds"] > 0 for cost in found.values())
+    searching = 2 * n_states * model.d_model
+    assert found["knn-lm"]["operations"] == found["off"]["operations"] + searching, "a product with each, for a token"
 
 
 @torch.no_grad()
@@ -118,9 +120,12 @@ def test_a_decoder_that_is_given_no_neighbors_takes_any_number_of_tokens_at_once
     torch.testing.assert_close(decoder.feed(x[at:]), model(x[None])[0, -1], atol=2e-5, rtol=1e-4)
 
 
-def test_costs_are_shown_as_a_table_and_a_plot(index, evaluation, tmp_path):
+def test_costs_are_shown_as_a_table_and_a_plot(index, tmp_path):
     pytest.importorskip("matplotlib", reason="the plot needs it: pip install matplotlib")
-    summary = json.loads(json.dumps(evaluation.summary() | {"costs": costs(evaluation, model_of(index), n_rounds=1)}))
+    config = EvaluateConfig(n_neighbors=K, window=WINDOW, stride=WINDOW, n_windows=1, n_shuffles=1)
+    evaluation = evaluate(model_of(index), index.corpus, index, config=config, against=RIVALS)
+    found = costs_of(evaluation.nats, model_of(index), index)
+    summary = json.loads(json.dumps(evaluation.summary() | {"costs": found}))
     shown = table(summary)
     of_costs = shown[shown.index("a generated token") :].splitlines()
     row = next(line for line in of_costs if line.startswith("neighbors in its context"))

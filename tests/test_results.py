@@ -154,7 +154,7 @@ def measured(data, tmp_path_factory):
     of = {"models": texts[:24], "python": texts[24:30], "plays": texts[30:34]}
     sources = {n: corpora.Source(n, lambda some=some: some, share=0.5, valid_fraction=0.3) for n, some in of.items()}
     sizes = memory.Size(
-        2, (0, 1), 1, tuned=("lora", "all"), rivals=run.ALL_RIVALS, both=(0, 1), sweeps=True, longer=True
+        2, (0, 1), 1, tuned=("lora", "all"), rivals=run.ALL_RIVALS, both=(0, 1), costs=True, sweeps=True, longer=True
     )
     with pytest.MonkeyPatch.context() as patch:
         for module in (memory, nothing):
@@ -390,7 +390,7 @@ def test_a_page_is_made_of_everything_and_tells_what_was_reached(measured, tmp_p
     assert set(report.costs_of(record["memory"]["models"])) == {
         way for way in report.MEMORY if "random" not in way.text
     }
-    cost = e["rivals"]["costs"]["knn-lm"]
+    cost = record["memory"]["models"]["costs"]["knn-lm"]
     assert f"{cost['operations'] / 1e9:.2f} billion | {1e3 * cost['seconds']:.0f} ms" in row
     counts = {name: made[0]["n_parameters"] for name, made in record["memory"]["models"]["runs"].items()}
     (reads, *_) = record["memory"]["models"]["runs"]["memory"]
@@ -401,6 +401,7 @@ def test_a_page_is_made_of_everything_and_tells_what_was_reached(measured, tmp_p
     assert weights["**reads what it finds**"] == counts["memory"]
     assert weights["**reads what it finds, while LoRA learns**"] == counts["both"]
     assert weights["LoRA, trained for as long"] == counts["lora"] > alone
+    assert weights["that LoRA, what it finds before its text"] == counts["lora"]
     megabytes = (4 * alone + cost["kept"]) / 1e6, cost["searched"] / 1e6
     assert row.endswith(f"| {megabytes[0]:,.0f} MB | {megabytes[1]:,.1f} MB |") and megabytes[1] > 0
     assert f"{e['rivals']['bits_per_byte']['knn-lm']['value']:.3f}" in row
@@ -414,7 +415,7 @@ def test_what_is_not_measured_yet_is_left_out_of_the_page(measured, tmp_path):
     part = record["memory"]["models"]["evaluations"]
     for name in [name for name in part if name not in ("lora", "rivals")]:
         del part[name]
-    del record["memory"]["models"]["runs"]["all"], part["rivals"]["costs"]["knn-lm"]
+    del record["memory"]["models"]["runs"]["all"], record["memory"]["models"]["costs"]["knn-lm"]
     record["nothing"], record["measured"]["nothing"] = {}, {}
     report.write(record | {"memory": measured[0]["memory"]}, tmp_path)  # with all that there is of a base
     report.write(record, tmp_path)

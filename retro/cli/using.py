@@ -183,7 +183,15 @@ def evaluate_command(argv: Sequence[str]) -> None:
         from retro.storage.manifests import write_manifest
 
         write_manifest(out / "evaluation.json", summary)  # what took long is there, whatever becomes of the rest
-        summary["costs"] = costs(evaluation, model, baseline)
+        summary["costs"] = costs(
+            evaluation.nats,
+            model,
+            evaluation.corpus,
+            evaluation.index,
+            n_neighbors=evaluation.n_neighbors,
+            window=evaluation.window,
+            baseline=baseline,
+        )
     _write_figures(summary, out)
     if options.report:
         from retro.evaluation.report import write_report

@@ -11,11 +11,12 @@ sampling, and were computed before, if the way can use them again:
   text stands elsewhere now;
 * `both`: the same by a model that reads neighbors, those of the text's other chunks encoded anew too;
 * `longer-context`: as `off`, with as many more tokens kept as `in-context` has neighbors;
-* `knn-lm`: as `off`, with a search among all remembered states for each token.
+* `knn-lm`: as `off`, with an exact search among all $n$ remembered states for each token.
 
 Operations are those of the products of matrices in the networks, counted as they run
-(`torch.utils.flop_counter`; a multiplication and an addition are two). Attention counts in full, also what causal
-attention could leave out; what searches counts in seconds only.
+(`torch.utils.flop_counter`; a multiplication and an addition are two), and those of kNN-LM's search, a product of a
+state and all $n$: $2nD$ a token. Attention counts in full, also what causal attention could leave out. What searches
+chunks counts in seconds only: it is asked once for a chunk of $m$ tokens, and has a key for each $m$ of the database.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from retro.database import RetroIndex
 from retro.decoding import decoder_of
 from retro.evaluation.knn_lm import N_VOTES, to_remember
-from retro.evaluation.result import Evaluation
 from retro.evaluation.rivals import BOTH, IN_CONTEXT, KNN_LM, LONGER, put_before, room
 from retro.retrofit import Model
 from retro.search.index_file import INDEX_FILE, LISTS_FILE
@@ -55,13 +56,29 @@ class Cost(TypedDict):
 
 
 def costs(
-    evaluation: Evaluation, model: Model, baseline: Model | None = None, n_rounds: int = ROUNDS
+    variants: Iterable[str],
+    model: Model,
+    corpus: Corpus,
+    index: RetroIndex,
+    *,
+    n_neighbors: int,
+    window: int,
+    baseline: Model | None = None,
+    n_rounds: int = ROUNDS,
 ) -> dict[str, Cost]:
-    """The cost of a token for each variant of an evaluation of `model` and `baseline`; random neighbors cost as `on`.
+    """The cost of a token for each of the variants of an evaluation; random neighbors cost as `on`, and are left out.
+
+    * `corpus` and `index` are those of the evaluation, whose text is written: its first validation document and on
+    * `n_neighbors` and `window` are K, and what $T$ is three quarters of
+    * `baseline` goes without retrieval in place of `model`, and so do rivals with it, if there is one
 
     Seconds are those of the machine and the device where the models are, with whatever else runs there.
     """
-    ways = {variant: _Way(variant, evaluation, model, baseline) for variant in evaluation.nats if variant != "random"}
+    ways = {
+        variant: _Way(variant, model, corpus, index, n_neighbors, window, baseline)
+        for variant in variants
+        if variant != "random"
+    }
     seconds: dict[str, list[float]] = {variant: [] for variant in ways}
     with torch.inference_mode():
         for _ in range(n_rounds):
@@ -69,10 +86,10 @@ def costs(
                 write = way.ready()
                 started = time.perf_counter()
                 write()
-                seconds[variant].append((time.perf_counter() - started) / evaluation.index.chunk_len)
+                seconds[variant].append((time.perf_counter() - started) / index.chunk_len)
         return {
             variant: Cost(
-                operations=way.operations() / evaluation.index.chunk_len,
+                operations=way.operations() / index.chunk_len,
                 seconds=statistics.median(seconds[variant][1:] or seconds[variant]),
                 weights=n_bytes(way.net.parameters()),
                 kept=n_bytes(way.decoder.kept()),
@@ -90,19 +107,28 @@ def n_bytes(tensors: Iterable[Tensor]) -> int:
 class _Way:
     """One way of writing a chunk of the held-out text."""
 
-    def __init__(self, variant: str, evaluation: Evaluation, model: Model, baseline: Model | None) -> None:
-        self.variant, self.index, self.n_neighbors = variant, evaluation.index, evaluation.n_neighbors
+    def __init__(
+        self,
+        variant: str,
+        model: Model,
+        corpus: Corpus,
+        index: RetroIndex,
+        n_neighbors: int,
+        window: int,
+        baseline: Model | None,
+    ) -> None:
+        self.variant, self.index, self.n_neighbors = variant, index, n_neighbors
         self.net = model if baseline is None or variant in ("on", "off", BOTH) else baseline
         self.net.eval()
         self.device = next(self.net.parameters()).device
         self.decoder = decoder_of(self.net, reads=variant in ("on", BOTH))
-        m, corpus, n_more = self.index.chunk_len, evaluation.corpus, 0
-        n_text = 3 * evaluation.window // 4 // m * m  # T
+        m, n_more = index.chunk_len, 0
+        n_text = 3 * window // 4 // m * m  # T
         if variant in (IN_CONTEXT, LONGER, BOTH):
             n_more = 2 * m * self.n_neighbors
-            n_text = min(n_text, (room(self.net, m, evaluation.window) - n_more) // m * m - m)
+            n_text = min(n_text, (room(self.net, m, window) - n_more) // m * m - m)
         n_text += n_more if variant == LONGER else 0
-        held_out = corpus.tokens[evaluation.start : corpus.end_of_valid].astype(np.int64)
+        held_out = corpus.tokens[corpus.n_train_tokens : corpus.end_of_valid].astype(np.int64)
         self.text, self.written = torch.from_numpy(np.resize(held_out, n_text + m)).to(self.device).split([n_text, m])
         self.query = corpus.tokenizer.decode(self.text[-m:].tolist())
         self.memory = self._memory(corpus) if variant == KNN_LM else None
@@ -158,12 +184,13 @@ class _Way:
         int(logits.argmax())  # until it is there: a device computes on while nobody asks
 
     def operations(self) -> int:
-        """Of the networks, for the chunk."""
+        """Of the networks and of the search among states, for the chunk."""
         write = self.ready()
         # With attention written out, because the counter does not know that of CPUs.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             write()
-        return int(counter.get_total_flops())
+        n_states = 0 if self.memory is None else int(self.memory.ntotal)
+        return int(counter.get_total_flops()) + len(self.written) * 2 * n_states * self.net.d_model
 
     def searched(self) -> int:
         """Bytes of the states that vote, or of the database: what was built to search it, and its chunks' tokens."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from retro.bert_embeddings import BERTChunkEmbeddings
 from retro.config import BERT, PACKAGED
-from retro.device import bf16_is_faster
+from retro.device import pick_precision
 from retro.errors import InvalidOption
 from retro.search.chunks import Chunks
 from retro.text.corpus import Corpus
@@ -68,7 +68,7 @@ class SentenceEmbeddings:
             reason = "is a model of sentence-transformers, which is not installed: pip install sentence-transformers"
             raise InvalidOption("retriever", name, reason) from None
         self.device, self.embedder, self.trim = torch.device(device), name, trim
-        self.precision = ("bf16" if bf16_is_faster(self.device) else "fp32") if precision == "auto" else precision
+        self.precision = pick_precision(precision, self.device)
         options = {"dtype": torch.bfloat16 if self.precision == "bf16" else torch.float32, "use_safetensors": True}
         with naming_what_cannot_be_loaded("retriever", name, "model of sentence-transformers", PACKAGED):
             self.model = SentenceTransformer(find_embedder(name), device=str(self.device), model_kwargs=options)
