@@ -27,7 +27,7 @@ from retro.config import TrainConfig
 from retro.device import pick_device
 from retro.retrofit import Model
 from retro.runs import curves, data, loop, tracking
-from retro.runs.engine import Engine, nats_of, new_engine, start_engine
+from retro.runs.engine import Engine, nats_of, new_engine, require_fits, start_engine
 from retro.runs.run import find_run, saved_prompt, write_run
 from retro.sample import Sampler
 
@@ -216,6 +216,7 @@ def train(
     run = find_run(found, name, config, model_shape or {}, Path(resume) if resume else None, device)
     if (finished := run.summary()) is not None:
         return run.folder, finished
+    require_fits(run, fsdp)
     beginning = prompt or saved_prompt(run) or found.corpus.beginning_of_held_out(2 * found.chunk_len)
     tracking.require_trackers(log)
     with tracking.tracked(run, found.path), tracking.recorded_by(log, run):

@@ -4,6 +4,7 @@ import math
 import random
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -191,6 +192,7 @@ def test_the_commands_take_a_base(here, capsys):
         ({"base": "small"}, {}, "--base small has 500 tokens, but its tokenizer has 512"),
         ({"base": "nowhere"}, {}, "--base nowhere"),
         ({"base": "base"}, {"recompute": True}, "is read through hooks"),
+        ({"base": "base"}, {"optimizer": "muon"}, "--optimizer muon is for models that are trained from nothing"),
         ({"base": "base"}, {"compile": True}, "is read through hooks, which fsdp, compile and recompute do not take"),
         ({"base": "base", "ca_layers": (7,)}, {}, r"--ca-layers '\[7\]' do not exist; use 0\.\.3"),
     ],
@@ -202,6 +204,7 @@ def test_a_base_that_does_not_fit_is_refused_in_a_sentence(here, tmp_path, shape
         write_base(here / "small", here / "data" / "corpus" / "tokenizer.json", vocab_size=500)
     with refused(InvalidOption, said):
         train(config=replace(CONFIG, **config), model_shape=shape, name="refused")
+    assert not Path("logs/refused").exists(), "nothing of a run"
 
 
 def test_weights_of_another_base_are_refused_and_nothing_is_lost(run, here, tmp_path, monkeypatch):

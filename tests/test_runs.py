@@ -33,7 +33,7 @@ from retro.runs import run as run_files
 from retro.runs.checkpoints import load_model, newest_checkpoint, save_model
 from retro.runs.curves import recorded
 from retro.runs.data import Batches, TrainingData
-from retro.runs.engine import start_engine
+from retro.runs.engine import require_fits, start_engine
 from retro.runs.optimizers import new_optimizer
 from retro.runs.run import find_run, latest_run, read_run, run_in, write_run
 from retro.runs.tracking import InterruptedInStep
@@ -796,11 +796,22 @@ def test_a_run_by_muon_that_is_stopped_ends_as_if_it_had_not_been(run, monkeypat
     assert not load_model(run).state_dict()["attn.0.query.weight"].equal(expected["attn.0.query.weight"])
 
 
+def test_what_needs_several_processes_is_refused_before_there_is_a_run(workplace):
+    with refused(ValueError, "fsdp shards a model over processes; start several: torchrun"):
+        train(config=CONFIG, model_shape=SHAPE, device="cpu", name="sharded", fsdp=True)
+    assert not Path("logs/sharded").exists()
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 has it")
 def test_muon_is_refused_where_it_cannot_be(run, index, monkeypatch):
     config = replace(CONFIG, optimizer="muon")
-    with refused(InvalidOption, "--optimizer muon needs whole matrices"):
-        train(config=config, model_shape=SHAPE, device="cpu", name="sharded", fsdp=True)
+    run = find_run(TrainingData(Path("data")), "sharded", config, SHAPE, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "n_processes", lambda: 2)
+        with refused(InvalidOption, "--optimizer muon needs whole matrices"):
+            require_fits(run, fsdp=True)
+        with refused(InvalidOption, "--micro-batch 2 does not go with fsdp"):
+            require_fits(replace(run, config=replace(CONFIG, micro_batch=2)), fsdp=True)
     with refused(InvalidOption, "--optimizer muon is for models that are trained from nothing"):
         new_optimizer(torch.nn.Linear(2, 2), config, fused=False)
     with refused(InvalidOption, "--optimizer sgd is not one of adam, muon"):

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from retro import parallel
+from retro.config import RetrofitConfig
 from retro.errors import InvalidOption
 from retro.loss import cross_entropy
-from retro.retrofit import Model, Retrofit
+from retro.retrofit import Model
 from retro.runs.checkpoints import (
     Progress,
     copy_checkpoint,
@@ -28,7 +29,7 @@ from retro.runs.checkpoints import (
     set_aside_after,
 )
 from retro.runs.models import seeded_model
-from retro.runs.optimizers import new_optimizer
+from retro.runs.optimizers import new_optimizer, require_muon
 from retro.runs.run import Run
 
 
@@ -58,21 +59,33 @@ def nats_of(model: Model, net: Any, inputs: list[Any], targets: Tensor) -> Tenso
     return cross_entropy(net(*inputs).flatten(0, 1), targets.flatten())
 
 
+def require_fits(run: Run, fsdp: bool) -> None:
+    """Raise `InvalidOption` for what does not go together, and `ValueError` for fsdp in a single process.
+
+    It is asked before there is anything of the run.
+    """
+    config, shape = run.config, run.shape
+    if isinstance(shape, RetrofitConfig) and (fsdp or config.compile or config.recompute):
+        raise InvalidOption("base", shape.base, "is read through hooks, which fsdp, compile and recompute do not take")
+    if config.optimizer == "muon":
+        require_muon(isinstance(shape, RetrofitConfig))
+    if not fsdp:
+        return
+    if parallel.n_processes() < 2:
+        raise ValueError("fsdp shards a model over processes; start several: torchrun --nproc-per-node N")
+    if config.optimizer == "muon":
+        reason = "needs whole matrices, of which fsdp gives each process rows"
+        raise InvalidOption("optimizer", config.optimizer, reason)
+    if config.micro_batch is not None:  # weights are gathered in each part, of which a process may have fewer
+        raise InvalidOption("micro_batch", config.micro_batch, "does not go with fsdp, whose processes step together")
+
+
 def start_engine(run: Run, device: torch.device, fsdp: bool) -> Engine:
     """A new model, or that of the run's last checkpoint, on its device."""
     config = run.config
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     model = run.model if run.model is not None else seeded_model(run.shape, config.seed, device)
-    if isinstance(model, Retrofit) and (fsdp or config.compile or config.recompute):
-        reason = "is read through hooks, which fsdp, compile and recompute do not take"
-        raise InvalidOption("base", model.config.base, reason)
-    if fsdp and config.optimizer == "muon":
-        raise InvalidOption(
-            "optimizer", config.optimizer, "needs whole matrices, of which fsdp gives each process rows"
-        )
-    if fsdp and config.micro_batch is not None:  # weights are gathered in each part, of which a process may have fewer
-        raise InvalidOption("micro_batch", config.micro_batch, "does not go with fsdp, whose processes step together")
     if (saved := _checkpoint_to_go_on_from(run)) is not None:
         load_weights(saved, model)
     if not fsdp:  # which puts on the device what is its own
@@ -134,8 +147,6 @@ def shard_model(model: Any, device: torch.device, precision: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if parallel.n_processes() < 2:
-        raise ValueError("fsdp shards a model over processes; start several: torchrun --nproc-per-node N")
     mesh = init_device_mesh(device.type, (parallel.n_processes(),))
 
     def policy(dtype: torch.dtype | None) -> MixedPrecisionPolicy:

@@ -24,6 +24,14 @@ def new_optimizer(model: Model, config: TrainConfig, fused: bool) -> torch.optim
     return _adam(_by_decay(model, groups, config), config, fused)
 
 
+def require_muon(has_base: bool) -> None:
+    """Raise `InvalidOption` where there is a base, or torch has no Muon."""
+    if has_base:
+        raise InvalidOption("optimizer", "muon", "is for models that are trained from nothing")
+    if not hasattr(torch.optim, "Muon"):
+        raise InvalidOption("optimizer", "muon", f"needs torch 2.9, but this is {torch.__version__}")
+
+
 def _adam(groups: list[dict[str, Any]], config: TrainConfig, fused: bool) -> torch.optim.AdamW:
     betas, own = (0.9, config.beta2), [group for group in groups if group["params"]]
     return torch.optim.AdamW(own, lr=config.lr, betas=betas, eps=1e-9, weight_decay=0.0, fused=fused)
@@ -57,10 +65,7 @@ class MuonAndAdam(torch.optim.Optimizer):
     """
 
     def __init__(self, model: Model, config: TrainConfig, fused: bool) -> None:
-        if not isinstance(model, RetroModel):
-            raise InvalidOption("optimizer", config.optimizer, "is for models that are trained from nothing")
-        if not hasattr(torch.optim, "Muon"):
-            raise InvalidOption("optimizer", config.optimizer, f"needs torch 2.9, but this is {torch.__version__}")
+        require_muon(not isinstance(model, RetroModel))
         inside = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.read]
         matrices = {id(linear.weight): linear.weight for linear in inside}
         others = [weight for weight in model.parameters() if id(weight) not in matrices]
