@@ -385,7 +385,7 @@ def of_memory(name: str, part: Part) -> Iterator[str]:
     yield ""
     yield f"Copyable: of the chunks that read neighbors, {shares(copyable)} or more in a row with them. {FILTERED}"
     yield ""
-    yield from filtered(main, ("on", "off", "random", "baseline"))
+    yield from filtered(part, MEMORY, main, "LoRA")
     yield ""
     yield f"![Filtered by overlap](filtered-{name}.png)"
     if swept := {k: v for k, v in e.items() if k.startswith(("database ", "neighbors "))}:
@@ -430,7 +430,7 @@ def of_nothing(part: Part) -> Iterator[str]:
     yield ""
     yield f"In turns, a step with retrieval takes {part['time_ratio']:.2f} times as long as one without. {FILTERED}"
     yield ""
-    yield from filtered(main, tuple(main["bits_per_byte"]))
+    yield from filtered(part, NOTHING, main, "none, equal steps")
     if longer := part["longer"]:
         yield ""
         yield "Trained longer, first seed:"
@@ -476,15 +476,44 @@ def shares(copyable: dict[str, float]) -> str:
     return ", ".join(f"{share:.1%} share {k}" for k, share in copyable.items())
 
 
-def filtered(main: dict[str, Any], variants: Sequence[str]) -> Iterator[str]:
+def filtered(part: Part, ways: Sequence[Way], main: dict[str, Any], baseline: str) -> Iterator[str]:
     """The chunks that have little in common with what is in the database."""
-    yield f"| r(C) up to | chunks | bytes | {' | '.join(variants)} | saved over random | saved over baseline |"
-    yield "|---|---|---|" + "---|" * (len(variants) + 2)
-    for row in main["filtered"]:
-        values = [row["bits_per_byte"][variant] for variant in variants]
-        cells = ["–" if v is None else f"{v:.3f}" for v in values]
-        cells += [format_interval(row["gain"][f"over {variant}"]) for variant in ("random", "baseline")]
-        yield f"| {row['alpha']:.1%} | {row['n_chunks']:,} | {row['share_of_bytes']:.1%} | {' | '.join(cells)} |"
+    rows = main["filtered"]
+    thresholds = [f"{row['alpha']:.1%}" for row in rows]
+    yield f"| r(C) up to | {' | '.join(thresholds)} |"
+    yield "|---|" + "---|" * len(rows)
+    for text, values in bits_of_filtered(part, ways).items():
+        yield f"| {text} | {' | '.join('–' if v is None else f'{v:.3f}' for v in values)} |"
+    yield ""
+    yield f"| r(C) up to | chunks | bytes | saved over random neighbors | saved over {baseline} |"
+    yield "|---|---|---|---|---|"
+    for threshold, row in zip(thresholds, rows, strict=True):
+        cells = [format_interval(row["gain"][f"over {variant}"]) for variant in ("random", "baseline")]
+        yield f"| {threshold} | {row['n_chunks']:,} | {row['share_of_bytes']:.1%} | {' | '.join(cells)} |"
+
+
+def bits_of_filtered(part: Part, ways: Sequence[Way]) -> dict[str, list[float | None]]:
+    """Bits per byte of each way that was measured, by the most that chunks have in common with the database."""
+    return {
+        way.text: [row["bits_per_byte"][way.variant] for row in part["evaluations"][way.evaluation]["filtered"]]
+        for way in ways
+        if figure(part, way)
+    }
+
+
+def plot_filtered(part: Part, path: Path) -> None:
+    """Draw them, and what reading saves over the base, over LoRA, and over random neighbors."""
+    main, bits = part["evaluations"]["lora"], bits_of_filtered(part, MEMORY)
+    over = {
+        f"over {way.text}": f"over {way.variant}" for way in MEMORY if way.evaluation == "lora" and way.variant != "on"
+    }
+    rows = [
+        row
+        | {"bits_per_byte": {text.strip("*"): values[i] for text, values in bits.items()}}
+        | {"gain": {name: row["gain"][variant] for name, variant in over.items()}}
+        for i, row in enumerate(main["filtered"])
+    ]
+    plot({"bits_per_byte": rows[0]["bits_per_byte"], "gain": over, "filtered": rows}, path)
 
 
 def spent(record: dict[str, Any]) -> Iterator[str]:
@@ -518,7 +547,7 @@ def write(record: dict[str, Any], out: Path) -> None:
     lines = [*first_page(record, gains), "", *all_claims(record, gains), "", *goals(record, gains)]
     for name, part in record["memory"].items():
         lines += [*of_memory(name, part), ""]
-        plot(part["evaluations"]["lora"], out / f"filtered-{name}.png")
+        plot_filtered(part, out / f"filtered-{name}.png")
     for part in record["nothing"].values():
         lines += [*of_nothing(part), ""]
     lines += [*levers(), "", *spent(record)]

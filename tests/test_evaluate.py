@@ -22,7 +22,7 @@ from retro.config import EvaluateConfig
 from retro.database import RetroIndex
 from retro.errors import SeenText
 from retro.evaluate import Evaluation, evaluate, held_out_texts
-from retro.evaluation.figures import table
+from retro.evaluation.figures import plot, table
 from retro.evaluation.held_out import require_held_out
 from retro.evaluation.intervals import judged
 from retro.evaluation.leakage import longest_common_run
@@ -329,6 +329,23 @@ def test_a_table_says_how_many_documents_seeds_and_shuffles_stand_behind_it(eval
     assert [row[:3] for row in rows] == [["12.5%", "1", "1"], ["100.0%", "4", "2"]]  # r(C), chunks, documents
     p = two["filtered"][-1]["gain"]["over off"]["p"]
     assert rows[0][-2:] == ["–", "undecided"] and rows[1][-2:] == [f"{p:.4f}", "undecided"]
+
+
+def test_a_plot_shows_what_is_gained_in_the_color_of_what_it_is_gained_over(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="the plot needs it: pip install matplotlib")
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    plot(by_hand().summary(), tmp_path / "few.png")
+    bits, gain = {f"way {i}": i / 8 for i in range(11)}, {"value": 0.1, "low": 0.0, "high": 0.2}
+    rows = [{"alpha": a, "n_chunks": 1, "bits_per_byte": bits, "gain": {"over way 7": gain}} for a in (0.5, 1.0)]
+    plot({"bits_per_byte": bits, "gain": {"over way 7": gain}, "filtered": rows}, tmp_path / "many.png")
+    for figure, n in zip(drawn, (len(by_hand().nats), 11), strict=True):
+        left, right = figure.axes
+        colors = {line.get_label(): line.get_color() for line in left.lines}
+        assert len(set(colors.values())) == len(colors) == n
+        gains = {name: line.get_color() for line in right.lines if (name := line.get_label()).startswith("over ")}
+        assert gains and all(color == colors[name.removeprefix("over ")] for name, color in gains.items())
+        assert bool(figure.legends) == (left.get_legend() is None) == (n == 11), "beside, where there are many"
 
 
 def test_in_a_narrow_terminal_tables_lose_columns_and_no_line_is_broken_in_a_word(evaluation, monkeypatch, capsys):

@@ -20,6 +20,7 @@ from retro.cli import main
 from retro.config import DatasetConfig
 from retro.database import RetroIndex
 from retro.dataset import build_dataset
+from retro.evaluation.figures import COLORS
 from retro.evaluation.intervals import counted, judged
 from retro.storage.manifests import read_manifest
 from retro.text.corpus import Corpus
@@ -54,6 +55,7 @@ def test_the_published_page_is_made_of_the_published_figures(tmp_path):
     record = published()
     report.write(record, tmp_path)
     assert (tmp_path / "RESULTS.md").read_text() == (FOLDER / "RESULTS.md").read_text()
+    assert len(report.MEMORY) <= len(COLORS), "each its own in a plot"
     for name in ("costs.png", *(f"filtered-{corpus}.png" for corpus in record["memory"])):
         assert (FOLDER / name).read_bytes().startswith(b"\x89PNG") and (tmp_path / name).exists()
 
@@ -401,10 +403,14 @@ def test_a_page_is_made_of_everything_and_tells_what_was_reached(measured, tmp_p
     assert weights["**reads what it finds**"] == counts["memory"]
     assert weights["**reads what it finds, while LoRA learns**"] == counts["both"]
     assert weights["LoRA, trained for as long"] == counts["lora"] > alone
-    assert weights["that LoRA, what it finds before its text"] == counts["lora"]
+    tuned = "that LoRA, what it finds before its text"
+    assert weights[tuned] == counts["lora"]
     megabytes = (4 * alone + cost["kept"]) / 1e6, cost["searched"] / 1e6
     assert row.endswith(f"| {megabytes[0]:,.0f} MB | {megabytes[1]:,.1f} MB |") and megabytes[1] > 0
     assert f"{e['rivals']['bits_per_byte']['knn-lm']['value']:.3f}" in row
+    for text, evaluation, variant in (("kNN-LM", "rivals", "knn-lm"), (tuned, "tuned, in-context", "in-context")):
+        values = [filtered["bits_per_byte"][variant] for filtered in e[evaluation]["filtered"]]
+        assert f"| {text} | {' | '.join('–' if v is None else f'{v:.3f}' for v in values)} |" in page, "of r(C)"
     for file in ("costs.png", "filtered-models.png"):
         assert (tmp_path / file).read_bytes().startswith(b"\x89PNG")
 

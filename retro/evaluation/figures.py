@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from retro.evaluation.result import VARIANTS
 from retro.progress import aligned
 from retro.storage.sample_file import retriever_of
 
-COLORS = ("C0", "C1", "C7", "C2", "C4", "C3", "C5", "C6", "C8")  # of the variants, as matplotlib numbers them
+# Of variants, as matplotlib has them.
+COLORS = ("C0", "C1", "C7", "C2", "C4", "C3", "C5", "C6", "C8", "C9", "k")
+MOST_INSIDE = 5  # variants of a plot whose legend is in it
 
 
 def table(summary: dict[str, Any], width: int | None = None) -> str:
@@ -65,7 +67,7 @@ def _costs(costs: dict[str, Any], width: int | None) -> list[str]:
         memory = f"{c['weights'] / 1e6:,.1f} + {c['kept'] / 1e6:,.1f}"
         operations, searched = f"{c['operations'] / 1e6:,.1f}", f"{c['searched'] / 1e6:,.1f}"
         rows.append([VARIANTS.get(variant, variant), operations, f"{1e3 * c['seconds']:,.1f}", memory, searched])
-    explained = "memory: weights, and what is kept of one text; operations of the networks, without searches"
+    explained = "memory: weights, and what is kept of one text; operations of the networks, and of kNN-LM's search"
     return ["", *aligned(rows, "<>>>>", width, (4,)), "", explained]
 
 
@@ -123,12 +125,14 @@ def plot(summary: dict[str, Any], path: Path) -> None:
 
     rows = [row for row in summary["filtered"] if row["n_chunks"]]
     alphas = [100 * row["alpha"] for row in rows]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for variant, color in zip(summary["bits_per_byte"], cycle(COLORS), strict=False):
+    colors = dict(zip(summary["bits_per_byte"], cycle(COLORS), strict=False))
+    are_many = len(colors) > MOST_INSIDE
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12 if are_many else 9, 3.6), layout="constrained")
+    for variant, color in colors.items():
         left.plot(alphas, [row["bits_per_byte"][variant] for row in rows], marker="o", label=variant, color=color)
     left.set(title="Chunks filtered by overlap", ylabel="bits per byte")
-    for name, color in zip(summary["gain"], islice(cycle(COLORS), 1, None), strict=False):
-        gains = [row["gain"][name] for row in rows]
+    for name in summary["gain"]:
+        gains, color = [row["gain"][name] for row in rows], colors[name.removeprefix("over ")]
         right.plot(alphas, [gain["value"] for gain in gains], marker="o", label=name, color=color)
         if all(gain["low"] is not None for gain in gains):
             ends = [gain["low"] for gain in gains], [gain["high"] for gain in gains]
@@ -137,7 +141,10 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     right.set(title="Gain of retrieval, with 95% intervals", ylabel="bits per byte saved")
     for axes in (left, right):
         axes.set(xlabel="r(C) up to, %")
-        axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
+        if not are_many:
+            axes.legend(frameon=False, fontsize=8)
+    if are_many:  # what is gained over one has its color
+        figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
