@@ -46,7 +46,16 @@ from retro.evaluation.held_out import held_out_texts, require_held_out
 from retro.evaluation.leakage import N_LEAKAGE_NEIGHBORS, copyable, overlaps, retrieve
 from retro.evaluation.result import Evaluation
 from retro.evaluation.rivals import BOTH, require_room, rival_losses
-from retro.evaluation.windows import chunk_offsets, is_scored, losses, predicted_bytes, shuffled_neighbors, windows
+from retro.evaluation.windows import (
+    are_in,
+    chunk_offsets,
+    is_scored,
+    losses,
+    of_others,
+    others_drawn,
+    predicted_bytes,
+    windows,
+)
 from retro.retrofit import Model
 from retro.text.corpus import Corpus
 
@@ -95,17 +104,22 @@ def evaluate(
     for rival in against:
         require_room(rival, model, corpus, index, n_neighbors, window)
 
-    offsets = chunk_offsets(corpus, m)  # (c)
-    neighbors, distances = retrieve(corpus, index, offsets, max(n_neighbors, N_LEAKAGE_NEIGHBORS))  # (c, >= 10)
-    read = neighbors[:, :n_neighbors].copy()
-    read[offsets + m > corpus.ends_of(offsets)] = -1  # only whole chunks retrieve
-    rng, chunk_documents = np.random.default_rng(0), corpus.document_of(offsets)
-    shuffles = [shuffled_neighbors(read, chunk_documents, rng) for _ in range(config.n_shuffles)]
+    offsets, cut = chunk_offsets(corpus, m), windows(corpus, window, stride, config.n_windows)  # (c)
+    is_whole, of_chunks = offsets + m <= corpus.ends_of(offsets), corpus.document_of(offsets)
+    rng, n_shuffles = np.random.default_rng(0), config.n_shuffles if "random" in others else 0
+    drawn = [others_drawn(is_whole, of_chunks, rng) for _ in range(n_shuffles)]
+    asked = (evaluated := are_in(cut, offsets)).copy()
+    for numbers in drawn:  # whose neighbors those get at random
+        asked[numbers[evaluated & (numbers >= 0)]] = True
+    k = max(n_neighbors, N_LEAKAGE_NEIGHBORS)
+    neighbors, distances = np.full((len(offsets), k), -1), np.full((len(offsets), k), np.inf, dtype=np.float32)
+    neighbors[asked], distances[asked] = retrieve(corpus, index, offsets[asked], k)
+    read = np.where(is_whole[:, None], neighbors[:, :n_neighbors], -1)  # only whole chunks retrieve
+    shuffles = [of_others(read, numbers) for numbers in drawn]
     retrieved: dict[str, Sequence[np.ndarray | None]] = {"on": [read], "off": [None], "random": shuffles}
     passes = {name: (model, retrieved[name]) for name in ("on", *others)}
     if baseline is not None:
         passes["baseline"] = (baseline, [None])
-    cut = windows(corpus, window, stride, config.n_windows)
     nats = {
         name: np.mean([losses(net, corpus, index, r, cut, config.batch_size, device, name) for r in rets], axis=0)
         for name, (net, rets) in passes.items()
@@ -120,7 +134,7 @@ def evaluate(
     copied, n_bytes = copyable(corpus, index, offsets, read), predicted_bytes(corpus) * is_scored(corpus, cut)
     return Evaluation(
         corpus, index, n_neighbors, window, stride, nats, n_bytes, offsets, neighbors, distances, overlap, copied,
-        config.n_shuffles if "random" in passes else 0, config.n_windows,
+        n_shuffles, config.n_windows,
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from retro.evaluation.held_out import require_held_out
 from retro.evaluation.intervals import judged
 from retro.evaluation.leakage import longest_common_run
 from retro.evaluation.result import DATABASE_FIELDS, VARIANTS, joined, saved_bits
-from retro.evaluation.windows import losses, predicted_bytes, shuffled_neighbors, windows
+from retro.evaluation.windows import losses, of_others, others_drawn, predicted_bytes, windows
 from retro.model import RetroConfig, RetroModel
 from retro.progress import note
 from retro.storage.manifests import read_manifest
@@ -85,7 +85,7 @@ def test_random_neighbors_are_the_mean_of_shuffles_and_never_those_of_an_unfinis
     neighbors = np.where(is_whole[:, None], evaluation.neighbors[:, :2], -1)
     options = (windows(corpus, WINDOW, WINDOW // 2), 8, "cpu", "test")
     rng, documents = np.random.default_rng(0), corpus.document_of(offsets)
-    shuffles = [shuffled_neighbors(neighbors, documents, rng) for _ in range(3)]
+    shuffles = [of_others(neighbors, others_drawn(is_whole, documents, rng)) for _ in range(3)]
     drawn = [losses(model, corpus, index, shuffle, *options) for shuffle in shuffles]
     assert not np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[1], drawn[2])
     np.testing.assert_allclose(evaluation.nats["random"], sum(drawn) / 3, rtol=1e-12)
@@ -144,18 +144,48 @@ def test_random_neighbors_come_from_another_document_or_else_from_earlier_text()
     numbers = np.array([0, 1, 2, -1, 4, 5, 6, 7])  # of chunks; each has its own number as a neighbor, one has none
     neighbors = np.stack([numbers, np.where(numbers < 0, -1, numbers + 10)], axis=1)
     documents = np.array([3, 3, 3, 3, 3, 4, 4, 5])
-    drawn = np.stack([shuffled_neighbors(neighbors, documents, rng) for _ in range(300)])  # (300, c, K)
+    retrieves = numbers >= 0
+
+    def shuffled(documents):
+        return of_others(neighbors, others_drawn(retrieves, documents, rng))
+
+    drawn = np.stack([shuffled(documents) for _ in range(300)])  # (300, c, K)
     assert (drawn[:, 3] == -1).all() and (np.delete(drawn, 3, axis=1) >= 0).all()
     assert (np.delete(drawn, 3, axis=1)[..., 1] == np.delete(drawn, 3, axis=1)[..., 0] + 10).all(), "torn apart"
     found = [set(drawn[:, chunk, 0].tolist()) for chunk in range(8)]
     first, second = {0, 1, 2, 4}, {5, 6}
     assert found == [second | {7}] * 3 + [{-1}] + [second | {7}] + [first | {7}] * 2 + [first | second]
     # Of a single document only earlier chunks' are drawn: a later one was retrieved with text still to be predicted.
-    one = np.stack([shuffled_neighbors(neighbors, np.zeros(8, dtype=int), rng)[:, 0] for _ in range(300)])
+    one = np.stack([shuffled(np.zeros(8, dtype=int))[:, 0] for _ in range(300)])
     found = [set(one[:, chunk].tolist()) for chunk in range(8)]
     assert found == [{-1}, {0}, {0, 1}, {-1}, {0, 1, 2}, {0, 1, 2, 4}, {0, 1, 2, 4, 5}, {0, 1, 2, 4, 5, 6}]
-    assert shuffled_neighbors(neighbors[:1], documents[:1], rng).tolist() == [[-1, -1]]
-    assert shuffled_neighbors(neighbors[3:4], documents[:1], rng).tolist() == [[-1, -1]]
+    assert others_drawn(retrieves[:1], documents[:1], rng).tolist() == [-1]
+    assert others_drawn(retrieves[3:4], documents[:1], rng).tolist() == [-1]
+    found_nothing = of_others(neighbors[[3, 0, 1]], np.array([1, 0, 2]))
+    assert found_nothing.tolist() == [[-1, -1], [-1, -1], [1, 11]], "who found nothing neither gets nor gives any"
+
+
+def test_only_chunks_that_are_read_retrieve_and_no_figure_changes(index, monkeypatch):
+    """Where some windows of a long text are evaluated, most of its chunks are read by nobody."""
+    model, asked, nearest_at = model_of(index), [], RetroIndex.nearest_at
+
+    def counted(self, offsets, *others):
+        asked.append(len(offsets))
+        return nearest_at(self, offsets, *others)
+
+    monkeypatch.setattr(RetroIndex, "nearest_at", counted)
+    for n_windows, n_shuffles in ((1, 1), (1, 3), (2, 1), (None, 1)):
+        config = dataclasses.replace(IN_WINDOWS, n_neighbors=1, n_windows=n_windows, n_shuffles=n_shuffles)
+        asked.clear()
+        options = {"config": config, "against": ("in-context",)}
+        few, n_few = evaluate(model, index.corpus, index, **options), sum(asked)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("retro.evaluate.are_in", lambda cut, offsets: np.ones(len(offsets), dtype=bool))
+            every = evaluate(model, index.corpus, index, **options)
+        assert sum(asked) - n_few == len(every.offsets)
+        n_read = (n_windows or len(every.offsets)) * (WINDOW // CHUNK_LEN + 1) * (1 + n_shuffles)
+        assert n_few <= min(n_read, len(every.offsets)) and (n_few < len(every.offsets)) == (n_windows is not None)
+        assert few.summary() == every.summary()
 
 
 def test_the_longest_common_run_is_that_of_a_brute_force_search(monkeypatch):

@@ -65,7 +65,8 @@ class Evaluation:
     nats: dict[str, np.ndarray]  # (n) loss of each token, for each variant; 0 for a document's first, never predicted
     n_bytes: np.ndarray  # (n) of each predicted token
     offsets: np.ndarray  # (c) where the chunks start in `corpus`
-    neighbors: np.ndarray  # (c, at least 10) offsets in `index.corpus`, nearest first; -1 for none
+    # (c, at least 10) offsets in `index.corpus`, nearest first; -1 for none, as where no window is.
+    neighbors: np.ndarray
     distances: np.ndarray  # (c, at least 10) squared L2 distances
     overlap: np.ndarray  # (c) r(C)
     copyable_tokens: np.ndarray  # (c) in the longest run that a chunk shares with the neighbors it reads

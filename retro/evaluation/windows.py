@@ -51,27 +51,39 @@ def predicted_bytes(corpus: Corpus) -> np.ndarray:
     return n_bytes
 
 
-def shuffled_neighbors(neighbors: np.ndarray, documents: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Give each chunk that has neighbors (c, K) those of another chunk, drawn from the chunks of other documents.
+def others_drawn(retrieves: np.ndarray, documents: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """For each chunk that retrieves (c), another whose neighbors it gets at random (c), of another document; else -1.
 
     * `documents` (c) are the numbers of the chunks' documents, in order
 
-    Never those of a later chunk of the same document: they were retrieved with text that is still to be predicted when
+    Never a later chunk of the same document: its neighbors were retrieved with text that is still to be predicted when
     they are read, so that they would tell of it, those of the next chunk most. An earlier chunk's tell nothing new, but
-    may be nearly as good as its own; they are drawn only if there is no other document, and the first chunk that has
-    neighbors then gets none.
+    may be nearly as good as its own; they are drawn only if there is no other document, and the first chunk that
+    retrieves then gets none.
     """
-    has = np.flatnonzero((neighbors >= 0).any(axis=1))
-    shuffled = np.full_like(neighbors, -1)
-    first = np.searchsorted(documents[has], documents[has])  # place in `has` of the document's first chunk
-    of_same = np.searchsorted(documents[has], documents[has], side="right") - first
-    if (of_same < len(has)).all():
-        drawn = rng.integers(0, len(has) - of_same)
-        shuffled[has] = neighbors[has[drawn + np.where(drawn < first, 0, of_same)]]
+    chunks, drawn = np.flatnonzero(retrieves), np.full(len(retrieves), -1)
+    first = np.searchsorted(documents[chunks], documents[chunks])  # place in `chunks` of the document's first chunk
+    of_same = np.searchsorted(documents[chunks], documents[chunks], side="right") - first
+    if (of_same < len(chunks)).all():
+        places = rng.integers(0, len(chunks) - of_same)
+        drawn[chunks] = chunks[places + np.where(places < first, 0, of_same)]
     else:
-        drawn = rng.integers(0, np.arange(1, len(has)))
-        shuffled[has[1:]] = neighbors[has[drawn]]
-    return shuffled
+        drawn[chunks[1:]] = chunks[rng.integers(0, np.arange(1, len(chunks)))]
+    return drawn
+
+
+def of_others(neighbors: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """The neighbors (c, K) of the chunks that were drawn (c) for those that have any; -1 for none."""
+    has = (drawn >= 0) & (neighbors >= 0).any(axis=1)
+    return np.where(has[:, None], neighbors[drawn], -1)
+
+
+def are_in(cut: Sequence[Window], offsets: np.ndarray) -> np.ndarray:
+    """Whether each chunk (c) at some offsets is in a window, or has the token that one predicts at last."""
+    found = np.zeros(len(offsets), dtype=bool)
+    for start, end, _ in cut:
+        found[np.searchsorted(offsets, start, side="right") - 1 : np.searchsorted(offsets, end, side="right")] = True
+    return found
 
 
 def windows(corpus: Corpus, window: int, stride: int, n_windows: int | None = None) -> list[Window]:
