@@ -47,7 +47,7 @@ from retro.evaluation.leakage import N_LEAKAGE_NEIGHBORS, copyable, overlaps, re
 from retro.evaluation.result import Evaluation
 from retro.evaluation.rivals import BOTH, require_room, rival_losses
 from retro.evaluation.windows import (
-    are_in,
+    are_asked_for,
     chunk_offsets,
     is_scored,
     losses,
@@ -108,12 +108,9 @@ def evaluate(
     is_whole, of_chunks = offsets + m <= corpus.ends_of(offsets), corpus.document_of(offsets)
     rng, n_shuffles = np.random.default_rng(0), config.n_shuffles if "random" in others else 0
     drawn = [others_drawn(is_whole, of_chunks, rng) for _ in range(n_shuffles)]
-    asked = (evaluated := are_in(cut, offsets)).copy()
-    for numbers in drawn:  # whose neighbors those get at random
-        asked[numbers[evaluated & (numbers >= 0)]] = True
-    k = max(n_neighbors, N_LEAKAGE_NEIGHBORS)
+    asked, k = are_asked_for(offsets, cut, drawn), max(n_neighbors, N_LEAKAGE_NEIGHBORS)
     neighbors, distances = np.full((len(offsets), k), -1), np.full((len(offsets), k), np.inf, dtype=np.float32)
-    neighbors[asked], distances[asked] = retrieve(corpus, index, offsets[asked], k)
+    neighbors[asked], distances[asked] = retrieve(corpus, index, offsets[asked], k)  # (c, >= 10)
     read = np.where(is_whole[:, None], neighbors[:, :n_neighbors], -1)  # only whole chunks retrieve
     shuffles = [of_others(read, numbers) for numbers in drawn]
     retrieved: dict[str, Sequence[np.ndarray | None]] = {"on": [read], "off": [None], "random": shuffles}

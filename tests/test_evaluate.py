@@ -180,7 +180,7 @@ def test_only_chunks_that_are_read_retrieve_and_no_figure_changes(index, monkeyp
         options = {"config": config, "against": ("in-context",)}
         few, n_few = evaluate(model, index.corpus, index, **options), sum(asked)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("retro.evaluate.are_in", lambda cut, offsets: np.ones(len(offsets), dtype=bool))
+            patch.setattr("retro.evaluate.are_asked_for", lambda offsets, *_: np.ones(len(offsets), dtype=bool))
             every = evaluate(model, index.corpus, index, **options)
         assert sum(asked) - n_few == len(every.offsets)
         n_read = (n_windows or len(every.offsets)) * (WINDOW // CHUNK_LEN + 1) * (1 + n_shuffles)

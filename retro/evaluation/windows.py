@@ -78,12 +78,20 @@ def of_others(neighbors: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     return np.where(has[:, None], neighbors[drawn], -1)
 
 
-def are_in(cut: Sequence[Window], offsets: np.ndarray) -> np.ndarray:
-    """Whether each chunk (c) at some offsets is in a window, or has the token that one predicts at last."""
-    found = np.zeros(len(offsets), dtype=bool)
+def are_asked_for(offsets: np.ndarray, cut: Sequence[Window], drawn: Sequence[np.ndarray]) -> np.ndarray:
+    """Whether anybody needs to know what each chunk (c) retrieves.
+
+    * `offsets` (c) are where chunks start. Those in windows count, with the token that is predicted at last
+    * `drawn` are the chunks (c) whose neighbors these get at random, once for each shuffle
+    """
+    in_windows = np.zeros(len(offsets), dtype=bool)
     for start, end, _ in cut:
-        found[np.searchsorted(offsets, start, side="right") - 1 : np.searchsorted(offsets, end, side="right")] = True
-    return found
+        first, last = np.searchsorted(offsets, (start, end), side="right") - 1
+        in_windows[first : last + 1] = True
+    asked = in_windows.copy()
+    for numbers in drawn:
+        asked[numbers[in_windows & (numbers >= 0)]] = True
+    return asked
 
 
 def windows(corpus: Corpus, window: int, stride: int, n_windows: int | None = None) -> list[Window]:
