@@ -83,7 +83,9 @@ TESTED = """\
 Bits per byte that are saved, with 95% intervals of the difference in pairs, over documents, and over seeds where there
 are several; with one seed they are about that one training (`retro/evaluation/intervals.py`). Intervals are not
 corrected, p-values and verdicts are, for the number of claims in this table (Holm): with nothing gained anywhere, any
-would say yes or no in some 5% of such tables, or more often where a few documents gain far more than the others."""
+would say yes or no in some 5% of such tables, or more often where a few documents gain far more than the others. Three
+seeds say little of how far seeds spread, so with them a verdict takes a difference some 30 times as large as the error
+that is theirs."""
 LOW = "on chunks with r(C) up to 12.5%"
 
 
