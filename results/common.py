@@ -223,13 +223,13 @@ def costs(measured: Measured, training: Training, variants: Sequence[str], windo
     def measure() -> dict[str, Any]:
         from retro.config import DatasetConfig
         from retro.database import RetroIndex
-        from retro.evaluation.costs import costs
+        from retro.evaluation.costs import costs as costs_of
         from retro.runs.checkpoints import load_model
         from retro.text.corpus import Corpus
 
         corpus, index, k = Corpus.load("data/corpus"), RetroIndex(data_path="data"), DatasetConfig.n_neighbors
         model = load_model(training.make()[0])
-        return dict(costs(variants, model, corpus, index, n_neighbors=k, window=window))
+        return dict(costs_of(variants, model, corpus, index, n_neighbors=k, window=window))
 
     return measured.figure("costs", [training.key, list(variants), window], measure)  # type: ignore[no-any-return]
 

@@ -41,6 +41,7 @@ MEMORY = (
     Way("**reads what it finds, while LoRA learns**", "both", "on", "both", "on"),
     Way("reads random neighbors", "lora", "random", "memory"),
 )
+PLOTTED = [way.text.strip("*") for way in MEMORY]  # each in its color
 NOTHING = (
     Way("without retrieval, equal steps", "equal-steps", "baseline", "equal-steps"),
     Way("without retrieval, equal time", "equal-time", "baseline", "equal-time"),
@@ -382,7 +383,7 @@ def of_memory(name: str, part: Part) -> Iterator[str]:
                 ratios = [of[kind] / of["memory"] for of in part["timed"]["rounds"]]
                 shown = f"{part['ratios'][kind]:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
                 of_a_pass = f"{1024 * steps / part['tokens']['train']:.0%}"
-                trained = [f"{steps:,}", of_a_pass, shown if kind != "memory" else "1", str(len(part["runs"][run]))]
+                trained = [f"{steps:,}", of_a_pass, shown if kind != "memory" else "1", str(cell["n_seeds"])]
             yield f"| {way.text} | {format_interval(cell, '.4f')} | {' | '.join(trained)} |"
     yield ""
     yield f"Copyable: of the chunks that read neighbors, {shares(copyable)} or more in a row with them. {FILTERED}"
@@ -432,7 +433,7 @@ def of_nothing(part: Part) -> Iterator[str]:
     yield ""
     yield f"In turns, a step with retrieval takes {part['time_ratio']:.2f} times as long as one without. {FILTERED}"
     yield ""
-    yield from filtered(part, NOTHING, main, "none, equal steps")
+    yield from filtered(part, NOTHING, main, "no retrieval, equal steps")
     if longer := part["longer"]:
         yield ""
         yield "Trained longer, first seed:"
@@ -488,7 +489,7 @@ def filtered(part: Part, ways: Sequence[Way], main: dict[str, Any], baseline: st
     for text, values in bits_of_filtered(part, ways).items():
         yield f"| {text} | {' | '.join('–' if v is None else f'{v:.3f}' for v in values)} |"
     yield ""
-    yield f"| r(C) up to | chunks | bytes | saved over random neighbors | saved over {baseline} |"
+    yield f"| saved at r(C) up to | chunks | bytes | over random neighbors | over {baseline} |"
     yield "|---|---|---|---|---|"
     for threshold, row in zip(thresholds, rows, strict=True):
         cells = [format_interval(row["gain"][f"over {variant}"]) for variant in ("random", "baseline")]
@@ -505,7 +506,7 @@ def bits_of_filtered(part: Part, ways: Sequence[Way]) -> dict[str, list[float | 
 
 
 def plot_filtered(part: Part, path: Path) -> None:
-    """Draw them, and what reading saves over the base, over LoRA, and over random neighbors."""
+    """Draw the bits of all ways by r(C), and what reading saves over the base, over LoRA, and over random neighbors."""
     main, bits = part["evaluations"]["lora"], bits_of_filtered(part, MEMORY)
     over = {
         f"over {way.text}": f"over {way.variant}" for way in MEMORY if way.evaluation == "lora" and way.variant != "on"
@@ -516,7 +517,7 @@ def plot_filtered(part: Part, path: Path) -> None:
         | {"gain": {name: row["gain"][variant] for name, variant in over.items()}}
         for i, row in enumerate(main["filtered"])
     ]
-    plot({"bits_per_byte": rows[0]["bits_per_byte"], "gain": over, "filtered": rows}, path)
+    plot({"bits_per_byte": rows[0]["bits_per_byte"], "gain": over, "filtered": rows}, path, PLOTTED)
 
 
 def spent(record: dict[str, Any]) -> Iterator[str]:
@@ -556,8 +557,6 @@ def write(record: dict[str, Any], out: Path) -> None:
     lines += [*levers(), "", *spent(record)]
     (out / "RESULTS.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     first = next(iter(record["memory"].values()))
-    costs = costs_of(first)
-    found = {way.text.strip("*"): figure(first, way) for way in costs}
-    plot_costs(
-        {"bits_per_byte": found, "costs": {way.text.strip("*"): cost for way, cost in costs.items()}}, out / "costs.png"
-    )
+    found = {way.text.strip("*"): (figure(first, way), cost) for way, cost in costs_of(first).items()}
+    bits, costs = ({text: of[i] for text, of in found.items()} for i in (0, 1))
+    plot_costs({"bits_per_byte": bits, "costs": costs}, out / "costs.png", PLOTTED)

@@ -112,7 +112,7 @@ def evaluate(
     neighbors, distances = np.full((len(offsets), k), -1), np.full((len(offsets), k), np.inf, dtype=np.float32)
     neighbors[asked], distances[asked] = retrieve(corpus, index, offsets[asked], k)  # (c, >= 10)
     read = np.where(is_whole[:, None], neighbors[:, :n_neighbors], -1)  # only whole chunks retrieve
-    shuffles = [of_others(read, numbers) for numbers in drawn]
+    shuffles = [of_others(read, numbers, of_chunks, rng) for numbers in drawn]
     retrieved: dict[str, Sequence[np.ndarray | None]] = {"on": [read], "off": [None], "random": shuffles}
     passes = {name: (model, retrieved[name]) for name in ("on", *others)}
     if baseline is not None:
@@ -127,7 +127,7 @@ def evaluate(
         nats[rival] = rival_losses(
             rival, net, corpus, index, read, nats[alone], cut, window, stride, config.batch_size, device
         )
-    overlap = overlaps(corpus, index, offsets, neighbors[:, :N_LEAKAGE_NEIGHBORS])
+    overlap = np.where(asked, overlaps(corpus, index, offsets, neighbors[:, :N_LEAKAGE_NEIGHBORS]), np.nan)
     copied, n_bytes = copyable(corpus, index, offsets, read), predicted_bytes(corpus) * is_scored(corpus, cut)
     return Evaluation(
         corpus, index, n_neighbors, window, stride, nats, n_bytes, offsets, neighbors, distances, overlap, copied,

@@ -5,13 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CHUNK_LEN
+from conftest import CHUNK_LEN, refused
 from test_evaluate import model_of
 from test_retrofit import SHAPE, new_retrofit, some_text
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from retro.config import EvaluateConfig, RetrofitConfig
 from retro.decoding import decoder_of
+from retro.errors import InvalidOption
 from retro.evaluate import evaluate
 from retro.evaluation.costs import costs
 from retro.evaluation.figures import plot_costs, table
@@ -52,6 +53,16 @@ def test_operations_of_a_model_alone_and_with_neighbors_before_its_text_are_its_
     assert M * found["longer-context"]["operations"] == 2 * one_by_one(model, M, text + n_more - 1)
     anew = products(model, n_more + text, n_more + text)
     assert M * found["in-context"]["operations"] == 2 * (anew + one_by_one(model, M - 1, n_more + text))
+
+
+def test_what_has_no_cost_is_refused_in_a_sentence(index):
+    model = model_of(index)
+    with refused(InvalidOption, "variants in_context is not one of on, off, random, in-context, longer-context, both"):
+        costs_of(("on", "in_context"), model, index)
+    with refused(InvalidOption, "variants baseline is not one of"):
+        costs_of(("baseline",), model, index)
+    with refused(InvalidOption, "in-context would leave 0 of the 64 tokens"):
+        costs(("in-context",), model, index.corpus, index, n_neighbors=K, window=4 * M)
 
 
 def test_reading_costs_what_reads_and_encodes_neighbors_more(index):

@@ -85,7 +85,8 @@ def test_random_neighbors_are_the_mean_of_shuffles_and_never_those_of_an_unfinis
     neighbors = np.where(is_whole[:, None], evaluation.neighbors[:, :2], -1)
     options = (windows(corpus, WINDOW, WINDOW // 2), 8, "cpu", "test")
     rng, documents = np.random.default_rng(0), corpus.document_of(offsets)
-    shuffles = [of_others(neighbors, others_drawn(is_whole, documents, rng)) for _ in range(3)]
+    chunks = [others_drawn(is_whole, documents, rng) for _ in range(3)]
+    shuffles = [of_others(neighbors, of_shuffle, documents, rng) for of_shuffle in chunks]
     drawn = [losses(model, corpus, index, shuffle, *options) for shuffle in shuffles]
     assert not np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[1], drawn[2])
     np.testing.assert_allclose(evaluation.nats["random"], sum(drawn) / 3, rtol=1e-12)
@@ -147,7 +148,7 @@ def test_random_neighbors_come_from_another_document_or_else_from_earlier_text()
     retrieves = numbers >= 0
 
     def shuffled(documents):
-        return of_others(neighbors, others_drawn(retrieves, documents, rng))
+        return of_others(neighbors, others_drawn(retrieves, documents, rng), documents, rng)
 
     drawn = np.stack([shuffled(documents) for _ in range(300)])  # (300, c, K)
     assert (drawn[:, 3] == -1).all() and (np.delete(drawn, 3, axis=1) >= 0).all()
@@ -161,11 +162,12 @@ def test_random_neighbors_come_from_another_document_or_else_from_earlier_text()
     assert found == [{-1}, {0}, {0, 1}, {-1}, {0, 1, 2}, {0, 1, 2, 4}, {0, 1, 2, 4, 5}, {0, 1, 2, 4, 5, 6}]
     assert others_drawn(retrieves[:1], documents[:1], rng).tolist() == [-1]
     assert others_drawn(retrieves[3:4], documents[:1], rng).tolist() == [-1]
-    found_nothing = of_others(neighbors[[3, 0, 1]], np.array([1, 0, 2]))
-    assert found_nothing.tolist() == [[-1, -1], [-1, -1], [1, 11]], "who found nothing neither gets nor gives any"
+    # Chunk 1 found nothing, so that it gets nothing; chunk 2, for which it was drawn, gets those of 0, the only other.
+    found = of_others(neighbors[[0, 3, 5]], np.array([1, 2, 1]), np.array([0, 0, 1]), rng)
+    assert found.tolist() == [[5, 15], [-1, -1], [0, 10]]
 
 
-def test_only_chunks_that_are_read_retrieve_and_no_figure_changes(index, monkeypatch):
+def test_only_chunks_that_are_read_retrieve_and_no_figure_changes(index, of_two, monkeypatch):
     """Where some windows of a long text are evaluated, most of its chunks are read by nobody."""
     model, asked, nearest_at = model_of(index), [], RetroIndex.nearest_at
 
@@ -174,18 +176,32 @@ def test_only_chunks_that_are_read_retrieve_and_no_figure_changes(index, monkeyp
         return nearest_at(self, offsets, *others)
 
     monkeypatch.setattr(RetroIndex, "nearest_at", counted)
-    for n_windows, n_shuffles in ((1, 1), (1, 3), (2, 1), (None, 1)):
-        config = dataclasses.replace(IN_WINDOWS, n_neighbors=1, n_windows=n_windows, n_shuffles=n_shuffles)
+    for corpus, stride, n_windows, n_shuffles in (
+        (index.corpus, None, 1, 3),
+        (index.corpus, WINDOW, 2, 1),
+        (of_two, None, 1, 1),
+        (of_two, WINDOW, 1, 1),
+        (of_two, WINDOW, None, 1),
+    ):
+        config = EvaluateConfig(1, WINDOW, stride, n_windows, n_shuffles)
         asked.clear()
         options = {"config": config, "against": ("in-context",)}
-        few, n_few = evaluate(model, index.corpus, index, **options), sum(asked)
+        few, n_few = evaluate(model, corpus, index, **options), sum(asked)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("retro.evaluate.are_asked_for", lambda offsets, *_: np.ones(len(offsets), dtype=bool))
-            every = evaluate(model, index.corpus, index, **options)
-        assert sum(asked) - n_few == len(every.offsets)
-        n_read = (n_windows or len(every.offsets)) * (WINDOW // CHUNK_LEN + 1) * (1 + n_shuffles)
-        assert n_few <= min(n_read, len(every.offsets)) and (n_few < len(every.offsets)) == (n_windows is not None)
-        assert few.summary() == every.summary()
+            every = evaluate(model, corpus, index, **options)
+        n, n_documents = len(every.offsets), len(corpus.split("valid"))
+        assert sum(asked) - n_few == n
+        n_read = n_documents * (n_windows or n) * (WINDOW // CHUNK_LEN + 1) * (1 + n_shuffles)
+        assert n_few <= min(n_read, n) and (n_few < n) == (n_windows is not None)
+        assert few.summary() == every.summary() and np.isnan(few.overlap).sum() == n - n_few
+
+
+def test_what_a_chunk_could_copy_is_counted_where_it_reads():
+    """A chunk that begins its window has no chunk before it whose neighbors it could read."""
+    assert by_hand().summary()["copyable_tokens"] == {"2 tokens": 0.5}
+    each_in_its_own = dataclasses.replace(by_hand(), window=2, stride=2)
+    assert each_in_its_own.summary()["copyable_tokens"] == {}
 
 
 def test_the_longest_common_run_is_that_of_a_brute_force_search(monkeypatch):
@@ -365,10 +381,14 @@ def test_a_plot_shows_what_is_gained_in_the_color_of_what_it_is_gained_over(tmp_
     pyplot = pytest.importorskip("matplotlib.pyplot", reason="the plot needs it: pip install matplotlib")
     drawn = []
     monkeypatch.setattr(pyplot, "close", drawn.append)
-    plot(by_hand().summary(), tmp_path / "few.png")
+    summary = by_hand().summary()
+    plot(summary | {"bits_per_byte": {"off": summary["bits_per_byte"]["off"]}}, tmp_path / "one.png")
+    (alone,) = drawn.pop().axes[0].lines
+    plot(summary, tmp_path / "few.png")
+    assert alone.get_color() == drawn[0].axes[0].lines[1].get_color(), "in every plot"
     bits, gain = {f"way {i}": i / 8 for i in range(11)}, {"value": 0.1, "low": 0.0, "high": 0.2}
     rows = [{"alpha": a, "n_chunks": 1, "bits_per_byte": bits, "gain": {"over way 7": gain}} for a in (0.5, 1.0)]
-    plot({"bits_per_byte": bits, "gain": {"over way 7": gain}, "filtered": rows}, tmp_path / "many.png")
+    plot({"bits_per_byte": bits, "gain": {"over way 7": gain}, "filtered": rows}, tmp_path / "many.png", bits)
     for figure, n in zip(drawn, (len(by_hand().nats), 11), strict=True):
         left, right = figure.axes
         colors = {line.get_label(): line.get_color() for line in left.lines}

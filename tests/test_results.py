@@ -411,6 +411,8 @@ def test_a_page_is_made_of_everything_and_tells_what_was_reached(measured, tmp_p
     for text, evaluation, variant in (("kNN-LM", "rivals", "knn-lm"), (tuned, "tuned, in-context", "in-context")):
         values = [filtered["bits_per_byte"][variant] for filtered in e[evaluation]["filtered"]]
         assert f"| {text} | {' | '.join('–' if v is None else f'{v:.3f}' for v in values)} |" in page, "of r(C)"
+    of_seeds = {line.split(" | ")[0]: line.split(" | ")[-1] for line in page.splitlines() if " to " in line}
+    assert of_seeds[f"| {tuned}"] == "1 |" and of_seeds["| LoRA, trained for as long"] == "2 |"
     for file in ("costs.png", "filtered-models.png"):
         assert (tmp_path / file).read_bytes().startswith(b"\x89PNG")
 

@@ -22,7 +22,15 @@ from torch.utils.data import DataLoader
 
 from retro import parallel
 from retro.cli import main
-from retro.config import CorpusConfig, DatabaseConfig, DatasetConfig, EvaluateConfig, RetroConfig, SampleConfig
+from retro.config import (
+    CorpusConfig,
+    DatabaseConfig,
+    DatasetConfig,
+    EvaluateConfig,
+    RetroConfig,
+    RetrofitConfig,
+    SampleConfig,
+)
 from retro.database import RetroIndex, build_database
 from retro.dataset import DATASET_FILE, Dataset, build_dataset
 from retro.errors import DamagedFile, InvalidOption, MissingArtifact
@@ -812,6 +820,8 @@ def test_muon_is_refused_where_it_cannot_be(run, index, monkeypatch):
             require_fits(run, fsdp=True)
         with refused(InvalidOption, "--micro-batch 2 does not go with fsdp"):
             require_fits(replace(run, config=replace(CONFIG, micro_batch=2)), fsdp=True)
+        with refused(InvalidOption, "--base tiny is read through hooks, which fsdp, compile and recompute do not take"):
+            require_fits(replace(run, config=CONFIG, shape=RetrofitConfig("tiny", CHUNK_LEN)), fsdp=True)
     with refused(InvalidOption, "--optimizer muon is for models that are trained from nothing"):
         new_optimizer(torch.nn.Linear(2, 2), config, fused=False)
     with refused(InvalidOption, "--optimizer sgd is not one of adam, muon"):

@@ -15,15 +15,15 @@ sampling, and were computed before, if the way can use them again:
 
 Operations are those of the products of matrices in the networks, counted as they run
 (`torch.utils.flop_counter`; a multiplication and an addition are two), and those of kNN-LM's search, a product of a
-state and all $n$: $2nD$ a token. Attention counts in full, also what causal attention could leave out. What searches
-chunks counts in seconds only: it is asked once for a chunk of $m$ tokens, and has a key for each $m$ of the database.
+state and all $n$: $2nD$ a token. Attention counts in full, also what causal attention could leave out. What embeds a
+chunk to look for others counts too; the search itself, among chunks and once for each, counts in seconds only.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TypedDict
 
 import faiss
@@ -35,8 +35,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from retro.database import RetroIndex
 from retro.decoding import decoder_of
+from retro.errors import InvalidOption
 from retro.evaluation.knn_lm import N_VOTES, to_remember
-from retro.evaluation.rivals import BOTH, IN_CONTEXT, KNN_LM, LONGER, put_before, room
+from retro.evaluation.rivals import BOTH, IN_CONTEXT, KNN_LM, LONGER, RIVALS, put_before, require_room, room
 from retro.retrofit import Model
 from retro.search.index_file import INDEX_FILE, LISTS_FILE
 from retro.search.retrievers import FOLDER
@@ -56,7 +57,7 @@ class Cost(TypedDict):
 
 
 def costs(
-    variants: Iterable[str],
+    variants: Collection[str],
     model: Model,
     corpus: Corpus,
     index: RetroIndex,
@@ -72,8 +73,16 @@ def costs(
     * `n_neighbors` and `window` are K, and what $T$ is three quarters of
     * `baseline` goes without retrieval in place of `model`, and so do rivals with it, if there is one
 
-    Seconds are those of the machine and the device where the models are, with whatever else runs there.
+    Seconds are those of the machine and the device where the models are, with whatever else runs there. Raises
+    `InvalidOption` for a variant that there is not, or a rival that would have next to no text of its own.
     """
+    known = ("on", "off", "random", *RIVALS, *(["baseline"] if baseline is not None else []))
+    for variant in variants:
+        if variant not in known:
+            raise InvalidOption("variants", variant, f"is not one of {', '.join(known)}")
+        if variant in (IN_CONTEXT, LONGER, BOTH):
+            net = model if baseline is None or variant == BOTH else baseline
+            require_room(variant, net, corpus, index, n_neighbors, window)
     ways = {
         variant: _Way(variant, model, corpus, index, n_neighbors, window, baseline)
         for variant in variants

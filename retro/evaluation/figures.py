@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import cycle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -93,21 +93,25 @@ def behind(summary: dict[str, Any]) -> str:
     return said
 
 
-def plot_costs(summary: dict[str, Any], path: Path) -> None:
-    """Draw bits per byte against what a token costs into a PNG. Raises `ImportError` without matplotlib."""
+def plot_costs(summary: dict[str, Any], path: Path, names: Iterable[str] = VARIANTS) -> None:
+    """Draw bits per byte against what a token costs into a PNG. Raises `ImportError` without matplotlib.
+
+    * `names` are all variants that there may be: each has the same color in every plot
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    colors = dict(zip(names, COLORS, strict=False))
     figure, both = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
     for axes, kind, unit, label in (
         (both[0], "operations", 1e9, "billion operations"),
         (both[1], "seconds", 1e-3, "milliseconds"),
     ):
-        for (variant, cost), color in zip(summary["costs"].items(), cycle(COLORS), strict=False):
+        for variant, cost in summary["costs"].items():
             bits = summary["bits_per_byte"][variant]["value"]
-            axes.plot(cost[kind] / unit, bits, "o", color=color, label=variant)
+            axes.plot(cost[kind] / unit, bits, "o", color=colors[variant], label=variant)
         axes.set(xlabel=f"a generated token, {label}", xlim=(0, None), ylim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)
     both[0].set(ylabel="bits per byte")
@@ -116,8 +120,11 @@ def plot_costs(summary: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def plot(summary: dict[str, Any], path: Path) -> None:
-    """Draw the figures of the filtered chunks into a PNG. Raises `ImportError` without matplotlib."""
+def plot(summary: dict[str, Any], path: Path, names: Iterable[str] = VARIANTS) -> None:
+    """Draw the figures of the filtered chunks into a PNG. Raises `ImportError` without matplotlib.
+
+    * `names` are as in `plot_costs`
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -125,11 +132,12 @@ def plot(summary: dict[str, Any], path: Path) -> None:
 
     rows = [row for row in summary["filtered"] if row["n_chunks"]]
     alphas = [100 * row["alpha"] for row in rows]
-    colors = dict(zip(summary["bits_per_byte"], cycle(COLORS), strict=False))
-    are_many = len(colors) > MOST_INSIDE
+    colors, variants = dict(zip(names, COLORS, strict=False)), summary["bits_per_byte"]
+    are_many = len(variants) > MOST_INSIDE
     figure, (left, right) = plt.subplots(1, 2, figsize=(12 if are_many else 9, 3.6), layout="constrained")
-    for variant, color in colors.items():
-        left.plot(alphas, [row["bits_per_byte"][variant] for row in rows], marker="o", label=variant, color=color)
+    for variant in variants:
+        bits = [row["bits_per_byte"][variant] for row in rows]
+        left.plot(alphas, bits, marker="o", label=variant, color=colors[variant])
     left.set(title="Chunks filtered by overlap", ylabel="bits per byte")
     for name in summary["gain"]:
         gains, color = [row["gain"][name] for row in rows], colors[name.removeprefix("over ")]

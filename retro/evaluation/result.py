@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from retro.database import RetroIndex
 from retro.evaluation.intervals import Interval, effective_documents, judged, ratio_of_sums
-from retro.evaluation.windows import windows
+from retro.evaluation.windows import Window, is_scored, windows
 from retro.storage.manifests import package_versions
 from retro.text.corpus import Corpus
 
@@ -65,10 +66,10 @@ class Evaluation:
     nats: dict[str, np.ndarray]  # (n) loss of each token, for each variant; 0 for a document's first, never predicted
     n_bytes: np.ndarray  # (n) of each predicted token
     offsets: np.ndarray  # (c) where the chunks start in `corpus`
-    # (c, at least 10) offsets in `index.corpus`, nearest first; -1 for none, as where no window is.
-    neighbors: np.ndarray
-    distances: np.ndarray  # (c, at least 10) squared L2 distances
-    overlap: np.ndarray  # (c) r(C)
+    # Of chunks that are in no window nobody asks what they retrieve: they have no neighbors, and no r(C).
+    neighbors: np.ndarray  # (c, at least 10) offsets in `index.corpus`, nearest first; -1 for none
+    distances: np.ndarray  # (c, at least 10) squared L2 distances; inf for none
+    overlap: np.ndarray  # (c) r(C); NaN for none
     copyable_tokens: np.ndarray  # (c) in the longest run that a chunk shares with the neighbors it reads
     n_shuffles: int  # of which the losses with random neighbors are the mean
     n_windows: int | None = None  # the most of each document that were evaluated, spread over it; None for all
@@ -125,17 +126,18 @@ class Evaluation:
         }
         return facts | _figures(self._sums(), [self._filtered(alpha) for alpha in ALPHAS])
 
-    @property
+    @cached_property
+    def _cut(self) -> list[Window]:
+        return windows(self.corpus, self.window, self.stride, self.n_windows)
+
+    @cached_property
     def _is_scored(self) -> np.ndarray:
-        """Which chunks (c) were evaluated: all, or those of the first windows."""
-        if self.n_windows is None:
-            return np.ones(len(self.offsets), dtype=bool)
-        return self.of_chunks(self.n_bytes) > 0
+        """Which chunks (c) have a token that was evaluated."""
+        return self.of_chunks(is_scored(self.corpus, self._cut)) > 0
 
     def _n_tokens(self) -> int:
         """Tokens that were evaluated, with the first one of a document where its beginning was."""
-        cut = windows(self.corpus, self.window, self.stride, self.n_windows)
-        return sum(end + 1 - (start if scored == start + 1 else scored) for start, end, scored in cut)
+        return sum(end + 1 - (start if scored == start + 1 else scored) for start, end, scored in self._cut)
 
     def _sums(self, chosen: np.ndarray | None = None) -> dict[str, Any]:
         """Bits of each variant, and bytes, in each document: of all its chunks, or of the `chosen` ones (c)."""
@@ -153,8 +155,9 @@ class Evaluation:
         }
 
     def _copyable(self) -> dict[str, float]:
-        """Of the chunks that have a chunk before them, the share that could copy this many tokens in a row."""
-        reads = (self.offsets > self.corpus.starts[self.corpus.document_of(self.offsets)]) & self._is_scored
+        """Of the chunks that have a chunk before them in a window, the share that could copy this many in a row."""
+        begin = [start for start, _, scored in self._cut if scored == start + 1]
+        reads = self._is_scored & ~np.isin(self.offsets, begin)
         counts = [k for k in (*COPY_LENGTHS, self.index.chunk_len) if k <= self.index.chunk_len]
         return {f"{k} tokens": float((self.copyable_tokens[reads] >= k).mean()) for k in counts} if reads.any() else {}
 

@@ -72,10 +72,15 @@ def others_drawn(retrieves: np.ndarray, documents: np.ndarray, rng: np.random.Ge
     return drawn
 
 
-def of_others(neighbors: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """The neighbors (c, K) of the chunks that were drawn (c) for those that have any; -1 for none."""
-    has = (drawn >= 0) & (neighbors >= 0).any(axis=1)
-    return np.where(has[:, None], neighbors[drawn], -1)
+def of_others(neighbors: np.ndarray, drawn: np.ndarray, documents: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """For each chunk that has neighbors (c, K) those of the chunk that was drawn for it (c); -1 for none.
+
+    * `documents` (c) are as for `others_drawn`. Where the one that was drawn found nothing, another one that did is
+      drawn in its place
+    """
+    has = np.asarray((neighbors >= 0).any(axis=1))
+    drawn = np.where((drawn >= 0) & ~has[drawn], others_drawn(has, documents, rng), drawn)
+    return np.where((has & (drawn >= 0))[:, None], neighbors[drawn], -1)
 
 
 def are_asked_for(offsets: np.ndarray, cut: Sequence[Window], drawn: Sequence[np.ndarray]) -> np.ndarray:
