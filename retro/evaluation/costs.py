@@ -80,9 +80,6 @@ def costs(
     for variant in variants:
         if variant not in known:
             raise InvalidOption("variants", variant, f"is not one of {', '.join(known)}")
-        if variant in (IN_CONTEXT, LONGER, BOTH):
-            net = model if baseline is None or variant == BOTH else baseline
-            require_room(variant, net, corpus, index, n_neighbors, window)
     ways = {
         variant: _Way(variant, model, corpus, index, n_neighbors, window, baseline)
         for variant in variants
@@ -134,6 +131,7 @@ class _Way:
         m, n_more = index.chunk_len, 0
         n_text = 3 * window // 4 // m * m  # T
         if variant in (IN_CONTEXT, LONGER, BOTH):
+            require_room(variant, self.net, corpus, index, n_neighbors, window)
             n_more = 2 * m * self.n_neighbors
             n_text = min(n_text, (room(self.net, m, window) - n_more) // m * m - m)
         n_text += n_more if variant == LONGER else 0
