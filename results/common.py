@@ -90,6 +90,7 @@ class Measured:
         self.texts, self.prepare = texts, cache(prepare)
         self.machines: list[dict[str, Any]] = []  # of the figures that were asked for
         self.seconds: dict[str, float | None] = {}  # of a processor, that each of their files says it took
+        self.bases: dict[str, str | None] = {}  # what bases computed in, as each of their files says
 
     def figure(self, name: str, key: Any, measure: Callable[[], Any], of_any_text: bool = False) -> Any:
         """What `measure` gives, as it was when it was first called for such a `key`, which is JSON-safe.
@@ -111,6 +112,7 @@ class Measured:
         found = json.loads(file.read_text())
         self.machines.append(found["machine"])
         self.seconds[file.name] = found.get("processor_seconds")
+        self.bases[file.name] = found["machine"].get("bases")
         return found["value"]
 
 

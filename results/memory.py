@@ -233,4 +233,4 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
         summaries["longer"] = [longer.summary()]
         found["longer"] = evaluated(measured, "longer", first, baseline=longer, others=(), **options)
     of_it = {"ratios": ratios, "timed": timed, "runs": summaries, "evaluations": found, "costs": cost}
-    return about_it | of_it | {"processor_seconds": measured.seconds}, measured.machines
+    return about_it | of_it | {"processor_seconds": measured.seconds, "bases": measured.bases}, measured.machines

@@ -129,16 +129,17 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
     runs = {name: [training(*plan, seed) for seed in size.seeds] for name, plan in plans.items()}
     options = {"window": WINDOW, "stride": STRIDE, "n_windows": size.n_windows, "n_shuffles": 1}
 
-    def compared(name: str, others: tuple[str, ...] = ()) -> dict[str, Any]:
-        return joined([
+    def compared(name: str, others: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+        return [
             evaluated(measured, f"{name} {seed}", on, baseline=plain, others=others, **options)
             for seed, on, plain in zip(size.seeds, runs["retro"], runs[name], strict=True)
-        ])  # fmt: skip
+        ]
 
-    found = {"equal-steps": compared("equal-steps", ("off", "random")), "equal-time": compared("equal-time")}
-    summaries = {name: [made.summary() for made in of_seeds] for name, of_seeds in runs.items()}
-    longer = {}
-    for steps in [size.steps << n for n in range(size.doublings + 1)] if size.doublings else []:
+    of_seeds = {"equal-steps": compared("equal-steps", ("off", "random")), "equal-time": compared("equal-time")}
+    found = {name: joined(evaluations) for name, evaluations in of_seeds.items()}
+    summaries = {name: [made.summary() for made in made_of] for name, made_of in runs.items()}
+    longer = {size.steps: of_seeds["equal-steps"][0]} if size.doublings else {}
+    for steps in [size.steps << n for n in range(1, size.doublings + 1)]:
         on, plain = (training(kind, steps, size.seeds[0]) for kind in SHAPES)
         longer[steps] = evaluated(measured, f"{steps} steps", on, baseline=plain, others=(), **options)
     of_it = {"longer": longer, "time_ratio": ratio, "timed": timed, "runs": summaries, "evaluations": found}

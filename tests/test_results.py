@@ -97,6 +97,28 @@ def test_all_claims_are_corrected_together():
     assert {claim for claim, _ in gains} <= set(report.FIRST + report.FURTHER) and len(report.FIRST) == 5
 
 
+def test_the_page_tells_which_bases_computed_in_another_precision_and_what_that_changes():
+    def part(bases: dict, **evaluations: list) -> dict:
+        by_document = {name: {"by_document": {"on": bits, "bytes": [4, 6]}} for name, bits in evaluations.items()}
+        files = {f"{name.replace(' ', '-')}-0123abcd.json": of for name, of in bases.items()}
+        return {"bases": files, "evaluations": {name.replace("_", " "): of for name, of in by_document.items()}}
+
+    of_seeds, again = [[3.0, 2.0], [9.0, 9.0]], [3.0, 2.5]
+    same = {"evaluation lora 0": "float32", "evaluation rivals": None, "evaluation both 0": "float32"}
+    models = part(same | {"evaluation neighbors 2": "float32"}, lora=of_seeds, neighbors_2=again)
+    assert [*report.precisions({"models": models})] == [], "one precision is among the versions"
+    models = part(same | {"evaluation neighbors 2": "bfloat16"}, lora=of_seeds, neighbors_2=again)
+    python = part({"training lora seed 1": "bfloat16", "evaluation lora 1": "bfloat16"}, lora=of_seeds)
+    python["bases"] |= {f"evaluation-both-{i}-89abcdef.json": "float32" for i in range(3)}
+    assert [*report.precisions({"models": models, "python": python})] == [
+        "* Bases computed in float32, but on a processor that is faster so in bfloat16 for models: neighbors 2; "
+        "python: lora 1.",
+        "  The first reader, trained and evaluated in both: 0.5000 in float32, 0.5500 in bfloat16.",
+    ]
+    models["bases"]["evaluation-lora-0-0123abcd.json"] = "bfloat16"
+    assert len([*report.precisions({"models": models, "python": python})]) == 1, "not of one trained twice"
+
+
 # The corpora.
 
 
