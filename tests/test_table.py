@@ -13,6 +13,7 @@ from retro.errors import DamagedFile, StaleArtifact
 from retro.search.updates import add_documents, remove_documents
 from retro.storage.files import sha256_of_file
 from retro.storage.manifests import read_manifest, write_manifest
+from retro.text import corpus as corpus_module
 from retro.text import table
 from retro.text.build import build_corpus
 from retro.text.corpus import Corpus, documents_file
@@ -135,6 +136,27 @@ def test_an_addition_that_is_killed_leaves_the_table_of_the_manifest(data, plays
     remove_documents(["a.txt"], copy, bert=bert)
     (left,) = (copy / "corpus").glob("documents*.bin")
     assert left.name == documents_file(Corpus.load(copy / "corpus").manifest)
+
+
+@pytest.mark.parametrize("moment", ["documents_file", "sha256_of_file"], ids=["looked for", "opened"])
+def test_a_corpus_whose_table_is_replaced_while_it_is_opened_is_opened_as_it_is_then(
+    data, bert, tmp_path, monkeypatch, moment
+):
+    folder = shutil.copytree(data, tmp_path / "data") / "corpus"
+    (tmp_path / "new.txt").write_text("Something else altogether, which nobody has ever said before. " * 3)
+    was, left = getattr(corpus_module, moment), [[tmp_path / "new.txt"]]
+
+    def replaced(*args):
+        found = was(*args)
+        if left:
+            add_documents(left.pop(), tmp_path / "data", bert=bert)
+        return found
+
+    monkeypatch.setattr(corpus_module, moment, replaced)
+    assert "new.txt" in [document.name for document in Corpus.load(folder).documents] and not left
+    next(folder.glob("documents-*.bin")).unlink()
+    with refused(DamagedFile, "no file"):  # and not again and again
+        Corpus.load(folder)
 
 
 def test_a_corpus_of_an_older_version_is_made_again_and_a_forged_name_is_found(plays, tmp_path, monkeypatch, capsys):

@@ -195,9 +195,22 @@ class Corpus:
 
     @staticmethod
     def load(folder: str | Path) -> Corpus:
-        """Open what `build_corpus` wrote. Raises if it is missing, damaged or of another version."""
-        folder = Path(folder)
-        manifest = _read_manifest(folder / MANIFEST_FILE)
+        """Open what `build_corpus` wrote; once more if `retro add` replaces it in this moment.
+
+        Raises if it is missing, damaged or of another version.
+        """
+        manifest = _read_manifest(Path(folder) / MANIFEST_FILE)
+        while True:
+            try:
+                return Corpus._of_manifest(Path(folder), manifest)
+            except (DamagedFile, FileNotFoundError):
+                before, manifest = manifest, _read_manifest(Path(folder) / MANIFEST_FILE)
+                if manifest == before:
+                    raise
+
+    @staticmethod
+    def _of_manifest(folder: Path, manifest: dict[str, Any]) -> Corpus:
+        """What a manifest says is in a folder."""
 
         def require(name: str, expected: str, length: int | None = None) -> Path:
             found = sha256_of_file(folder / name, length) if (folder / name).exists() else "no file"
