@@ -101,8 +101,10 @@ def evaluate(
     require_held_out(corpus, index.corpus)
     if against and "off" not in others:
         raise InvalidOption("against", ", ".join(against), "needs the model alone: measure off as well")
-    for rival in against:
-        require_room(rival, model, corpus, index, n_neighbors, window)
+    # Who goes without retrieval goes with the model that was trained so, if there is one.
+    goes_with = {r: (model, "off") if baseline is None or r == BOTH else (baseline, "baseline") for r in against}
+    for rival, (net, _) in goes_with.items():
+        require_room(rival, net, corpus, index, n_neighbors, window)
 
     offsets, cut = chunk_offsets(corpus, m), windows(corpus, window, stride, config.n_windows)  # (c)
     is_whole, of_chunks = offsets + m <= corpus.ends_of(offsets), corpus.document_of(offsets)
@@ -121,9 +123,7 @@ def evaluate(
         name: np.mean([losses(net, corpus, index, r, cut, config.batch_size, device, name) for r in rets], axis=0)
         for name, (net, rets) in passes.items()
     }
-    for rival in against:
-        # Who goes without retrieval goes with the model that was trained so, if there is one.
-        net, alone = (baseline, "baseline") if baseline is not None and rival != BOTH else (model, "off")
+    for rival, (net, alone) in goes_with.items():
         nats[rival] = rival_losses(
             rival, net, corpus, index, read, nats[alone], cut, window, stride, config.batch_size, device
         )

@@ -114,6 +114,10 @@ def test_a_model_without_room_and_a_rival_that_there_is_not_are_named(index):
     config = EvaluateConfig(n_neighbors=2, window=4 * M)
     with refused(InvalidOption, "--against in-context would leave 0 of the 64 tokens that the model reads to the text"):
         evaluate(model, index.corpus, index, config=config, against=("in-context",))
+    plain = model_of(index, ca_layers=())
+    plain.max_chunks = 4
+    with refused(InvalidOption, "would leave 0 of the 64 tokens"):  # of the one that goes with it
+        evaluate(roomy(index, 40), index.corpus, index, config=config, baseline=plain, against=("in-context",))
     with refused(InvalidOption, "--against in-contxt is not one of in-context, longer-context, both, knn-lm"):
         evaluate(model, index.corpus, index, config=config, against=("in-contxt",))
 
