@@ -24,6 +24,7 @@ from corpora import SOURCES, own
 from report import write
 
 SEEDS = (0, 1, 2)
+MEASURES = {"memory": memory.measure, "nothing": nothing.measure}
 ALL_RIVALS = ("in-context", "longer-context", "knn-lm")
 FULL: dict[str, dict[str, Any]] = {
     "memory": {
@@ -64,13 +65,12 @@ def main() -> None:
     record["sizes"] = {kind: {name: asdict(size) for name, size in of.items()} for kind, of in sizes.items()}
     record["measured"] = {kind: {} for kind in sizes}
     started = time.perf_counter()
-    for number in range(3):
-        for name, (kind, measure) in product(sources, {"memory": memory.measure, "nothing": nothing.measure}.items()):
-            if name not in sizes[kind]:
-                continue
+    # First every corpus with one seed, then the rest of one after the other.
+    for name, number, kind in [*product(sources, [0], MEASURES), *product(sources, [1, 2], MEASURES)]:
+        if name in sizes[kind]:
             place, size = Path(kind) / name, sizes[kind][name].rounds()[number]
             folders = out / "measured" / place, HERE / "cache" / place
-            record[kind][name], machines = measure(*folders, sources[name], size)
+            record[kind][name], machines = MEASURES[kind](*folders, sources[name], size)
             record["measured"][kind][name] = asdict(size)
             record["machines"] = together([*record["machines"], *machines])
             write_json(out / "results.json", record)
