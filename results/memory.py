@@ -8,6 +8,7 @@ are evaluated on the same windows of held-out documents, from the middles of as 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ BY_SEARCH = {
     "bm25": ["--retriever", "bm25"],
 }
 NEIGHBORS = (1, 2, 4, 8)
+ON_TOP: dict[str, Any] = {"others": ("off",), "against": ("in-context",)}  # what else is measured, where that is asked
 LONGER = 4
 # What learns, beside a base that reads. How else it can be made used to a text: the learning rates were chosen for them
 # after 40 steps on the held-out modeling files themselves: LoRA 0.603, 0.561, 0.569 at 1e-3, 3e-3, 1e-2; all weights,
@@ -176,10 +178,13 @@ def sweeps(measured: Measured, source: Source, first: Training, options: dict[st
     }
     databases |= {n: Database([n, words], partial(database_by_search, n)) for n, words in BY_SEARCH.items()}
 
-    def of(name: str, **given: Any) -> dict[str, Any]:
-        return evaluated(measured, name, first, others=(), **given, **options)
+    def of(name: str, others: Sequence[str] = (), **given: Any) -> dict[str, Any]:
+        return evaluated(measured, name, first, others=others, **given, **options)
 
-    found = {f"database {name}": of(f"database {name}", database=database) for name, database in databases.items()}
+    found = {
+        f"database {name}": of(f"database {name}", database=database, **(ON_TOP if name == "ten times" else {}))
+        for name, database in databases.items()
+    }
     return found | {f"neighbors {k}": of(f"neighbors {k}", n_neighbors=k) for k in NEIGHBORS}
 
 
@@ -223,9 +228,8 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
         ])  # fmt: skip
     summaries = {name: [made.summary() for made in of_seeds] for name, of_seeds in runs.items()}
     if size.sweeps:
-        on_top = {"others": ("off",), "against": ("in-context",)}
         found["tuned, in-context"] = evaluated(
-            measured, "tuned in-context", first, baseline=first_tuned, **on_top, **options
+            measured, "tuned in-context", first, baseline=first_tuned, **ON_TOP, **options
         )
         found |= sweeps(measured, source, first, options)
     if size.longer:

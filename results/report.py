@@ -169,6 +169,12 @@ FURTHER = (
     between(
         "neighbors 2", "database ten times", "A database of all other modeling files, some ten times as much, beats it"
     ),
+    Claim(
+        "memory",
+        "With so large a database it beats the base that has the same before its text, first seed",
+        ("database ten times", "in-context"),
+        ("database ten times", "on"),
+    ),
     between(
         "database right removed",
         "neighbors 2",
@@ -415,12 +421,14 @@ def of_memory(name: str, part: Part) -> Iterator[str]:
         yield ""
         yield "### Other databases, and other numbers of neighbors, the same model"
         yield ""
-        yield "With the first seed; beside two neighbors from all that it was trained with."
+        yield "With the first seed; beside two neighbors from all that it was trained with. In the last column the base"
+        yield "has what is found before its text, untrained."
         yield ""
-        yield "| | documents | chunks | retrieved by | bits per byte | saved beside |"
-        yield "|---|---|---|---|---|---|"
+        yield "| | documents | chunks | retrieved by | bits per byte | saved beside | before the text |"
+        yield "|---|---|---|---|---|---|---|"
         for key, of in swept.items():
             d = of["database"]
+            before = (e["rivals"] if key == "neighbors 2" else of)["bits_per_byte"].get("in-context")
             by = retriever_of(d) + (f" ({d['index']})" if d["index"] != d["retriever"] else "")
             saved = (
                 "" if key == "neighbors 2" else format_interval(ratio_of_sums(*saved_bits(e["neighbors 2"], "on", of)))
@@ -431,6 +439,7 @@ def of_memory(name: str, part: Part) -> Iterator[str]:
                 by,
                 f"{of['bits_per_byte']['on']['value']:.4f}",
                 saved,
+                f"{before['value']:.4f}" if before else "",
             ]
             yield f"| {key} | {' | '.join(cells)} |"
 

@@ -340,6 +340,8 @@ def test_each_claim_is_about_the_figures_that_it_names():
         "none at equal steps": bits("nothing", "equal-steps", "baseline") - bits("nothing", "equal-steps", "on"),
         "one of a tenth": bits("memory", "database a tenth", "on") - bits("memory", "neighbors 2", "on"),
         "ten times as much": bits("memory", "neighbors 2", "on") - bits("memory", "database ten times", "on"),
+        "the same before its text": bits("memory", "database ten times", "in-context")
+        - bits("memory", "database ten times", "on"),
         "from which most neighbors come": bits("memory", "database right removed", "on")
         - bits("memory", "neighbors 2", "on"),
         "8 neighbors beat 1": bits("memory", "neighbors 1", "on") - bits("memory", "neighbors 8", "on"),
