@@ -18,7 +18,7 @@ import numpy as np
 from common import Database, Measured, Training, about, call, costs, evaluated, time_ratios, write_texts
 from corpora import SOURCES, Source, Texts, drawn
 
-from retro.config import PACKAGED_BASE
+from retro.config import PACKAGED_BASE, DatasetConfig
 from retro.storage.manifests import sha256_of_json
 
 BASE = PACKAGED_BASE
@@ -62,12 +62,13 @@ class Size:
     both: tuple[int, ...] = (0,)  # seeds with which it also learns to read while LoRA learns
     costs: bool = False  # of a generated token, by the base, by what reads, and by each rival
     n_timed: int = 12  # rounds in which the steps of all kinds are timed
-    sweeps: bool = False
+    searches: bool = False  # the database is searched in other ways
+    sweeps: bool = False  # other databases, and other numbers of neighbors
     longer: bool = False  # the first way to fine-tune also learns for `LONGER` times as long, with the first seed
 
     def rounds(self) -> tuple[Size, ...]:
         """What is measured first, second and at last, each with what came before."""
-        alone = replace(self, sweeps=False, longer=False)
+        alone = replace(self, searches=False, sweeps=False, longer=False)
         return replace(alone, seeds=self.seeds[:1], both=self.both[:1]), alone, self
 
 
@@ -170,13 +171,18 @@ def right_documents(corpus: Any) -> set[str]:
     return {corpus.documents[i].name for i in numbers}
 
 
-def sweeps(measured: Measured, source: Source, first: Training, options: dict[str, Any]) -> dict[str, Any]:
-    """Evaluations with other databases, and with other numbers of neighbors."""
-    share = {name: SOURCES[name].share if name in SOURCES else SMALLER.get(name, 1.0) for name in OTHER_TEXTS}
-    databases = {
-        name: Database([name, of, LEXICAL], partial(database_of_texts, source, name)) for name, of in share.items()
-    }
-    databases |= {n: Database([n, words], partial(database_by_search, n)) for n, words in BY_SEARCH.items()}
+def sweeps(
+    measured: Measured, source: Source, first: Training, size: Size, options: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Evaluations with a database that is searched in other ways, with others, and with other numbers of neighbors."""
+    databases: dict[str, Database] = {}
+    if size.sweeps:
+        share = {name: SOURCES[name].share if name in SOURCES else SMALLER.get(name, 1.0) for name in OTHER_TEXTS}
+        databases |= {
+            name: Database([name, of, LEXICAL], partial(database_of_texts, source, name)) for name, of in share.items()
+        }
+    if size.searches:
+        databases |= {n: Database([n, words], partial(database_by_search, n)) for n, words in BY_SEARCH.items()}
 
     def of(name: str, others: Sequence[str] = (), **given: Any) -> dict[str, Any]:
         return evaluated(measured, name, first, others=others, **given, **options)
@@ -185,7 +191,8 @@ def sweeps(measured: Measured, source: Source, first: Training, options: dict[st
         f"database {name}": of(f"database {name}", database=database, **(ON_TOP if name == "ten times" else {}))
         for name, database in databases.items()
     }
-    return found | {f"neighbors {k}": of(f"neighbors {k}", n_neighbors=k) for k in NEIGHBORS}
+    numbers = NEIGHBORS if size.sweeps else (DatasetConfig.n_neighbors,) if size.searches else ()
+    return found | {f"neighbors {k}": of(f"neighbors {k}", n_neighbors=k) for k in numbers}
 
 
 def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -231,7 +238,7 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
         found["tuned, in-context"] = evaluated(
             measured, "tuned in-context", first, baseline=first_tuned, **ON_TOP, **options
         )
-        found |= sweeps(measured, source, first, options)
+    found |= sweeps(measured, source, first, size, options)
     if size.longer:
         longer = training(measured, "longer", size.tuned[0], LONGER * first_tuned.config.steps, size.seeds[0])
         summaries["longer"] = [longer.summary()]

@@ -28,10 +28,19 @@ MEASURES = {"memory": memory.measure, "nothing": nothing.measure}
 ALL_RIVALS = ("in-context", "longer-context", "knn-lm")
 FULL: dict[str, dict[str, Any]] = {
     "memory": {
-        name: memory.Size(60, SEEDS, 1)
+        name: memory.Size(60, SEEDS, 1, searches=True)
         if name != "models"
         else memory.Size(
-            100, SEEDS, 1, tuned=("lora", "all"), rivals=ALL_RIVALS, both=SEEDS, costs=True, sweeps=True, longer=True
+            100,
+            SEEDS,
+            1,
+            tuned=("lora", "all"),
+            rivals=ALL_RIVALS,
+            both=SEEDS,
+            costs=True,
+            searches=True,
+            sweeps=True,
+            longer=True,
         )
         for name in SOURCES
     },

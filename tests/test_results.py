@@ -177,9 +177,7 @@ def measured(data, tmp_path_factory):
     texts = [(name, text[:6000]) for name, text in corpora.stdlib() if len(text) > 6000]
     of = {"models": texts[:24], "python": texts[24:30], "plays": texts[30:34]}
     sources = {n: corpora.Source(n, lambda some=some: some, share=0.5, valid_fraction=0.3) for n, some in of.items()}
-    sizes = memory.Size(
-        2, (0, 1), 1, tuned=("lora", "all"), rivals=run.ALL_RIVALS, both=(0, 1), costs=True, sweeps=True, longer=True
-    )
+    sizes = replace(run.FULL["memory"]["models"], steps=2, seeds=(0, 1), both=(0, 1))
     with pytest.MonkeyPatch.context() as patch:
         for module in (memory, nothing):
             patch.setattr(module, "CHUNK_LEN", CHUNK_LEN)
@@ -207,6 +205,23 @@ def measured(data, tmp_path_factory):
     assert (place / "again" / "RESULTS.md").read_text() == (place / "RESULTS.md").read_text()
     assert json.loads((place / "again" / "results.json").read_text()) == record
     return record, place / "cache"
+
+
+def test_retrievers_are_measured_on_every_corpus_and_other_texts_on_the_first(monkeypatch):
+    monkeypatch.setattr(memory, "evaluated", lambda measured, name, first, others, **given: [*others, *given])
+    swept = {name: memory.sweeps(None, None, None, size, {}) for name, size in run.FULL["memory"].items()}
+    retrievers = {f"database {name}" for name in memory.BY_SEARCH}
+    for name, found in swept.items():
+        assert set(found) == {*retrievers, "neighbors 2"} if name != "models" else set(found) > retrievers
+    of_texts = {"two documents", "a tenth", "ten times", "python", "plays", "right removed"}
+    assert set(swept["models"]) - retrievers == {
+        *(f"database {name}" for name in of_texts), *(f"neighbors {k}" for k in (1, 2, 4, 8))
+    }  # fmt: skip
+    assert [name for name, given in swept["models"].items() if "against" in given] == ["database ten times"]
+    for sizes in (run.QUICK, run.OWN):
+        assert not any(memory.sweeps(None, None, None, size, {}) for size in sizes["memory"].values())
+    *first, whole = run.FULL["memory"]["python"].rounds()
+    assert whole.searches and not any(size.searches for size in first), "what is left, at last"
 
 
 @pytest.mark.slow
