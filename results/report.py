@@ -275,22 +275,22 @@ def first_page(record: dict[str, Any], gains: dict[tuple[Claim, str], Gain]) -> 
 
 
 def precisions(parts: dict[str, Part]) -> Iterator[str]:
-    """Which evaluations of bases computed in another precision than most, and what that changes."""
+    """Which evaluations of bases computed in another precision than the first, and what that changes."""
     evaluations: dict[str, dict[str, list[str]]] = {}
     for corpus, part in parts.items():
         for file, bases in part.get("bases", {}).items():
             kind, *name = file.split("-")[:-1]
             if kind == "evaluation" and bases:
                 evaluations.setdefault(bases, {}).setdefault(corpus, []).append(" ".join(name))
-    most, *others = sorted(evaluations, key=lambda bases: -sum(map(len, evaluations[bases].values()))) or [""]
     first = next(iter(parts))
-    for bases in others:
+    usual = next((bases for bases, of in evaluations.items() if "lora 0" in of.get(first, [])), None)
+    for bases in evaluations.keys() - {usual}:
         names = "; ".join(f"{corpus}: {', '.join(of)}" for corpus, of in evaluations[bases].items())
-        yield f"* Bases computed in {most}, but on a processor that is faster so in {bases} for {names}."
-        if "neighbors 2" in evaluations[bases].get(first, []) and "lora 0" in evaluations[most].get(first, []):
+        yield f"* Bases computed in {usual}, but on a processor that is faster so in {bases} for {names}."
+        if "neighbors 2" in evaluations[bases].get(first, []):
             of = [parts[first]["evaluations"][name]["by_document"] for name in ("lora", "neighbors 2")]
             before, again = (np.atleast_2d(bits["on"])[0].sum() / sum(bits["bytes"]) for bits in of)
-            yield f"  The first reader, trained and evaluated in both: {before:.4f} in {most}, {again:.4f} in {bases}."
+            yield f"  The first reader, trained and evaluated in both: {before:.4f} in {usual}, {again:.4f} in {bases}."
 
 
 def not_measured(record: dict[str, Any]) -> Iterator[str]:
