@@ -36,7 +36,7 @@ MEMORY = (
     Way("LoRA, trained for as long", "lora", "baseline", "lora", "off"),
     Way("LoRA, trained for four times as long", "longer", "baseline", "longer", "off"),
     Way("all weights, trained for as long", "all", "baseline", "all", "off"),
-    Way("that LoRA, what it finds before its text", "tuned, in-context", "in-context", "lora", "in-context"),
+    Way("LoRA for as long, what it finds before its text", "tuned, in-context", "in-context", "lora", "in-context"),
     Way("**reads what it finds**", "lora", "on", "memory", "on"),
     Way("**reads what it finds, while LoRA learns**", "both", "on", "both", "on"),
     Way("reads random neighbors", "lora", "random", "memory"),
