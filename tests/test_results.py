@@ -443,7 +443,7 @@ def test_a_page_is_made_of_everything_and_tells_what_was_reached(measured, tmp_p
     assert weights["**reads what it finds**"] == counts["memory"]
     assert weights["**reads what it finds, while LoRA learns**"] == counts["both"]
     assert weights["LoRA, trained for as long"] == counts["lora"] > alone
-    tuned = "that LoRA, what it finds before its text"
+    tuned = "LoRA for as long, what it finds before its text"
     assert weights[tuned] == counts["lora"]
     megabytes = (4 * alone + cost["kept"]) / 1e6, cost["searched"] / 1e6
     assert row.endswith(f"| {megabytes[0]:,.0f} MB | {megabytes[1]:,.1f} MB |") and megabytes[1] > 0
