@@ -474,10 +474,10 @@ def test_what_is_not_measured_yet_is_left_out_of_the_page(measured, tmp_path):
     first = run.FULL["memory"]["models"].rounds()[0]
     record["measured"]["memory"]["models"] = asdict(first)
     record["sizes"]["memory"]["models"] = asdict(run.FULL["memory"]["models"])
-    left = ["memory of models with seeds 1, 2", "memory of models: sweeps, longer", "nothing of models"]
+    left = ["memory of models with seeds 1, 2", "memory of models: searches, sweeps, longer", "nothing of models"]
     assert [*report.not_measured(record)] == left
     record["measured"]["memory"]["models"] = asdict(replace(first, seeds=run.SEEDS, both=run.SEEDS))
-    assert [*report.not_measured(record)] == ["memory of models: sweeps, longer", "nothing of models"]
+    assert [*report.not_measured(record)] == ["memory of models: searches, sweeps, longer", "nothing of models"]
 
 
 # Ablations.
