@@ -284,7 +284,7 @@ def precisions(parts: dict[str, Part]) -> Iterator[str]:
                 evaluations.setdefault(bases, {}).setdefault(corpus, []).append(" ".join(name))
     first = next(iter(parts))
     usual = next((bases for bases, of in evaluations.items() if "lora 0" in of.get(first, [])), None)
-    for bases in evaluations.keys() - {usual}:
+    for bases in [bases for bases in evaluations if bases != usual]:
         names = "; ".join(f"{corpus}: {', '.join(of)}" for corpus, of in evaluations[bases].items())
         yield f"* Bases computed in {usual}, but on a processor that is faster so in {bases} for {names}."
         if "neighbors 2" in evaluations[bases].get(first, []):
