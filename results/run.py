@@ -79,13 +79,24 @@ def main() -> None:
         if name in sizes[kind]:
             place, size = Path(kind) / name, sizes[kind][name].rounds()[number]
             folders = out / "measured" / place, HERE / "cache" / place
-            record[kind][name], machines = MEASURES[kind](*folders, sources[name], size)
+            part, machines = MEASURES[kind](*folders, sources[name], size)
+            record[kind][name] = published(part)
             record["measured"][kind][name] = asdict(size)
             record["machines"] = together([*record["machines"], *machines])
-            write_json(out / "results.json", record)
+            write_json(out / "results.json", record, indent=None)
             write(record, out)
             minutes = (time.perf_counter() - started) / 60
             print(f"\nwritten: {out}/RESULTS.md and its plots, with {kind} of {name}; {minutes:.0f} minutes so far")
+
+
+def published(part: dict[str, Any]) -> dict[str, Any]:
+    """What was measured on a corpus, without what no page is made of and `measured/` has: bits of each document at all
+    thresholds of r(C) but the first, which were half of it.
+    """
+    for evaluation in [*part["evaluations"].values(), *part.get("longer", {}).values()]:
+        for row in evaluation["filtered"][1:]:
+            row.pop("by_document", None)
+    return part
 
 
 def together(machines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -60,6 +60,23 @@ def test_the_published_page_is_made_of_the_published_figures(tmp_path):
         assert (FOLDER / name).read_bytes().startswith(b"\x89PNG") and (tmp_path / name).exists()
 
 
+def test_what_is_published_has_bits_of_documents_only_where_a_claim_is_made_of_them():
+    def part(name: str) -> dict:
+        rows = [{"alpha": alpha, "bits_per_byte": {name: alpha}, "by_document": {name: [1.0]}} for alpha in (1, 2, 3)]
+        return {"by_document": {name: [1.0]}, "filtered": rows}
+
+    found = run.published({"evaluations": {"a": part("a")}, "longer": {8: part("b")}, "costs": {}})
+    for evaluation, name in ((found["evaluations"]["a"], "a"), (found["longer"][8], "b")):
+        assert evaluation["by_document"] == {name: [1.0]} and len(evaluation["filtered"]) == 3
+        assert ["by_document" in row for row in evaluation["filtered"]] == [True, False, False]
+        assert [row["bits_per_byte"] for row in evaluation["filtered"]] == [{name: alpha} for alpha in (1, 2, 3)]
+    record = published()
+    for part in (part for kind in run.MEASURES for part in record[kind].values()):
+        before = json.dumps(part)
+        assert json.dumps(run.published(part)) == before, "nothing is left to leave out"
+    assert (FOLDER / "results.json").stat().st_size < 1 << 20
+
+
 def test_published_figures_are_of_held_out_documents_and_of_the_seeds_that_were_trained():
     record = published()
     for kind, parts in (("memory", record["memory"]), ("nothing", record["nothing"])):
@@ -453,6 +470,9 @@ def test_a_page_is_made_of_everything_and_tells_what_was_reached(measured, tmp_p
         assert f"| {text} | {' | '.join('–' if v is None else f'{v:.3f}' for v in values)} |" in page, "of r(C)"
     of_seeds = {line.split(" | ")[0]: line.split(" | ")[-1] for line in page.splitlines() if " to " in line}
     assert of_seeds[f"| {tuned}"] == "1 |" and of_seeds["| LoRA, trained for as long"] == "2 |"
+    (swept,) = [line for line in page.splitlines() if line.startswith("| database ten times |")]
+    in_context = e["database ten times"]["bits_per_byte"]["in-context"]["value"]
+    assert swept.endswith(f" | {in_context:.4f} |"), "beside the same in the prompt"
     for file in ("costs.png", "filtered-models.png"):
         assert (tmp_path / file).read_bytes().startswith(b"\x89PNG")
 
