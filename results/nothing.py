@@ -17,7 +17,8 @@ from typing import Any
 from common import Measured, Training, about, call, evaluated, time_ratios
 from corpora import Source, drawn
 
-CHUNK_LEN, CHUNKS_PER_SAMPLE = 16, 16
+CHUNK_LEN, CHUNKS_PER_SAMPLE, BATCH_SIZE = 16, 16, 8
+FEW, VALID_OF_FEW, DOUBLINGS_OF_FEW = 0.05, 0.3, 3  # share of a corpus, what of it is held out, doublings of the steps
 WINDOW, STRIDE = CHUNK_LEN * CHUNKS_PER_SAMPLE, CHUNK_LEN * 12  # tokens of an evaluation's windows, and between them
 SHAPE: dict[str, Any] = {
     "d_model": 128,
@@ -58,11 +59,12 @@ class Size:
     steps: int
     seeds: tuple[int, ...]  # of the weights and of the order of the samples
     n_windows: int | None = None  # the most of each held-out document
-    doublings: int = 0  # of the steps, with the first seed, to see where each kind of model flattens
+    doublings: int = 0  # of the steps, with the first seed
+    few: int = 0  # steps on a share of the text that is so small that both kinds of model flatten, with the first seed
 
     def rounds(self) -> tuple[Size, ...]:
         """What is measured first, second and at last, each with what came before."""
-        alone = replace(self, doublings=0)
+        alone = replace(self, doublings=0, few=0)
         return replace(alone, seeds=self.seeds[:1]), alone, self
 
 
@@ -79,7 +81,7 @@ def config(steps: int, seed: int) -> Any:
     from retro.train import TrainConfig
 
     return TrainConfig(
-        batch_size=8,
+        batch_size=BATCH_SIZE,
         steps=steps,
         lr=4e-3,
         optimizer="muon",
@@ -142,5 +144,22 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
     for steps in [size.steps << n for n in range(1, size.doublings + 1)]:
         on, plain = (training(kind, steps, size.seeds[0]) for kind in SHAPES)
         longer[steps] = evaluated(measured, f"{steps} steps", on, baseline=plain, others=(), **options)
-    of_it = {"longer": longer, "time_ratio": ratio, "timed": timed, "runs": summaries, "evaluations": found}
-    return about_it | of_it | {"processor_seconds": measured.seconds}, measured.machines
+    few, machines, seconds = until_flat(folder, place, source, size, options) if size.few else ({}, [], {})
+    of_it = {"longer": longer, "few": few, "time_ratio": ratio, "timed": timed, "runs": summaries, "evaluations": found}
+    return about_it | of_it | {"processor_seconds": measured.seconds | seconds}, [*measured.machines, *machines]
+
+
+def until_flat(
+    folder: Path, place: Path, source: Source, size: Size, options: dict[str, Any]
+) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, float | None]]:
+    """Both kinds of model after ever more steps on little text, the machines, and what each figure took."""
+    texts = drawn(source.read(), FEW, source.hold_out)
+    measured = Measured(folder, place, texts, [VALID_OF_FEW, CHUNK_LEN], partial(prepare, source, VALID_OF_FEW))
+    found: dict[str, Any] = measured.figure("about few", None, lambda: about(source, FEW, Path("data")))
+    longer = {}
+    for steps in [size.few << n for n in range(DOUBLINGS_OF_FEW + 1)]:
+        on, plain = (
+            Training(measured, kind, SHAPES[kind], config(steps, size.seeds[0]), prompt="The ") for kind in SHAPES
+        )
+        longer[steps] = evaluated(measured, f"few {steps} steps", on, baseline=plain, others=(), **options)
+    return found | {"longer": longer}, measured.machines, measured.seconds

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from nothing import LEVERS
+from nothing import BATCH_SIZE, LEVERS
 
 from retro.evaluation.figures import behind, plot, plot_costs
 from retro.evaluation.intervals import Gain, Interval, counted, format_interval, format_p, judged, ratio_of_sums
@@ -463,15 +463,27 @@ def of_nothing(part: Part) -> Iterator[str]:
     yield f"In turns, a step with retrieval takes {part['time_ratio']:.2f} times as long as one without. {FILTERED}"
     yield ""
     yield from filtered(part, NOTHING, main, "no retrieval, equal steps")
-    if longer := part["longer"]:
+    if part["longer"]:
         yield ""
         yield "Trained longer, first seed:"
         yield ""
-        yield "| steps | with retrieval | without |"
-        yield "|---|---|---|"
-        for n, e in longer.items():
-            on, without = (e["bits_per_byte"][variant]["value"] for variant in ("on", "baseline"))
-            yield f"| {int(n):,} | {on:.4f} | {without:.4f} |"
+        yield from trained_longer(part)
+    if few := part.get("few"):
+        main = next(iter(few["longer"].values()))
+        yield ""
+        yield f"On little text, until neither learns much more, first seed. {' '.join(sizes(few, main))}"
+        yield ""
+        yield from trained_longer(few)
+
+
+def trained_longer(part: Part) -> Iterator[str]:
+    """What more steps bring, with retrieval and without."""
+    yield "| steps | passes over the text | with retrieval | without | saved |"
+    yield "|---|---|---|---|---|"
+    for n, e in part["longer"].items():
+        on, without = (e["bits_per_byte"][variant]["value"] for variant in ("on", "baseline"))
+        passes = int(n) * BATCH_SIZE * e["window"] / part["tokens"]["train"]
+        yield f"| {int(n):,} | {passes:.1f} | {on:.4f} | {without:.4f} | {1 - on / without:.1%} |"
 
 
 def levers() -> Iterator[str]:

@@ -45,7 +45,7 @@ FULL: dict[str, dict[str, Any]] = {
         for name in SOURCES
     },
     "nothing": {
-        name: nothing.Size(450, SEEDS) if name != "models" else nothing.Size(1600, SEEDS, doublings=1)
+        name: nothing.Size(450, SEEDS) if name != "models" else nothing.Size(1600, SEEDS, doublings=1, few=400)
         for name in SOURCES
     },
 }
@@ -93,7 +93,8 @@ def published(part: dict[str, Any]) -> dict[str, Any]:
     """What was measured on a corpus, without what no page is made of and `measured/` has: bits of each document at all
     thresholds of r(C) but the first, which were half of it.
     """
-    for evaluation in [*part["evaluations"].values(), *part.get("longer", {}).values()]:
+    longer = [of for made in (part, part.get("few", {})) for of in made.get("longer", {}).values()]
+    for evaluation in [*part["evaluations"].values(), *longer]:
         for row in evaluation["filtered"][1:]:
             row.pop("by_document", None)
     return part

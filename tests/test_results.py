@@ -65,8 +65,10 @@ def test_what_is_published_has_bits_of_documents_only_where_a_claim_is_made_of_t
         rows = [{"alpha": alpha, "bits_per_byte": {name: alpha}, "by_document": {name: [1.0]}} for alpha in (1, 2, 3)]
         return {"by_document": {name: [1.0]}, "filtered": rows}
 
-    found = run.published({"evaluations": {"a": part("a")}, "longer": {8: part("b")}, "costs": {}})
-    for evaluation, name in ((found["evaluations"]["a"], "a"), (found["longer"][8], "b")):
+    few = {"longer": {8: part("c")}}
+    found = run.published({"evaluations": {"a": part("a")}, "longer": {8: part("b")}, "few": few, "costs": {}})
+    made = (found["evaluations"]["a"], "a"), (found["longer"][8], "b"), (found["few"]["longer"][8], "c")
+    for evaluation, name in made:
         assert evaluation["by_document"] == {name: [1.0]} and len(evaluation["filtered"]) == 3
         assert ["by_document" in row for row in evaluation["filtered"]] == [True, False, False]
         assert [row["bits_per_byte"] for row in evaluation["filtered"]] == [{name: alpha} for alpha in (1, 2, 3)]
@@ -202,6 +204,8 @@ def measured(data, tmp_path_factory):
             patch.setattr(module, "CHUNKS_PER_SAMPLE", CHUNKS_PER_SAMPLE)
             patch.setattr(module, "WINDOW", 8 * CHUNK_LEN)
             patch.setattr(module, "STRIDE", 6 * CHUNK_LEN)
+        for name, value in (("FEW", 0.25), ("DOUBLINGS_OF_FEW", 1)):
+            patch.setattr(nothing, name, value)
         patch.setattr(memory, "BASE", str(base))
         patch.setitem(memory.BY_SEARCH, "bert compressed", COMPRESSED)
         patch.setattr(memory, "SOURCES", sources)
@@ -210,7 +214,7 @@ def measured(data, tmp_path_factory):
         without_process = SimpleNamespace(run=lambda command, check: main(command[3:]))
         patch.setattr(common, "subprocess", without_process)
         patch.chdir(place)
-        all_sizes = {"memory": {"models": sizes}, "nothing": {"models": nothing.Size(4, (0, 1), 1, 1)}}
+        all_sizes = {"memory": {"models": sizes}, "nothing": {"models": nothing.Size(4, (0, 1), 1, 1, few=2)}}
         for name, value in (("SOURCES", sources), ("FULL", all_sizes), ("HERE", place)):
             patch.setattr(run, name, value)
         patch.setattr("sys.argv", ["run.py"])
@@ -248,9 +252,15 @@ def test_everything_is_measured_on_the_same_bytes_with_the_same_samples(measured
     for kind in ("memory", "nothing"):
         part = record[kind]["models"]
         assert len({json.dumps(e["by_document"]["bytes"]) for e in part["evaluations"].values()}) == 1
-        runs = [read_manifest(path) for path in (place / kind).glob("*/*/logs/*/*/run.json")]
-        assert len({json.dumps(r["dataset"], sort_keys=True) for r in runs}) == 1
-        assert {r["train"]["seed"] for r in runs} == {0, 1}
+        seeds = []
+        for folder in (place / kind / "models").iterdir():  # all of the text, and little of it
+            runs = [read_manifest(path) for path in folder.glob("logs/*/*/run.json")]
+            assert len({json.dumps(r["dataset"], sort_keys=True) for r in runs}) == 1
+            seeds.append({r["train"]["seed"] for r in runs})
+            if seeds[-1] == {0}:
+                kinds = sorted((r["train"]["steps"], bool(r["model"]["ca_layers"])) for r in runs)
+                assert kinds == [(n, reads) for n in (2, 4) for reads in (False, True)]
+        assert sorted(seeds, key=len) == ([{0}, {0, 1}] if kind == "nothing" else [{0, 1}])
 
 
 @pytest.mark.slow
@@ -269,7 +279,12 @@ def test_a_fine_tuned_model_has_the_time_and_a_plain_one_the_steps_or_the_time_o
     assert steps == {"retro": {4}, "equal-steps": {4}, "equal-time": {round(4 * nothing_part["time_ratio"])}}
     of_kind = {n: nothing_part["runs"][n][0]["n_parameters"] for n in ("retro", "equal-steps", "equal-time")}
     assert of_kind["retro"] > of_kind["equal-steps"] == of_kind["equal-time"]
-    assert list(nothing_part["longer"]) == ["4", "8"]
+    few = nothing_part["few"]
+    assert list(nothing_part["longer"]) == ["4", "8"] and list(few["longer"]) == ["2", "4"]
+    assert 0 < sum(few["documents"].values()) == sum(nothing_part["documents"].values()) / 2
+    for of in few["longer"].values():
+        assert len(of["by_document"]["bytes"]) == few["documents"]["held out"] == len(few["held_out"])
+        assert set(of["bits_per_byte"]) == {"on", "baseline"}
 
 
 def test_a_step_that_takes_three_times_as_long_has_a_ratio_of_three(monkeypatch):
@@ -473,6 +488,10 @@ def test_a_page_is_made_of_everything_and_tells_what_was_reached(measured, tmp_p
     (swept,) = [line for line in page.splitlines() if line.startswith("| database ten times |")]
     in_context = e["database ten times"]["bits_per_byte"]["in-context"]["value"]
     assert swept.endswith(f" | {in_context:.4f} |"), "beside the same in the prompt"
+    few = record["nothing"]["models"]["few"]
+    on, without = (few["longer"]["4"]["bits_per_byte"][variant]["value"] for variant in ("on", "baseline"))
+    passes = 4 * 8 * CHUNK_LEN * 8 / few["tokens"]["train"]  # steps, samples, tokens of each
+    assert f"| 4 | {passes:.1f} | {on:.4f} | {without:.4f} | {1 - on / without:.1%} |" in page
     for file in ("costs.png", "filtered-models.png"):
         assert (tmp_path / file).read_bytes().startswith(b"\x89PNG")
 
