@@ -221,7 +221,8 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
     found: dict[str, Any] = {}
     # Rivals of the frozen base need no training, so they are the same for all seeds.
     found["rivals"] = evaluated(measured, "rivals", first, others=("off",), against=size.rivals, **options)
-    cost = costs(measured, first, ("on", "off", *size.rivals), WINDOW) if size.costs else {}
+    ways = ("on", "off", *size.rivals, *(["both"] if size.sweeps else []))
+    cost = costs(measured, first, ways, WINDOW) if size.costs else {}
     for name in size.tuned:
         others = ("off", "random") if name == size.tuned[0] else ()
         found[name] = joined([
@@ -238,6 +239,7 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
         found["tuned, in-context"] = evaluated(
             measured, "tuned in-context", first, baseline=first_tuned, **ON_TOP, **options
         )
+        found["together"] = evaluated(measured, "together", first, others=("off",), against=("both",), **options)
     found |= sweeps(measured, source, first, size, options)
     if size.longer:
         longer = training(measured, "longer", size.tuned[0], LONGER * first_tuned.config.steps, size.seeds[0])

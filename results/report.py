@@ -38,6 +38,7 @@ MEMORY = (
     Way("all weights, trained for as long", "all", "baseline", "all", "off"),
     Way("LoRA for as long, what it finds before its text", "tuned, in-context", "in-context", "lora", "in-context"),
     Way("**reads what it finds**", "lora", "on", "memory", "on"),
+    Way("reads what it finds, and has it before its text", "together", "both", "memory", "both"),
     Way("**reads what it finds, while LoRA learns**", "both", "on", "both", "on"),
     Way("reads random neighbors", "lora", "random", "memory"),
 )
@@ -157,6 +158,12 @@ FURTHER = (
         "It beats LoRA with what it finds before its text, first seed",
         ("tuned, in-context", "in-context"),
         ("tuned, in-context", "on"),
+    ),
+    Claim(
+        "memory",
+        "To read what is before its text as well beats to have it there, untrained, first seed",
+        ("rivals", "in-context"),
+        ("together", "both"),
     ),
     EQUAL_STEPS,
     over(

@@ -345,7 +345,7 @@ def test_each_claim_is_about_the_figures_that_it_names():
         "nothing": {"equal-steps", "equal-time"},
     }
     names["memory"] |= {claim.better[0] for claim in CLAIMS if claim.kind == "memory"}
-    variants = ("on", "off", "random", "baseline", "in-context", "longer-context", "knn-lm")
+    variants = ("on", "off", "random", "baseline", "in-context", "longer-context", "both", "knn-lm")
     numbers = itertools.count(1)
 
     def evaluation():
@@ -385,6 +385,7 @@ def test_each_claim_is_about_the_figures_that_it_names():
         "kNN-LM": bits("memory", "rivals", "knn-lm") - memory_on,
         "LoRA with what it finds": bits("memory", "tuned, in-context", "in-context")
         - bits("memory", "tuned, in-context", "on"),
+        "what is before its text as well": bits("memory", "rivals", "in-context") - bits("memory", "together", "both"),
         "none at equal steps": bits("nothing", "equal-steps", "baseline") - bits("nothing", "equal-steps", "on"),
         "one of a tenth": bits("memory", "database a tenth", "on") - bits("memory", "neighbors 2", "on"),
         "ten times as much": bits("memory", "neighbors 2", "on") - bits("memory", "database ten times", "on"),

@@ -12,7 +12,7 @@ from retro.progress import aligned
 from retro.storage.sample_file import retriever_of
 
 # Of variants, as matplotlib has them.
-COLORS = ("C0", "C1", "C7", "C2", "C4", "C3", "C5", "C6", "C8", "C9", "k")
+COLORS = ("C0", "C1", "C7", "C2", "C4", "C3", "C5", "C6", "C8", "C9", "k", "navy")
 MOST_INSIDE = 5  # variants of a plot whose legend is in it
 
 
