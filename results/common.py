@@ -219,21 +219,22 @@ def evaluated(
     return measured.figure(f"evaluation {name}", key, evaluate)  # type: ignore[no-any-return]
 
 
-def costs(measured: Measured, training: Training, variants: Sequence[str], window: int) -> dict[str, Any]:
-    """What a generated token costs by each way of using a trained model, with as many neighbors as it learned with."""
+def costs(
+    measured: Measured, training: Training, variants: Sequence[str], window: int, n_neighbors: int
+) -> dict[str, Any]:
+    """What a generated token costs by each way of using a trained model."""
 
     def measure() -> dict[str, Any]:
-        from retro.config import DatasetConfig
         from retro.database import RetroIndex
         from retro.evaluation.costs import costs as costs_of
         from retro.runs.checkpoints import load_model
         from retro.text.corpus import Corpus
 
-        corpus, index, k = Corpus.load("data/corpus"), RetroIndex(data_path="data"), DatasetConfig.n_neighbors
+        corpus, index = Corpus.load("data/corpus"), RetroIndex(data_path="data")
         model = load_model(training.make()[0])
-        return dict(costs_of(variants, model, corpus, index, n_neighbors=k, window=window))
+        return dict(costs_of(variants, model, corpus, index, n_neighbors=n_neighbors, window=window))
 
-    return measured.figure("costs", [training.key, list(variants), window], measure)  # type: ignore[no-any-return]
+    return measured.figure("costs", [training.key, list(variants), window, n_neighbors], measure)  # type: ignore[no-any-return]
 
 
 def time_ratios(

@@ -222,7 +222,9 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
     # Rivals of the frozen base need no training, so they are the same for all seeds.
     found["rivals"] = evaluated(measured, "rivals", first, others=("off",), against=size.rivals, **options)
     ways = ("on", "off", *size.rivals, *(["both"] if size.sweeps else []))
-    cost = costs(measured, first, ways, WINDOW) if size.costs else {}
+    cost = costs(measured, first, ways, WINDOW, DatasetConfig.n_neighbors) if size.costs else {}
+    if size.costs and size.sweeps:
+        cost["on, most neighbors"] = costs(measured, first, ["on"], WINDOW, NEIGHBORS[-1])["on"]
     for name in size.tuned:
         others = ("off", "random") if name == size.tuned[0] else ()
         found[name] = joined([
@@ -238,6 +240,9 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
     if size.sweeps:
         found["tuned, in-context"] = evaluated(
             measured, "tuned in-context", first, baseline=first_tuned, **ON_TOP, **options
+        )
+        found["both, most neighbors"] = evaluated(
+            measured, "both 0 most neighbors", runs["both"][0], others=(), n_neighbors=NEIGHBORS[-1], **options
         )
         found["together"] = evaluated(measured, "together", first, others=("off",), against=("both",), **options)
     found |= sweeps(measured, source, first, size, options)

@@ -489,6 +489,14 @@ def test_a_page_is_made_of_everything_and_tells_what_was_reached(measured, tmp_p
     (swept,) = [line for line in page.splitlines() if line.startswith("| database ten times |")]
     in_context = e["database ten times"]["bits_per_byte"]["in-context"]["value"]
     assert swept.endswith(f" | {in_context:.4f} |"), "beside the same in the prompt"
+    assert e["both, most neighbors"]["n_neighbors"] == e["neighbors 8"]["n_neighbors"] == 8
+    eight, all_tuned = (np.sum(e[name]["by_document"]["on"]) for name in ("neighbors 8", "both, most neighbors"))
+    lora, every = (np.array(e[name]["by_document"]["baseline"])[0].sum() for name in ("lora", "all"))
+    assert f"{1 - eight / lora:.1%} fewer than LoRA and {1 - eight / every:.1%} fewer than all weights;\n" in page
+    assert f"too, {1 - all_tuned / lora:.1%} fewer than LoRA and {1 - all_tuned / every:.1%} fewer than all" in page
+    more = record["memory"]["models"]["costs"]["on, most neighbors"]
+    assert more["operations"] > record["memory"]["models"]["costs"]["on"]["operations"]
+    assert f"A token then takes {more['operations'] / 1e9:.2f} billion operations" in page
     few = record["nothing"]["models"]["few"]
     on, without = (few["longer"]["4"]["bits_per_byte"][variant]["value"] for variant in ("on", "baseline"))
     passes = 4 * 8 * CHUNK_LEN * 8 / few["tokens"]["train"]  # steps, samples, tokens of each
