@@ -26,6 +26,8 @@ from retro.storage.files import atomic_write
 from retro.storage.manifests import FORMAT_VERSION, package_versions, sha256_of_json
 
 HERE = Path(__file__).resolve().parent
+RERANKED = ["--rerank", "50"]
+LEXICAL = ["--retriever", "bm25", *RERANKED]  # how databases are searched, unless something else is said
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
@@ -154,6 +156,26 @@ def write_texts(folder: Path, texts: Texts) -> None:
         (part / name).parent.mkdir(parents=True, exist_ok=True)
         (part / name).write_text(text, encoding="utf-8")
     part.rename(folder)
+
+
+def database_of(texts: Texts, name: str, *words: str) -> Path:
+    """The data folder of a database of other texts, in the tokens of `data/corpus`; `words` are how it is built."""
+    folder = Path(f"database-{name.replace(' ', '-')}-{sha256_of_json(texts)[:8]}")
+    write_texts(folder / "texts", texts)
+    of = ["--tokenizer", "data/corpus", "--valid-fraction", "0", "--data-path", str(folder)]
+    call("database", str(folder / "texts"), *of, *words)
+    return folder
+
+
+def without_held_out(corpus: Any, texts: Texts) -> Texts:
+    """Those that are neither held out of a corpus nor near-duplicates of such."""
+    from retro.text.copies import near, signatures_of
+    from retro.text.documents import sha256_of_text
+
+    numbers, held_out = corpus.held_out_signatures
+    copies = {i for found in near(held_out, signatures_of(text for _, text in texts)) for i in found}
+    same = {corpus.documents[number].sha256 for number in numbers}
+    return [named for i, named in enumerate(texts) if i not in copies and sha256_of_text(named[1]) not in same]
 
 
 def about(source: Source, share: float, data: Path) -> dict[str, Any]:

@@ -15,17 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Database, Measured, Training, about, call, costs, evaluated, time_ratios, write_texts
-from corpora import SOURCES, Source, Texts, drawn
+from common import (
+    LEXICAL,
+    RERANKED,
+    Database,
+    Measured,
+    Training,
+    about,
+    call,
+    costs,
+    database_of,
+    evaluated,
+    time_ratios,
+    without_held_out,
+)
+from corpora import SOURCES, Source, drawn
 
 from retro.config import PACKAGED_BASE, DatasetConfig
-from retro.storage.manifests import sha256_of_json
 
 BASE = PACKAGED_BASE
 CHUNK_LEN, CHUNKS_PER_SAMPLE = 64, 16
 WINDOW, STRIDE = 1024, 768
-RERANKED = ["--rerank", "50"]
-LEXICAL = ["--retriever", "bm25", *RERANKED]
 SMALLER = {"two documents": 0.0, "a tenth": 0.1}  # databases, and their shares of the documents
 OTHER_TEXTS = (*SMALLER, "ten times", "python", "plays", "right removed")
 BY_SEARCH = {
@@ -127,11 +137,7 @@ def database_of_texts(source: Source, name: str) -> Path:
     else:
         right = right_documents(corpus)
         some = [(name, text) for name, text in train if name not in right]
-    folder = Path(f"database-{name.replace(' ', '-')}-{sha256_of_json(some)[:8]}")
-    write_texts(folder / "texts", some)
-    words = ["--tokenizer", "data/corpus", "--valid-fraction", "0", "--data-path", str(folder)]
-    build(str(folder / "texts"), *words, *LEXICAL)
-    return folder
+    return database_of(some, name, *LEXICAL, "--chunk-len", str(CHUNK_LEN))
 
 
 def database_by_search(name: str) -> Path:
@@ -145,17 +151,6 @@ def database_by_search(name: str) -> Path:
         part.rename(folder)
     build("--data-path", str(folder), *BY_SEARCH[name])
     return folder
-
-
-def without_held_out(corpus: Any, texts: Texts) -> Texts:
-    """Those that are neither held out of a corpus nor near-duplicates of such."""
-    from retro.text.copies import near, signatures_of
-    from retro.text.documents import sha256_of_text
-
-    numbers, held_out = corpus.held_out_signatures
-    copies = {i for found in near(held_out, signatures_of(text for _, text in texts)) for i in found}
-    same = {corpus.documents[number].sha256 for number in numbers}
-    return [named for i, named in enumerate(texts) if i not in copies and sha256_of_text(named[1]) not in same]
 
 
 def right_documents(corpus: Any) -> set[str]:

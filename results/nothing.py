@@ -14,8 +14,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import Measured, Training, about, call, evaluated, time_ratios
-from corpora import Source, drawn
+from common import (
+    LEXICAL,
+    Database,
+    Measured,
+    Training,
+    about,
+    call,
+    database_of,
+    evaluated,
+    time_ratios,
+    without_held_out,
+)
+from corpora import Source, Texts, drawn
 
 CHUNK_LEN, CHUNKS_PER_SAMPLE, BATCH_SIZE = 16, 16, 8
 FEW, VALID_OF_FEW, DOUBLINGS_OF_FEW = 0.05, 0.3, 3  # share of a corpus, what of it is held out, doublings of the steps
@@ -71,8 +82,7 @@ class Size:
 def prepare(source: Source, valid_fraction: float) -> None:
     """Database and dataset of the texts in the current folder."""
     words = ["--valid-fraction", str(valid_fraction), "--hold-out", source.hold_out]
-    search = ["--chunk-len", str(CHUNK_LEN), "--retriever", "bm25", "--rerank", "50"]
-    call("database", "texts", "--tokenizer", "bpe:2048", *words, *search)
+    call("database", "texts", "--tokenizer", "bpe:2048", *words, "--chunk-len", str(CHUNK_LEN), *LEXICAL)
     call("dataset", "--chunks-per-sample", str(CHUNKS_PER_SAMPLE), "--skip-range", "1")
 
 
@@ -152,14 +162,29 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
 def until_flat(
     folder: Path, place: Path, source: Source, size: Size, options: dict[str, Any]
 ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, float | None]]:
-    """Both kinds of model after ever more steps on little text, the machines, and what each figure took."""
-    texts = drawn(source.read(), FEW, source.hold_out)
-    measured = Measured(folder, place, texts, [VALID_OF_FEW, CHUNK_LEN], partial(prepare, source, VALID_OF_FEW))
+    """Both kinds of model after ever more steps on little text, the machines, and what each figure took.
+
+    What reads is evaluated with the little that it was trained with, and with all other texts of the corpus.
+    """
+    texts = source.read()
+    little = drawn(texts, FEW, source.hold_out)
+    measured = Measured(folder, place, little, [VALID_OF_FEW, CHUNK_LEN], partial(prepare, source, VALID_OF_FEW))
     found: dict[str, Any] = measured.figure("about few", None, lambda: about(source, FEW, Path("data")))
-    longer = {}
+    of_all = Database(["all others", LEXICAL], partial(database_of_others, texts))
+    found["longer"], found["of all"] = {}, {}
     for steps in [size.few << n for n in range(DOUBLINGS_OF_FEW + 1)]:
         on, plain = (
             Training(measured, kind, SHAPES[kind], config(steps, size.seeds[0]), prompt="The ") for kind in SHAPES
         )
-        longer[steps] = evaluated(measured, f"few {steps} steps", on, baseline=plain, others=(), **options)
-    return found | {"longer": longer}, measured.machines, measured.seconds
+        name = f"few {steps} steps"
+        found["longer"][steps] = evaluated(measured, name, on, baseline=plain, others=(), **options)
+        found["of all"][steps] = evaluated(measured, f"{name} of all", on, database=of_all, others=(), **options)
+    return found, measured.machines, measured.seconds
+
+
+def database_of_others(texts: Texts) -> Path:
+    """The data folder of a database of all texts that are not held out of the one in the current folder."""
+    from retro.text.corpus import Corpus
+
+    some = without_held_out(Corpus.load("data/corpus"), texts)
+    return database_of(some, "all others", "--chunk-len", str(CHUNK_LEN), *LEXICAL)

@@ -496,21 +496,30 @@ def of_nothing(part: Part) -> Iterator[str]:
         yield ""
         yield from trained_longer(part)
     if few := part.get("few"):
-        main = next(iter(few["longer"].values()))
+        main, others = (next(iter(few[of].values())) for of in ("longer", "of all"))
+        d = others["database"]
         yield ""
-        yield f"On little text, until neither learns much more, first seed. {' '.join(sizes(few, main))}"
+        yield f"On little text, until neither learns more from it, first seed. {' '.join(sizes(few, main))}"
+        yield "Then the same models read from all texts that are neither held out nor near to such:"
+        yield f"{d['n_documents']:,} documents, {d['n_chunks']:,} chunks."
         yield ""
         yield from trained_longer(few)
 
 
 def trained_longer(part: Part) -> Iterator[str]:
     """What more steps bring, with retrieval and without."""
-    yield "| steps | passes over the text | with retrieval | without | saved |"
-    yield "|---|---|---|---|---|"
+    of_all = part.get("of all", {})
+    more = " with more to read | saved |" if of_all else ""
+    yield f"| steps | passes over the text | without retrieval | with it | saved |{more}"
+    yield "|---|---|---|---|---|" + "---|" * 2 * bool(of_all)
     for n, e in part["longer"].items():
-        on, without = (e["bits_per_byte"][variant]["value"] for variant in ("on", "baseline"))
+        bits = {variant: e["bits_per_byte"][variant]["value"] for variant in ("baseline", "on")}
+        without, having = bits["baseline"], [bits["on"]]
+        if n in of_all:
+            having.append(of_all[n]["bits_per_byte"]["on"]["value"])
         passes = int(n) * BATCH_SIZE * e["window"] / part["tokens"]["train"]
-        yield f"| {int(n):,} | {passes:.1f} | {on:.4f} | {without:.4f} | {1 - on / without:.1%} |"
+        cells = [f"{x:.4f} | {1 - x / without:.1%}" for x in having]
+        yield f"| {int(n):,} | {passes:.1f} | {without:.4f} | {' | '.join(cells)} |"
 
 
 def levers() -> Iterator[str]:

@@ -45,7 +45,7 @@ FULL: dict[str, dict[str, Any]] = {
         for name in SOURCES
     },
     "nothing": {
-        name: nothing.Size(450, SEEDS) if name != "models" else nothing.Size(1600, SEEDS, doublings=1, few=400)
+        name: nothing.Size(450, SEEDS) if name != "models" else nothing.Size(1600, SEEDS, doublings=1, few=100)
         for name in SOURCES
     },
 }
@@ -93,8 +93,9 @@ def published(part: dict[str, Any]) -> dict[str, Any]:
     """What was measured on a corpus, without what no page is made of and `measured/` has: bits of each document at all
     thresholds of r(C) but the first, which were half of it.
     """
-    longer = [of for made in (part, part.get("few", {})) for of in made.get("longer", {}).values()]
-    for evaluation in [*part["evaluations"].values(), *longer]:
+    few = part.get("few", {})
+    longer = [of for made in (part, few) for of in made.get("longer", {}).values()]
+    for evaluation in [*part["evaluations"].values(), *longer, *few.get("of all", {}).values()]:
         for row in evaluation["filtered"][1:]:
             row.pop("by_document", None)
     return part

@@ -65,10 +65,10 @@ def test_what_is_published_has_bits_of_documents_only_where_a_claim_is_made_of_t
         rows = [{"alpha": alpha, "bits_per_byte": {name: alpha}, "by_document": {name: [1.0]}} for alpha in (1, 2, 3)]
         return {"by_document": {name: [1.0]}, "filtered": rows}
 
-    few = {"longer": {8: part("c")}}
+    few = {"longer": {8: part("c")}, "of all": {8: part("d")}}
     found = run.published({"evaluations": {"a": part("a")}, "longer": {8: part("b")}, "few": few, "costs": {}})
-    made = (found["evaluations"]["a"], "a"), (found["longer"][8], "b"), (found["few"]["longer"][8], "c")
-    for evaluation, name in made:
+    made = [found["evaluations"]["a"], found["longer"][8], found["few"]["longer"][8], found["few"]["of all"][8]]
+    for evaluation, name in zip(made, "abcd", strict=True):
         assert evaluation["by_document"] == {name: [1.0]} and len(evaluation["filtered"]) == 3
         assert ["by_document" in row for row in evaluation["filtered"]] == [True, False, False]
         assert [row["bits_per_byte"] for row in evaluation["filtered"]] == [{name: alpha} for alpha in (1, 2, 3)]
@@ -282,7 +282,10 @@ def test_a_fine_tuned_model_has_the_time_and_a_plain_one_the_steps_or_the_time_o
     few = nothing_part["few"]
     assert list(nothing_part["longer"]) == ["4", "8"] and list(few["longer"]) == ["2", "4"]
     assert 0 < sum(few["documents"].values()) == sum(nothing_part["documents"].values()) / 2
-    for of in few["longer"].values():
+    for steps, of in few["longer"].items():
+        others = few["of all"][steps]["database"]["n_documents"]
+        n_train, n_all = few["documents"]["train"], 24 - few["documents"]["held out"]
+        assert of["database"]["n_documents"] == n_train < others <= n_all, "no held-out document, nor one near to it"
         assert len(of["by_document"]["bytes"]) == few["documents"]["held out"] == len(few["held_out"])
         assert set(of["bits_per_byte"]) == {"on", "baseline"}
 
@@ -499,8 +502,11 @@ def test_a_page_is_made_of_everything_and_tells_what_was_reached(measured, tmp_p
     assert f"A token then takes {more['operations'] / 1e9:.2f} billion operations" in page
     few = record["nothing"]["models"]["few"]
     on, without = (few["longer"]["4"]["bits_per_byte"][variant]["value"] for variant in ("on", "baseline"))
+    more = few["of all"]["4"]["bits_per_byte"]["on"]["value"]
+    assert more != on, "with another database"
     passes = 4 * 8 * CHUNK_LEN * 8 / few["tokens"]["train"]  # steps, samples, tokens of each
-    assert f"| 4 | {passes:.1f} | {on:.4f} | {without:.4f} | {1 - on / without:.1%} |" in page
+    cells = f"{without:.4f} | {on:.4f} | {1 - on / without:.1%} | {more:.4f} | {1 - more / without:.1%} |"
+    assert f"| 4 | {passes:.1f} | {cells}" in page
     for file in ("costs.png", "filtered-models.png"):
         assert (tmp_path / file).read_bytes().startswith(b"\x89PNG")
 
