@@ -106,8 +106,9 @@ class Claim(NamedTuple):
         (a, without), (b, having) = self.worse, self.better
         of, by = (evaluations[name]["filtered"][0] if self.low else evaluations[name] for name in (a, b))
         bits = np.array(of["by_document"][without]), np.array(by["by_document"][having])
-        if bits[0].ndim == bits[1].ndim and len(bits[0]) != len(bits[1]):
-            raise KeyError(self.text)  # measured with fewer seeds
+        if bits[0].ndim == bits[1].ndim == 2:  # one may have been measured with the first seeds only
+            n_seeds = min(map(len, bits))
+            bits = bits[0][:n_seeds], bits[1][:n_seeds]
         return *bits, np.array(by["by_document"]["bytes"])
 
 

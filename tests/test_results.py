@@ -406,6 +406,19 @@ def test_each_claim_is_about_the_figures_that_it_names():
     assert len(expected) == len(CLAIMS) - 1, "all but that of models from nothing, beside random neighbors"
 
 
+def test_what_has_fewer_seeds_is_compared_with_the_first_seeds_of_what_has_more():
+    beside = next(claim for claim in CLAIMS if claim.text == "To read while LoRA learns beats to read alone")
+    evaluations = {
+        "lora": {"by_document": {"on": [[5.0, 6.0], [50.0, 60.0]], "bytes": [2, 3]}},
+        "both": {"by_document": {"on": [[1.0, 3.0]], "bytes": [2, 3]}},
+    }
+    without, having, n_bytes = beside.bits(evaluations)
+    assert (without - having).tolist() == [[4, 3]] and n_bytes.tolist() == [2, 3]
+    assert report.share_saved({"evaluations": evaluations}, beside) == 1 - 4 / 11
+    ((gain,),) = (judged({"both": (without - having, n_bytes)}).values(),)
+    assert gain["n_seeds"] == 1 and gain["value"] == 7 / 5
+
+
 def of_variants(variants, numbers):
     """Bits of four documents of 100 bytes, which no other variant has."""
     return {v: [float(n := next(numbers)), n + 7.0, n * 1.5, n + 3.0] for v in variants} | {"bytes": [100.0] * 4}
