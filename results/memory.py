@@ -216,7 +216,7 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
     found: dict[str, Any] = {}
     # Rivals of the frozen base need no training, so they are the same for all seeds.
     found["rivals"] = evaluated(measured, "rivals", first, others=("off",), against=size.rivals, **options)
-    ways = ("on", "off", *size.rivals, *(["both"] if size.sweeps else []))
+    ways = ("on", "off", *size.rivals, "both")
     cost = costs(measured, first, ways, WINDOW, DatasetConfig.n_neighbors) if size.costs else {}
     if size.costs and size.sweeps:
         cost["on, most neighbors"] = costs(measured, first, ["on"], WINDOW, NEIGHBORS[-1])["on"]

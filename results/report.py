@@ -284,17 +284,18 @@ def first_page(record: dict[str, Any], gains: dict[tuple[Claim, str], Gain]) -> 
 
 
 def precisions(parts: dict[str, Part]) -> Iterator[str]:
-    """Which evaluations of bases computed in another precision than the first, and what that changes."""
+    """Which evaluations of bases, and costs, are in another precision than the first, and what that changes."""
     evaluations: dict[str, dict[str, list[str]]] = {}
     for corpus, part in parts.items():
         for file, bases in part.get("bases", {}).items():
             kind, *name = file.split("-")[:-1]
-            if kind == "evaluation" and bases:
-                evaluations.setdefault(bases, {}).setdefault(corpus, []).append(" ".join(name))
+            names = evaluations.setdefault(bases, {}).setdefault(corpus, []) if bases else []
+            if kind in ("evaluation", "costs") and (said := " ".join(name) or kind) not in names:
+                names.append(said)
     first = next(iter(parts))
     usual = next((bases for bases, of in evaluations.items() if "lora 0" in of.get(first, [])), None)
-    for bases in [bases for bases in evaluations if bases != usual]:
-        names = "; ".join(f"{corpus}: {', '.join(of)}" for corpus, of in evaluations[bases].items())
+    for bases in [bases for bases in evaluations if bases != usual and any(evaluations[bases].values())]:
+        names = "; ".join(f"{corpus}: {', '.join(of)}" for corpus, of in evaluations[bases].items() if of)
         yield f"* Bases computed in {usual}, but on a processor that is faster so in {bases} for {names}."
         if "neighbors 2" in evaluations[bases].get(first, []):
             of = [parts[first]["evaluations"][name]["by_document"] for name in ("lora", "neighbors 2")]

@@ -126,11 +126,13 @@ def test_the_page_tells_which_bases_computed_in_another_precision_and_what_that_
     same = {"evaluation lora 0": "float32", "evaluation rivals": None, "evaluation both 0": "float32"}
     models = part(same | {"evaluation neighbors 2": "float32"}, lora=of_seeds, neighbors_2=again)
     assert [*report.precisions({"models": models})] == [], "one precision is among the versions"
-    models = part(same | {"evaluation neighbors 2": "bfloat16"}, lora=of_seeds, neighbors_2=again)
+    costs = {"costs": "bfloat16", "time ratios": "bfloat16"}
+    models = part(same | {"evaluation neighbors 2": "bfloat16"} | costs, lora=of_seeds, neighbors_2=again)
+    models["bases"] |= {"costs-89abcdef.json": "bfloat16"}
     python = part({"training lora seed 1": "bfloat16", "evaluation lora 1": "bfloat16"}, lora=of_seeds)
     python["bases"] |= {"evaluation-both-0-89abcdef.json": "float32"}
     assert [*report.precisions({"models": models, "python": python})] == [
-        "* Bases computed in float32, but on a processor that is faster so in bfloat16 for models: neighbors 2; "
+        "* Bases computed in float32, but on a processor that is faster so in bfloat16 for models: neighbors 2, costs; "
         "python: lora 1.",
         "  The first reader, trained and evaluated in both: 0.5000 in float32, 0.5500 in bfloat16.",
     ]
