@@ -70,7 +70,7 @@ class Size:
     tuned: tuple[str, ...] = ("lora",)
     rivals: tuple[str, ...] = ("in-context",)
     both: tuple[int, ...] = (0,)  # seeds with which it also learns to read while LoRA learns
-    costs: bool = False  # of a generated token, by the base, by what reads, and by each rival
+    costs: tuple[str, ...] = ()  # ways whose generated token is timed
     n_timed: int = 12  # rounds in which the steps of all kinds are timed
     searches: bool = False  # the database is searched in other ways
     sweeps: bool = False  # other databases, and other numbers of neighbors
@@ -216,8 +216,7 @@ def measure(folder: Path, place: Path, source: Source, size: Size) -> tuple[dict
     found: dict[str, Any] = {}
     # Rivals of the frozen base need no training, so they are the same for all seeds.
     found["rivals"] = evaluated(measured, "rivals", first, others=("off",), against=size.rivals, **options)
-    ways = ("on", "off", *size.rivals, "both")
-    cost = costs(measured, first, ways, WINDOW, DatasetConfig.n_neighbors) if size.costs else {}
+    cost = costs(measured, first, size.costs, WINDOW, DatasetConfig.n_neighbors) if size.costs else {}
     if size.costs and size.sweeps:
         cost["on, most neighbors"] = costs(measured, first, ["on"], WINDOW, NEIGHBORS[-1])["on"]
     for name in size.tuned:

@@ -12,7 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from report import write
 SEEDS = (0, 1, 2)
 MEASURES = {"memory": memory.measure, "nothing": nothing.measure}
 ALL_RIVALS = ("in-context", "longer-context", "knn-lm")
+TIMED = ("on", "off", "in-context")
 FULL: dict[str, dict[str, Any]] = {
     "memory": {
         name: memory.Size(60, SEEDS, 1, searches=True)
@@ -37,7 +38,7 @@ FULL: dict[str, dict[str, Any]] = {
             tuned=("lora", "all"),
             rivals=ALL_RIVALS,
             both=SEEDS,
-            costs=True,
+            costs=("on", "off", *ALL_RIVALS, "both"),
             searches=True,
             sweeps=True,
             longer=True,
@@ -49,12 +50,13 @@ FULL: dict[str, dict[str, Any]] = {
         for name in SOURCES
     },
 }
+QUICK_SHARE = 0.06  # of the modeling files, for a memory
 QUICK: dict[str, dict[str, Any]] = {
-    "memory": {"models": memory.Size(20, (0,), 1, both=(), costs=True, n_timed=2)},
+    "memory": {"models": memory.Size(20, (0,), 1, both=(), costs=TIMED, n_timed=2)},
     "nothing": {name: nothing.Size(60, (0,), n_windows=4) for name in ("models", "plays")},
 }
 OWN: dict[str, dict[str, Any]] = {
-    "memory": {"own": memory.Size(100, (0,), 2, costs=True)},
+    "memory": {"own": memory.Size(100, (0,), 2, costs=TIMED)},
     "nothing": {"own": nothing.Size(600, (0,))},
 }
 
@@ -66,6 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     sources, sizes, out, command = SOURCES, FULL, HERE, "make results"
     if args.quick:
+        sources = SOURCES | {"models": replace(SOURCES["models"], share=QUICK_SHARE)}
         sizes, out, command = QUICK, HERE / "cache" / "quick", f"{command} QUICK=1"
     if args.text:
         sources, sizes = {"own": own(args.text.resolve())}, OWN
