@@ -248,6 +248,48 @@ def test_retrievers_are_measured_on_every_corpus_and_other_texts_on_the_first(mo
     assert whole.searches and not any(size.searches for size in first), "what is left, at last"
 
 
+def test_eight_neighbors_are_compared_with_the_first_seed_of_what_has_more():
+    def of(**bits):
+        return {"by_document": bits}
+
+    evaluations = {
+        "neighbors 8": of(on=[30.0, 10.0]),
+        "both, most neighbors": of(on=[15.0, 15.0]),
+        "lora": of(baseline=[[40.0, 10.0], [90.0, 90.0]]),
+        "all": of(baseline=[[25.0, 15.0], [70.0, 70.0]]),
+    }
+    costs = {"on, most neighbors": {"operations": 2.95e9, "seconds": 0.086}}
+    said = " ".join(report.with_more_neighbors({"evaluations": evaluations, "costs": costs}))
+    assert "20.0% fewer than LoRA and 0.0% fewer than all weights; while" in said
+    assert "40.0% fewer than LoRA and 25.0% fewer than all weights. A token then takes 2.95 billion" in said
+
+
+@pytest.mark.parametrize(("sizes", "first"), [("FULL", "models"), ("QUICK", "models"), ("OWN", "own")])
+def test_a_token_is_timed_by_each_way_that_the_page_shows_and_by_no_other(sizes, first):
+    size = getattr(run, sizes)["memory"][first]
+    assert set(size.costs) == {"on", "off", *size.rivals, *(["both"] if size.sweeps else [])}
+
+
+def test_the_quick_size_takes_less_of_the_modeling_files_and_the_others_as_they_are(monkeypatch, tmp_path):
+    read = {}
+
+    def measure(folder, place, source, size):
+        read[folder.parts[-2:]] = source
+        return {"evaluations": {}}, []
+
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    monkeypatch.setattr(run, "MEASURES", {"memory": measure, "nothing": measure})
+    monkeypatch.setattr(run, "write", lambda record, out: None)
+    monkeypatch.setattr("sys.argv", ["run.py", "--quick"])
+    run.main()
+    assert set(read) == {("memory", "models"), ("nothing", "models"), ("nothing", "plays")}
+    whole = corpora.SOURCES["models"]
+    assert read["memory", "models"] == replace(whole, share=run.QUICK_SHARE) and whole.share > run.QUICK_SHARE
+    assert read["nothing", "plays"] == corpora.SOURCES["plays"], "what is trained from nothing is not touched"
+    assert read["nothing", "models"].share_from_nothing == whole.share_from_nothing
+    assert (tmp_path / "cache" / "quick" / "results.json").exists() and not (tmp_path / "results.json").exists()
+
+
 @pytest.mark.slow
 def test_everything_is_measured_on_the_same_bytes_with_the_same_samples(measured):
     record, place = measured
