@@ -76,7 +76,8 @@ ingest: .venv-bench/installed
 gpu: .venv/installed
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
-# What retrieval brings, and beside what else could be done, on four corpora: many hours; or TEXT=a folder of your own.
+# What retrieval brings, and beside what else could be done, on four corpora: nine hours, or 15 minutes with QUICK=1; or of
+# TEXT=a folder of your own.
 results: .venv/retrofit
 	$(BIN)/python results/run.py $(if $(QUICK),--quick) $(if $(TEXT),--text "$(TEXT)")
 

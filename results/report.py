@@ -242,14 +242,9 @@ def first_page(record: dict[str, Any], gains: dict[tuple[Claim, str], Gain]) -> 
     titles = [(record["memory"].get(name) or record["nothing"][name])["title"] for name in names]
     yield "# What retrieval brings, and beside what else could be done"
     yield ""
-    yield f"`{record['command']}`:"
-    for m in record["machines"]:
-        days = m["date"] if m["date"] == m["last"] else f"{m['date']} to {m['last']}"
-        versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
-        bases = f", bases in {m['bases']}" if "bases" in m else ""
-        yield f"{days} on {m['processor']}, {m['cores']} cores, no GPU, Python {m['python']}, {versions}{bases};"
-    left = [*not_measured(record)]
-    yield f"Not measured yet: {', '.join(left)}." if left else ""
+    yield f"`{record['command']}`, {'; '.join(made_on(record['machines']))}."
+    if left := [*not_measured(record)]:
+        yield f"Not measured yet: {', '.join(left)}."
     yield ""
     for claim in FIRST:
         said = [
@@ -280,7 +275,21 @@ def first_page(record: dict[str, Any], gains: dict[tuple[Claim, str], Gain]) -> 
     yield "![Bits per byte against what a generated token costs](costs.png)"
     yield ""
     yield CONDITIONS.format(retriever=retriever_of(first["evaluations"]["lora"]["database"]))
-    yield from precisions(record["memory"])
+    if any(precisions(record["memory"])):
+        yield "* Bases computed in two precisions ([which, and what that changes](#in-another-precision))."
+
+
+def made_on(machines: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """When and on what figures were made, machines that differ by date and precision alone being told once."""
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for m in machines:
+        versions = ", ".join(f"{package} {version}" for package, version in m["versions"].items())
+        name = f"{m['processor']}, {m['cores']} cores, no GPU, Python {m['python']}, {versions}"
+        alike.setdefault(name, []).append(m)
+    for machine, of in alike.items():
+        days = sorted({day for m in of for day in (m["date"], m["last"])})
+        bases = " and ".join(sorted({m["bases"] for m in of if "bases" in m}))
+        yield f"{' to '.join([days[0], *days[1:][-1:]])} on {machine}{bases and f', bases in {bases}'}"
 
 
 def precisions(parts: dict[str, Part]) -> Iterator[str]:
@@ -295,12 +304,14 @@ def precisions(parts: dict[str, Part]) -> Iterator[str]:
     first = next(iter(parts))
     usual = next((bases for bases, of in evaluations.items() if "lora 0" in of.get(first, [])), None)
     for bases in [bases for bases in evaluations if bases != usual and any(evaluations[bases].values())]:
-        names = "; ".join(f"{corpus}: {', '.join(of)}" for corpus, of in evaluations[bases].items() if of)
-        yield f"* Bases computed in {usual}, but on a processor that is faster so in {bases} for {names}."
+        yield f"Bases computed in {usual}, but on a processor that is faster so in {bases} for"
+        yield ""
+        yield from (f"* {corpus}: {', '.join(names)}" for corpus, names in evaluations[bases].items() if names)
         if "neighbors 2" in evaluations[bases].get(first, []):
             of = [parts[first]["evaluations"][name]["by_document"] for name in ("lora", "neighbors 2")]
             before, again = (np.atleast_2d(bits["on"])[0].sum() / sum(bits["bytes"]) for bits in of)
-            yield f"  The first reader, trained and evaluated in both: {before:.4f} in {usual}, {again:.4f} in {bases}."
+            yield ""
+            yield f"The first reader, trained and evaluated in both: {before:.4f} in {usual}, {again:.4f} in {bases}."
 
 
 def not_measured(record: dict[str, Any]) -> Iterator[str]:
@@ -634,6 +645,8 @@ def write(record: dict[str, Any], out: Path) -> None:
     for part in record["nothing"].values():
         lines += [*of_nothing(part), ""]
     lines += [*levers(), "", *spent(record)]
+    if others := [*precisions(record["memory"])]:
+        lines += ["", "## In another precision", "", *others]
     (out / "RESULTS.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     first = next(iter(record["memory"].values()))
     found = {way.text.strip("*"): (figure(first, way), cost) for way, cost in costs_of(first).items()}

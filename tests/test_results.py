@@ -132,13 +132,31 @@ def test_the_page_tells_which_bases_computed_in_another_precision_and_what_that_
     python = part({"training lora seed 1": "bfloat16", "evaluation lora 1": "bfloat16"}, lora=of_seeds)
     python["bases"] |= {"evaluation-both-0-89abcdef.json": "float32"}
     assert [*report.precisions({"models": models, "python": python})] == [
-        "* Bases computed in float32, but on a processor that is faster so in bfloat16 for models: neighbors 2, costs; "
-        "python: lora 1.",
-        "  The first reader, trained and evaluated in both: 0.5000 in float32, 0.5500 in bfloat16.",
+        "Bases computed in float32, but on a processor that is faster so in bfloat16 for",
+        "",
+        "* models: neighbors 2, costs",
+        "* python: lora 1",
+        "",
+        "The first reader, trained and evaluated in both: 0.5000 in float32, 0.5500 in bfloat16.",
     ]
     models["bases"]["evaluation-lora-0-0123abcd.json"] = "bfloat16"
-    (line,) = report.precisions({"models": models, "python": python})  # not of one that was trained once
-    assert line.startswith("* Bases computed in bfloat16, but") and "float32 for models: both 0; python" in line
+    said = [*report.precisions({"models": models, "python": python})]  # not of one that was trained once
+    assert said[0].startswith("Bases computed in bfloat16, but") and said[0].endswith("so in float32 for")
+    assert said[1:] == ["", "* models: both 0", "* python: both 0"]
+
+
+def test_machines_that_differ_by_date_and_precision_alone_are_told_once():
+    first = {"date": "2026-11-27", "last": "2026-11-27", "processor": "Xeon", "cores": 2, "python": "3.11"}
+    first["versions"] = {"torch": "2.13", "numpy": "2.4"}
+    machines = [
+        first | {"bases": "float32"}, first, first | {"date": "2026-11-26", "last": "2026-11-28", "bases": "bfloat16"},
+        first | {"processor": "EPYC"},
+    ]  # fmt: skip
+    what = "2 cores, no GPU, Python 3.11, torch 2.13, numpy 2.4"
+    assert [*report.made_on(machines)] == [
+        f"2026-11-26 to 2026-11-28 on Xeon, {what}, bases in bfloat16 and float32",
+        f"2026-11-27 on EPYC, {what}",
+    ]
 
 
 # The corpora.
