@@ -16,7 +16,7 @@ from retro.dataset import DATASET_FILE, Dataset, build_dataset
 from retro.errors import DamagedFile, InvalidOption
 from retro.planning.rates import plannable_index
 from retro.search import index_file
-from retro.search.factory import MOST_LISTS, choose_index, new_index
+from retro.search.factory import MOST_LISTS, choose_index, new_index, prepare_training
 from retro.search.filling import memory_of_machine
 from retro.search.index_file import merge_lists, read_database_manifest, write_lists
 from retro.search.keys import ChunkOffsets, Keys
@@ -420,7 +420,8 @@ def test_memory_is_what_the_narrowest_control_group_leaves(tmp_path):
 
 def test_a_part_of_an_index_holds_its_lists_and_not_what_all_parts_share(tmp_path):
     keys = np.random.default_rng(0).standard_normal((3000, 64), np.float32)
-    index, whole = (faiss.index_factory(64, "OPQ8,IVF64_HNSW8,PQ8") for _ in range(2))
+    index = new_index(64, "OPQ8,IVF64_HNSW8,PQ8")
+    prepare_training(index)
     index.train(keys)
     whole = faiss.deserialize_index(faiss.serialize_index(index))
     whole.add_with_ids(keys, np.arange(3000) * 7)
