@@ -9,7 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +117,23 @@ def own(folder: Path) -> Source:
 def drawn(texts: Texts, share: float, hold_out: str = "documents") -> Texts:
     """A share of the documents, or of their folders, the same every time; a larger share holds a smaller one."""
     of = {name: name if hold_out == "documents" else str(Path(name).parent) for name, _ in texts}
-    units = sorted(set(of.values()), key=lambda unit: hashlib.sha256(unit.encode()).hexdigest(), reverse=True)
+    units = in_order(of.values())
     chosen = set(units[: max(2, round(share * len(units)))])
     return [(name, text) for name, text in texts if of[name] in chosen]
+
+
+def fitting(texts: Texts, share: float) -> Texts:
+    """The documents that fit into a share of the characters, as they are drawn; where none does, the shortest."""
+    of, chosen = dict(texts), set[str]()
+    room = share * sum(map(len, of.values()))
+    for name in in_order(of):
+        if len(of[name]) <= room:
+            chosen.add(name)
+            room -= len(of[name])
+    chosen = chosen or {min(of, key=lambda name: len(of[name]))}
+    return [(name, text) for name, text in texts if name in chosen]
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Each name once, in the order in which they are drawn."""
+    return sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).hexdigest(), reverse=True)

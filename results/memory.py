@@ -29,14 +29,15 @@ from common import (
     time_ratios,
     without_held_out,
 )
-from corpora import SOURCES, Source, drawn
+from corpora import SOURCES, Source, drawn, fitting
 
 from retro.config import PACKAGED_BASE, DatasetConfig
 
 BASE = PACKAGED_BASE
 CHUNK_LEN, CHUNKS_PER_SAMPLE = 64, 16
 WINDOW, STRIDE = 1024, 768
-SMALLER = {"two documents": 0.0, "a tenth": 0.1}  # databases, and their shares of the documents
+# Databases of some of the documents, how these are chosen, and their share: of the text, and of the documents.
+SMALLER = {"a hundredth": (fitting, 0.01), "a tenth": (drawn, 0.1)}
 OTHER_TEXTS = (*SMALLER, "ten times", "python", "plays", "right removed")
 BY_SEARCH = {
     "bert": ["--retriever", "bert", "--index", "Flat"],
@@ -129,7 +130,8 @@ def database_of_texts(source: Source, name: str) -> Path:
     corpus, texts = Corpus.load("data/corpus"), dict(source.read())
     train = [(corpus.documents[i].name, texts[corpus.documents[i].name]) for i in corpus.split("train")]
     if name in SMALLER:
-        some = drawn(train, SMALLER[name])
+        choose, share = SMALLER[name]
+        some = choose(train, share)
     elif name in SOURCES:
         some = drawn(SOURCES[name].read(), SOURCES[name].share)
     elif name == "ten times":
@@ -172,7 +174,8 @@ def sweeps(
     """Evaluations with a database that is searched in other ways, with others, and with other numbers of neighbors."""
     databases: dict[str, Database] = {}
     if size.sweeps:
-        share = {name: SOURCES[name].share if name in SOURCES else SMALLER.get(name, 1.0) for name in OTHER_TEXTS}
+        whole = {name: SOURCES[name].share if name in SOURCES else 1.0 for name in OTHER_TEXTS}
+        share = whole | {name: of for name, (_, of) in SMALLER.items()}
         databases |= {
             name: Database([name, of, LEXICAL], partial(database_of_texts, source, name)) for name, of in share.items()
         }

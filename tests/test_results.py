@@ -171,6 +171,17 @@ def test_a_larger_share_holds_a_smaller_one():
     assert len(folders) == 20 and len({name.split("/")[0] for name, _ in folders}) == 10, "whole ones"
 
 
+def test_a_hundredth_of_a_text_are_documents_that_fit_into_it_in_the_order_of_a_larger_share():
+    texts = [(f"{i}.py", "x" * 1000) for i in range(200)]
+    hundredth = corpora.fitting(texts, 0.01)
+    assert hundredth == corpora.drawn(texts, 0.01) and len(hundredth) == 2, "those that are drawn first"
+    texts[-1] = (texts[-1][0], "x" * 100_000)
+    longer = corpora.fitting([*texts, ("short.py", "y" * 900)], 0.01)
+    assert {*hundredth} < {*longer} and 2000 < sum(len(text) for _, text in longer) <= 2999, "as many as fit"
+    shortest = ("short.py", "y" * 900)
+    assert corpora.fitting([*texts[:20], shortest], 0.01) == [shortest], "where none fits"
+
+
 def test_the_corpora_are_whole_texts_without_tests():
     plays, sources, models = dict(corpora.plays()), dict(corpora.stdlib()), dict(corpora.models())
     assert len(plays) == 38 and all(len(text) > 50_000 for text in plays.values())
@@ -255,7 +266,7 @@ def test_retrievers_are_measured_on_every_corpus_and_other_texts_on_the_first(mo
     retrievers = {f"database {name}" for name in memory.BY_SEARCH}
     for name, found in swept.items():
         assert set(found) == {*retrievers, "neighbors 2"} if name != "models" else set(found) > retrievers
-    of_texts = {"two documents", "a tenth", "ten times", "python", "plays", "right removed"}
+    of_texts = {"a hundredth", "a tenth", "ten times", "python", "plays", "right removed"}
     assert set(swept["models"]) - retrievers == {
         *(f"database {name}" for name in of_texts), *(f"neighbors {k}" for k in (1, 2, 4, 8))
     }  # fmt: skip
