@@ -508,7 +508,8 @@ def test_other_databases_hold_what_their_names_say(measured):
         found[texts.parent.name.removeprefix("database-").rpartition("-")[0]] = {
             str(f.relative_to(texts)) for f in texts.rglob("*.py")
         }
-    assert len(found["two-documents"]) == 2 and found["two-documents"] <= found["a-tenth"]
+    assert len(found["a-hundredth"]) == 1 and found["a-hundredth"] < names["train"], "none fits, each being as long"
+    assert len(found["a-tenth"]) == 2
     assert found["a-tenth"] < names["train"] < found["ten-times"] and not found["ten-times"] & names["valid"]
     assert found["right-removed"] < names["train"] and 1 <= len(names["train"] - found["right-removed"]) <= 7
     assert not found["python"] & names["train"] and not found["plays"] & found["python"]
